@@ -1,0 +1,98 @@
+"""Data that crosses the borders between packages, and what the callbacks ask of a module."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """What the DataModule yields.
+
+    Attributes:
+        images: uint8 images, `[B, 3, H, W]` in 0..255.
+        labels: int64 class indices, `[B]`.
+        index: int64 positions in the data set, `[B]`; -1 marks the padding of a validation set that does not divide
+            over the ranks, which every metric leaves out.
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+
+    @property
+    def real(self) -> Tensor:
+        """Which samples are no padding, bool `[B]`."""
+        return self.index >= 0
+
+
+class VFMFeatures(NamedTuple):
+    """What a frozen vision foundation model says of a batch of images, in float32.
+
+    Attributes:
+        layers: tokens of the layers asked for, in that order, each `[B, N, C]` in raster order.
+        tokens: patch tokens after the final norm, `[B, N, C]`.
+        pooled: class token after the final norm, or the mean of the patch tokens where there is none, `[B, C]`.
+        grid: rows and columns of the token grid; `N = rows * columns`.
+    """
+
+    layers: tuple[Tensor, ...]
+    tokens: Tensor
+    pooled: Tensor
+    grid: tuple[int, int]
+
+
+class Decoded(NamedTuple):
+    """What the decoder makes of a latent.
+
+    Attributes:
+        image: the reconstruction, `[B, 3, H, W]`, nominally in [-1, 1], not clamped.
+        multiscale: the images of the earlier blocks, small to large, `[B, 3, h_i, w_i]`.
+    """
+
+    image: Tensor
+    multiscale: tuple[Tensor, ...]
+
+
+class Posterior(Protocol):
+    """A distribution over latents `[B, C, h, w]`."""
+
+    def mode(self) -> Tensor:
+        """The most likely latent."""
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """A latent drawn from the distribution, with the given standard normal noise or with fresh noise."""
+
+    def kl(self) -> Tensor:
+        """Divergence from the prior, summed over latent dimensions, `[B]`."""
+
+
+@runtime_checkable
+class CountsImages(Protocol):
+    """A module that knows how many images it was trained on, over all ranks and former stages."""
+
+    images_seen: int
+
+
+@runtime_checkable
+class AlignmentFeatures(Protocol):
+    """A module whose inner features can be compared with a VFM's."""
+
+    def alignment_features(self, batch: Batch, time: float | None = None) -> Mapping[str, Tensor]:
+        """Pooled features `[B, D]` by name: "latent", "block_07", …; `time` is the diffusion time where there is one."""
+
+
+@runtime_checkable
+class EvaluationImages(Protocol):
+    """A module whose images can be measured."""
+
+    def evaluation_images(self, batch: Batch) -> tuple[Tensor | None, Tensor]:
+        """Real images, if any, and generated ones, `[B, 3, H, W]` in [-1, 1]."""
+
+
+@runtime_checkable
+class WeightAverage(Protocol):
+    """Whoever keeps averaged weights: the module hands a former stage's over to it."""
+
+    def load_average(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state`, as a checkpoint holds it under the key `ema`."""
