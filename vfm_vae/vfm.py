@@ -1,0 +1,279 @@
+"""Frozen vision foundation models (VFMs): any timm vision transformer, by name."""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vfm_vae import embedded  # noqa: F401  importing it registers the embedded model with timm
+from vfm_vae.types import VFMFeatures
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+def interpolation_of(name: str) -> Interpolation:
+    """How images are resized in front of the model: the choice of the VFM-VAE authors, not of timm's metadata."""
+    return "bicubic" if "dino" in name.lower() else "bilinear"
+
+
+def target_interpolation_of(name: str) -> Interpolation:
+    """How training targets are resized beside the model: as its input, but for EVA, whose targets are bicubic."""
+    return "bicubic" if re.search(r"\beva(02)?_", name.lower()) else interpolation_of(name)
+
+
+def create_vit(name: str, *, weights: str | Path | None = None, pretrained: bool = True, **kwargs: Any) -> nn.Module:
+    """Creates a timm vision transformer without its classifier, for images of any size where the family allows it.
+
+    Args:
+        name: timm name with or without its weights' tag, for instance `vit_large_patch16_siglip_512.v2_webli`; timm's
+            `hf-hub:` and `local-dir:` sources work too.
+        weights: file with the weights (safetensors or a torch checkpoint, in timm's or the family's published layout)
+            to take instead of a download.
+        pretrained: False leaves the weights random.
+        **kwargs: further arguments of the timm model.
+
+    Raises:
+        ValueError: if timm does not know the name, the network is no vision transformer, or its weights are neither
+            where `weights` says nor downloadable.
+    """
+    _check_name(name)
+    overlay = {}
+    if weights is not None and pretrained:
+        if not Path(weights).is_file():
+            raise ValueError(f"weights: no file at {str(weights)!r} for {name!r}; give the file's path or leave it out")
+        overlay = {"pretrained_cfg_overlay": {"file": str(weights)}}
+    arguments = {"num_classes": 0, **overlay, **kwargs}
+    try:
+        try:
+            network = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True, **arguments)
+        except TypeError as error:
+            if "dynamic_img_size" not in str(error):
+                raise
+            network = timm.create_model(name, pretrained=pretrained, **arguments)
+    except Exception as error:
+        if not pretrained or isinstance(error, TypeError):
+            raise
+        raise ValueError(_no_weights_message(name, weights, error)) from error
+    if not all(hasattr(network, part) for part in ("patch_embed", "blocks", "norm")):
+        raise ValueError(
+            f"name: {name!r} ({type(network).__name__}) is no plain vision transformer; choose one with patch tokens "
+            "and a sequence of blocks, for instance 'vit_large_patch16_siglip_512.v2_webli'"
+        )
+    return network
+
+
+def _check_name(name: str) -> None:
+    if ":" in name:  # timm's own sources, hf-hub: and local-dir:
+        return
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        similar = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(map(repr, similar))}?" if similar else "timm.list_models() lists them all"
+        raise ValueError(f"name: timm knows no model {name!r}; {hint}")
+    known = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in known:
+        raise ValueError(
+            f"name: {architecture!r} has no weights called {tag!r}; there are {sorted(filter(None, known))}"
+        )
+
+
+def _no_weights_message(name: str, weights: str | Path | None, error: Exception) -> str:
+    place = f"from {str(weights)!r}" if weights is not None else "by download"
+    cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"weights: those of {name!r} could not be had {place} ({type(error).__name__}: {cause}); give a local file as "
+        "`weights`, or download them once where there is a network, or ask for random ones with `pretrained: false`"
+    )
+
+
+class Frozen(nn.Module):
+    """Holds a network outside the module registry, so that nothing can train, save, average or count it.
+
+    The network is in no `parameters()`, `state_dict()` or `children()`, stays in eval mode whatever `train()` says, and
+    still follows `to()`, `cuda()` and copies.
+
+    Args:
+        network: what to freeze; switched to eval mode, its parameters to no gradient.
+    """
+
+    network: nn.Module
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._fingerprint: str | None = None
+        self.__dict__["network"] = network.eval().requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Frozen":
+        self.network._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the network; gradients may pass through it to its inputs."""
+        return self.network(*args, **kwargs)
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, over the names, shapes and bytes of the network's weights."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for name, tensor in sorted(self.network.state_dict().items()):
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+
+class FrozenVFM(Frozen):
+    """A vision foundation model as a frozen encoder: images in, tokens of the layers asked for out, in float32.
+
+    Layers are counted as the tokens see them: 0 is what enters the first block (after patch and position embedding),
+    k in 1..depth the output of block k, -1 the result of the final norm, -2 the output of the last block before that
+    norm, -3 the one before, and so on. Families that norm after pooling (EVA, PE-spatial) have no final norm: there -1
+    equals -2. Runs in bfloat16 on CUDA and in float32 elsewhere.
+
+    Args:
+        name: timm name of a vision transformer, for instance `vit_large_patch16_siglip_512.v2_webli`.
+        layers: layers whose tokens are wanted, in the order wanted.
+        input_scale: factor by which images are resized before the model sees them.
+        weights: file with the weights, to take instead of a download.
+        pretrained: False leaves the weights random: for tests, and to count parameters.
+        model_args: further arguments of the timm model, for instance a smaller depth in tests.
+
+    Attributes:
+        width: channels of the tokens.
+        depth: number of blocks.
+        patch_size: side of a patch in pixels of the resized image.
+        interpolation: how images are resized before the model.
+        target_interpolation: how training targets are to be resized beside it.
+
+    Raises:
+        ValueError: if the model is unknown or its weights can't be had, or it has no such layer.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        layers: Sequence[int] = (-1,),
+        input_scale: float = 1.0,
+        weights: str | None = None,
+        pretrained: bool = True,
+        model_args: dict[str, Any] | None = None,
+    ) -> None:
+        network = create_vit(name, weights=weights, pretrained=pretrained, **(model_args or {}))
+        super().__init__(network)
+        self.name = name
+        self.layers = tuple(layers)
+        self.input_scale = input_scale
+        self.interpolation = interpolation_of(name)
+        self.target_interpolation = target_interpolation_of(name)
+        self.width: int = network.embed_dim
+        self.depth = len(network.blocks)
+        self.patch_size: int = network.patch_embed.patch_size[0]
+        self._blocks_before = [self._num_blocks_before(layer) for layer in self.layers]
+        for statistic in ("mean", "std"):
+            values = torch.tensor(network.pretrained_cfg[statistic]).view(3, 1, 1)
+            self.register_buffer(statistic, values, persistent=False)
+
+    def forward(self, images: Tensor) -> VFMFeatures:
+        """Features of `images: [B, 3, H, W] in [-1, 1]`, without gradients."""
+        with torch.no_grad():
+            return self.differentiable(images)
+
+    def differentiable(self, images: Tensor) -> VFMFeatures:
+        """The same features, with gradients that reach the images (the weights take none)."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
+            inputs = self.prepare(images)  # [B, 3, H·scale, W·scale]
+            grid = self._token_grid(inputs)
+            final, before = self._run(inputs.to(next(self.network.parameters()).dtype))
+        num_prefix = self.network.num_prefix_tokens
+        final = final.float()  # [B, prefix + N, C]
+        tokens = final[:, num_prefix:]  # [B, N, C]
+        has_class_token = getattr(self.network, "cls_token", None) is not None
+        return VFMFeatures(
+            layers=tuple(tokens if k is None else before[k][:, num_prefix:].float() for k in self._blocks_before),
+            tokens=tokens,
+            pooled=final[:, 0] if has_class_token else tokens.mean(1),  # [B, C]
+            grid=grid,
+        )
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Brings images to the model's input: [-1, 1] → [0, 1], resize by `input_scale`, the model's mean and std.
+
+        Args:
+            images: `[B, 3, H, W]` in [-1, 1].
+
+        Returns:
+            float32 `[B, 3, H * input_scale, W * input_scale]`.
+        """
+        if not images.is_floating_point():
+            raise ValueError(f"images: {self.name} takes float images in [-1, 1], given {images.dtype}")
+        images = (images.float() + 1) / 2
+        if self.input_scale != 1:
+            size = [round(side * self.input_scale) for side in images.shape[-2:]]
+            # Antialiasing only when shrinking: it would change nothing but the speed of bilinear enlarging.
+            images = F.interpolate(images, size=size, mode=self.interpolation, antialias=self.input_scale < 1)
+        return (images - self.mean.float()) / self.std.float()
+
+    def extra_repr(self) -> str:
+        """What the printed model says of it."""
+        return f"{self.name}, layers={list(self.layers)}, input_scale={self.input_scale}"
+
+    def _num_blocks_before(self, layer: int) -> int | None:
+        """How many blocks a layer's tokens have passed; None for the result of the final norm."""
+        if layer == -1:
+            return None
+        num_blocks = layer if layer >= 0 else self.depth + 2 + layer
+        if not 0 <= num_blocks <= self.depth:
+            raise ValueError(
+                f"layers: {self.name} has no layer {layer}; its {self.depth} blocks give layers 0 to {self.depth} and "
+                f"{-self.depth - 2} to -1"
+            )
+        return num_blocks
+
+    def _run(self, inputs: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Final tokens, and tokens by the number of blocks passed; both with prefix tokens.
+
+        Hooks serve every family alike, whatever its blocks take beside the tokens.
+        """
+        before: dict[int, Tensor] = {}
+
+        def keep_input(block: nn.Module, args: tuple[Tensor, ...]) -> None:
+            before[0] = args[0]
+
+        def keep_output(num_blocks: int) -> Callable[[nn.Module, Any, Tensor], None]:
+            return lambda block, args, output: before.__setitem__(num_blocks, output)
+
+        with ExitStack() as hooks:
+            for num_blocks in {k for k in self._blocks_before if k is not None}:
+                if num_blocks == 0:
+                    hook = self.network.blocks[0].register_forward_pre_hook(keep_input)
+                else:
+                    hook = self.network.blocks[num_blocks - 1].register_forward_hook(keep_output(num_blocks))
+                hooks.callback(hook.remove)
+            return self.network.forward_features(inputs), before
+
+    def _token_grid(self, inputs: Tensor) -> tuple[int, int]:
+        height, width = inputs.shape[-2:]
+        embed = self.network.patch_embed
+        resized = f" (images resized by input_scale = {self.input_scale})" if self.input_scale != 1 else ""
+        if embed.strict_img_size and embed.img_size is not None and (height, width) != tuple(embed.img_size):
+            raise ValueError(
+                f"images: {self.name} takes {embed.img_size[0]}x{embed.img_size[1]} pixels only, given "
+                f"{height}x{width}{resized}; change the image size or input_scale, or give model_args: img_size"
+            )
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"images: {self.name} has patches of {self.patch_size} pixels, which don't divide {height}x{width}"
+                f"{resized}; height and width times input_scale must be multiples of {self.patch_size}"
+            )
+        return height // self.patch_size, width // self.patch_size
