@@ -1,0 +1,249 @@
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from vfm_vae.vfm import Frozen, FrozenVFM, create_vit, interpolation_of, target_interpolation_of
+
+# Real timm entry points, shrunk; (prefix tokens, has a class token)
+FAMILIES = {
+    "vit_large_patch16_siglip_512.v2_webli": (0, False),
+    "vit_base_patch16_siglip_256.webli": (0, False),
+    "vit_large_patch14_dinov2.lvd142m": (1, True),
+    "vit_large_patch14_reg4_dinov2.lvd142m": (5, True),
+    "vit_large_patch16_dinov3.lvd1689m": (5, True),
+    "eva02_large_patch14_448.mim_m38m_ft_in22k_in1k": (1, True),
+    "eva_giant_patch14_336.clip_ft_in1k": (1, True),
+    "vit_large_patch16_224.mae": (1, True),
+    "vit_large_patch14_clip_224.openai": (1, True),
+    "vit_pe_core_large_patch14_336.fb": (1, True),
+}
+SIGLIP = "vit_large_patch16_siglip_512.v2_webli"
+DEPTH, WIDTH = 3, 48
+
+
+def tiny(name=SIGLIP, **kwargs):
+    torch.manual_seed(0)
+    model_args = {"depth": DEPTH, "embed_dim": WIDTH, "num_heads": 2, "img_size": 56 if "patch14" in name else 64}
+    return FrozenVFM(name, pretrained=False, model_args=model_args, **kwargs)
+
+
+def images_for(vfm, rows=4, columns=4, batch=2):
+    side = vfm.patch_size / vfm.input_scale
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(batch, 3, int(rows * side), int(columns * side), generator=generator) * 2 - 1
+
+
+def tokens_by_hand(vfm, images):
+    """Tokens entering the first block, leaving each block, and after the final norm: a plain run, block by block."""
+    network = vfm.network
+    x = network.patch_embed(vfm.prepare(images))
+    x = network._pos_embed(x)
+    x, *rope = x if isinstance(x, tuple) else (x,)
+    x = network.norm_pre(x)
+    tokens = [x]
+    for depth, block in enumerate(network.blocks):
+        if rope and rope[0] is not None:
+            mixed = getattr(network, "rope_mixed", False)
+            x = block(x, rope=rope[0][depth] if mixed else rope[0])
+        else:
+            x = block(x)
+        tokens.append(x)
+    return [*tokens, network.norm(x)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_tokens_and_pooled_feature_of_every_family(name):
+    num_prefix, has_class_token = FAMILIES[name]
+    layers = (-1, 0, 2, -2, -3, 2)
+    vfm = tiny(name, layers=layers)
+    images = images_for(vfm)
+
+    features = vfm(images)
+
+    by_hand = tokens_by_hand(vfm, images)  # index k: k blocks passed; the last: after the norm
+    assert vfm.network.num_prefix_tokens == num_prefix
+    for layer, tokens in zip(layers, features.layers, strict=True):
+        assert tokens.shape == (2, 16, WIDTH)
+        assert tokens.dtype == torch.float32
+        torch.testing.assert_close(tokens, by_hand[layer][:, num_prefix:])
+    torch.testing.assert_close(features.tokens, by_hand[-1][:, num_prefix:])
+    pooled = by_hand[-1][:, 0] if has_class_token else by_hand[-1].mean(1)
+    torch.testing.assert_close(features.pooled, pooled)
+    assert vfm.width == WIDTH
+    assert vfm.depth == DEPTH
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_size_that_the_patches_divide(name):
+    vfm = tiny(name, layers=(0, -1))
+    features = vfm(images_for(vfm, rows=3, columns=6))
+    assert features.grid == (3, 6)
+    assert features.tokens.shape == features.layers[0].shape == (2, 18, WIDTH)
+
+
+def test_tokens_are_in_raster_order():
+    vfm = tiny(layers=(0,))
+    images = images_for(vfm, rows=3, columns=5)
+    changed = images.clone()
+    changed[:, :, 16:32, 48:64] = 0  # row 1, column 3
+    moved = (vfm(images).layers[0] != vfm(changed).layers[0]).any(-1).any(0)
+    assert moved.nonzero().flatten().tolist() == [1 * 5 + 3]
+
+
+def test_input_scale_enlarges_the_token_grid():
+    vfm = tiny(input_scale=2.0)
+    assert vfm(images_for(vfm, rows=4, columns=6)).grid == (4, 6)
+    assert vfm.prepare(torch.zeros(1, 3, 32, 48)).shape == (1, 3, 64, 96)
+
+
+def test_interpolation_follows_the_table():
+    assert interpolation_of(SIGLIP) == target_interpolation_of(SIGLIP) == "bilinear"
+    assert interpolation_of("vit_large_patch16_224.mae") == target_interpolation_of("vit_large_patch16_224.mae")
+    dinov2 = "vit_large_patch14_reg4_dinov2.lvd142m"
+    assert interpolation_of(dinov2) == target_interpolation_of(dinov2) == "bicubic"
+    for eva in ("eva_giant_patch14_336.clip_ft_in1k", "eva02_large_patch14_448.mim_m38m_ft_in22k_in1k"):
+        assert (interpolation_of(eva), target_interpolation_of(eva)) == ("bilinear", "bicubic")
+
+
+def test_frozen_stays_frozen_in_training():
+    vfm = tiny()
+    model = nn.ModuleDict({"vfm": vfm, "head": nn.Linear(WIDTH, 1)})
+    before = copy.deepcopy(vfm.network.state_dict())
+    model.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model["head"](model["vfm"].differentiable(images_for(vfm)).pooled).sum().backward()
+        optimizer.step()
+    assert not any(module.training for module in vfm.network.modules())
+    assert not any(parameter.requires_grad for parameter in vfm.network.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in vfm.network.state_dict().items())
+
+
+def test_is_in_no_parameters_and_no_checkpoint():
+    model = nn.ModuleDict({"vfm": tiny(), "head": nn.Linear(WIDTH, 1)})
+    assert set(model.state_dict()) == {"head.weight", "head.bias"}
+    assert {name for name, _ in model.named_parameters()} == {"head.weight", "head.bias"}
+    model.load_state_dict(model.state_dict())
+
+
+def test_gradients_reach_the_images_only_when_asked():
+    vfm = tiny(layers=(1, -1))
+    images = images_for(vfm).requires_grad_()
+    assert not vfm(images).tokens.requires_grad
+    vfm.differentiable(images).tokens.square().mean().backward()
+    assert images.grad.abs().sum() > 0
+
+
+def test_follows_to_and_still_answers_in_float32():
+    vfm = tiny(layers=(0, -1))
+    images = images_for(vfm)
+    expected = vfm(images).tokens
+    nn.Sequential(vfm).to(torch.float64)
+    assert next(vfm.network.parameters()).dtype == torch.float64
+    features = vfm(images)
+    assert {features.tokens.dtype, features.pooled.dtype, features.layers[0].dtype} == {torch.float32}
+    torch.testing.assert_close(features.tokens, expected)
+    assert next(nn.Sequential(vfm).to("meta")[0].network.parameters()).device.type == "meta"
+
+
+def test_stays_in_float32_under_autocast_on_cpu():
+    vfm = tiny()
+    images = images_for(vfm)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = vfm(images)
+    assert torch.equal(features.tokens, vfm(images).tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_runs_in_bfloat16_on_cuda():
+    vfm = tiny(layers=(0, -1)).cuda()
+    features = vfm(images_for(vfm).cuda())
+    assert features.tokens.dtype == torch.float32
+    reference = tiny(layers=(0, -1))
+    torch.testing.assert_close(features.tokens.cpu(), reference(images_for(vfm)).tokens, rtol=0.05, atol=0.05)
+
+
+def test_copies_are_independent_and_leave_no_hooks():
+    vfm = tiny(layers=(0, 1, -1))
+    images = images_for(vfm)
+    expected = vfm(images).tokens
+    duplicate = copy.deepcopy(vfm)
+    with torch.no_grad():
+        vfm.network.blocks[0].mlp.fc1.weight.zero_()
+    torch.testing.assert_close(duplicate(images).tokens, expected)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in duplicate.network.modules())
+
+
+def test_fingerprint_tells_weights_apart():
+    vfm, same = tiny(), tiny(layers=(0,), input_scale=2.0)
+    other = tiny()
+    with torch.no_grad():
+        other.network.norm.bias[0] += 1e-6
+    assert vfm.fingerprint() == same.fingerprint() == copy.deepcopy(vfm).fingerprint()
+    assert vfm.fingerprint() != other.fingerprint()
+    assert len(vfm.fingerprint()) == 64
+
+
+def test_frozen_runs_any_network():
+    frozen = Frozen(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
+    frozen.train()
+    x = torch.ones(1, 2, requires_grad=True)
+    assert torch.equal(frozen(x), frozen(x))
+    assert frozen(x).requires_grad
+    assert not list(frozen.parameters())
+
+
+def test_weights_from_a_local_file(tmp_path):
+    vfm = tiny()
+    model_args = {"depth": DEPTH, "embed_dim": WIDTH, "num_heads": 2, "img_size": 64}
+    torch.save(vfm.network.state_dict(), tmp_path / "vit.pth")
+    again = FrozenVFM(SIGLIP, weights=str(tmp_path / "vit.pth"), model_args=model_args)
+    assert again.fingerprint() == vfm.fingerprint()
+
+
+def test_unknown_names_are_refused_with_a_suggestion():
+    with pytest.raises(ValueError, match="no model 'vit_large_patch16_siglip_521'; did you mean 'vit_large_"):
+        create_vit("vit_large_patch16_siglip_521")
+    with pytest.raises(ValueError, match=r"no weights called 'webli2'; there are \['v2_webli', 'webli'\]"):
+        create_vit("vit_large_patch16_siglip_512.webli2")
+    with pytest.raises(ValueError, match="is no plain vision transformer"):
+        create_vit("resnet18", pretrained=False)
+
+
+def test_missing_and_unreadable_weights_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"no file at '/nowhere/vit.safetensors' for 'vit_"):
+        create_vit(SIGLIP, weights="/nowhere/vit.safetensors")
+    (tmp_path / "vit.pth").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"weights: those of 'vit_.*could not be had from"):
+        create_vit(SIGLIP, weights=tmp_path / "vit.pth", depth=1, embed_dim=16, num_heads=1)
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to host\nmore")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ValueError, match=r"by download \(OSError: no route to host\); give a local file") as error:
+        create_vit(SIGLIP)
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    vfm = tiny(input_scale=2.0)
+    with pytest.raises(ValueError, match=r"patches of 16 pixels, which don't divide 64x68 \(images resized by"):
+        vfm(torch.zeros(1, 3, 32, 34))
+    fixed = tiny("beit_base_patch16_224")
+    assert fixed(torch.zeros(1, 3, 64, 64)).grid == (4, 4)
+    with pytest.raises(ValueError, match="beit_base_patch16_224 takes 64x64 pixels only, given 48x64"):
+        fixed(torch.zeros(1, 3, 48, 64))
+    with pytest.raises(ValueError, match=r"float images in \[-1, 1\], given torch.uint8"):
+        vfm(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("layer", [DEPTH + 1, -DEPTH - 3])
+def test_layers_that_do_not_exist_are_refused(layer):
+    with pytest.raises(ValueError, match=f"layers: {SIGLIP} has no layer {layer}; its 3 blocks give layers 0 to 3"):
+        tiny(layers=(layer,))
