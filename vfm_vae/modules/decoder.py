@@ -1,0 +1,234 @@
+"""The decoder: a latent to images at growing resolutions."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vfm_vae.modules.layers import EqualizedLinear, SelfAttentionLayer, UpsampleUnit, activation
+from vfm_vae.modules.modulated import ModulatedConvNeXt, ToRGB
+from vfm_vae.types import Decoded
+
+# The published decoder is coarse in its first blocks and takes larger kernels after.
+COARSE_KERNEL_BLOCKS, COARSE_BLUR_BLOCKS, EXTRA_LAYER_BLOCKS = 2, 3, 4
+
+
+class Mapping(nn.Module):
+    """Pools the latent to the global latent w that styles every modulated layer.
+
+    Args:
+        latent_channels: Channels of the decoded latent.
+        w_channels: Width of w.
+        pooled_size: Sides to which the latent is average-pooled.
+    """
+
+    def __init__(self, latent_channels: int, w_channels: int, pooled_size: int = 1):
+        super().__init__()
+        pooled = latent_channels * pooled_size**2
+        self.pooled_size = pooled_size
+        self.hidden = EqualizedLinear(pooled, pooled, lr_multiplier=0.01)
+        self.out = EqualizedLinear(pooled, w_channels, lr_multiplier=0.01)
+        self.register_buffer("average", torch.zeros(w_channels))
+
+    def forward(self, latent: Tensor, truncation: float = 1.0) -> Tensor:
+        """Maps `[B, C, h, w]` to `[B, w_channels]`, drawn towards the average of training by `truncation` below 1."""
+        x = F.adaptive_avg_pool2d(latent.float(), self.pooled_size).flatten(1)
+        x = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
+        w = self.out(F.leaky_relu(self.hidden(x), 0.2)).float()
+        if self.training:
+            self.average.lerp_(w.detach().mean(dim=0), 1 - 0.995)
+        return w if truncation == 1.0 else self.average.lerp(w, truncation)
+
+
+class LatentRoute(nn.Sequential):
+    """Brings the latent to a block's input: unshuffled for coarse blocks, shuffled for fine ones.
+
+    Args:
+        latent_channels: Channels of the decoded latent.
+        out_channels: Channels handed to the block.
+        scale: log2 of the block's input sides over the latent's: -2, -1, 0, 1, …
+        act: Name of the activation.
+    """
+
+    def __init__(self, latent_channels: int, out_channels: int, scale: int, act: str):
+        channels = latent_channels * 4 ** max(-scale, 0)
+        widened = out_channels * 4 ** max(scale, 0)
+        super().__init__(
+            nn.PixelUnshuffle(2 ** max(-scale, 0)),
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+            nn.Conv2d(channels, widened, 1, bias=False),
+            nn.GroupNorm(min(32, widened), widened),
+            activation(act),
+            nn.PixelShuffle(2 ** max(scale, 0)),
+            nn.Conv2d(out_channels, out_channels, 1, bias=False),
+            nn.GroupNorm(min(32, out_channels), out_channels),
+        )
+
+
+class DecoderBlock(nn.Module):
+    """One resolution: upsampling, modulated ConvNeXt layers, self-attention, and the image of the running feature sum.
+
+    Args:
+        index: Position in the decoder, which sets kernels and blur.
+        in_channels: Channels of the features and of the latent's route together.
+        previous_channels: Channels of the former block, None in the first.
+        channels: Channels of this block.
+        w_channels: Width of the global latent.
+        num_layers: Modulated ConvNeXt layers.
+        attention_depth: Self-attention layers.
+        attention_heads: Heads of each.
+        attention_widening: Widening of each one's feed-forward layer.
+        blur: Whether upsampling ends with a blur.
+        noise_side: Sides of the legacy noise maps, or None.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        in_channels: int,
+        previous_channels: int | None,
+        channels: int,
+        w_channels: int,
+        num_layers: int,
+        attention_depth: int,
+        attention_heads: int,
+        attention_widening: int,
+        blur: bool,
+        noise_side: int | None,
+    ):
+        super().__init__()
+        taps = ((1, 2, 1) if index < COARSE_BLUR_BLOCKS else (1, 4, 6, 4, 1)) if blur else None
+        kernel = 5 if index < COARSE_KERNEL_BLOCKS else 7
+        first = previous_channels is None
+        self.upsample = UpsampleUnit(in_channels, channels, taps, norm_first=not first)
+        self.upsample_sum = None if first else UpsampleUnit(previous_channels, channels, taps)
+        self.layers = nn.ModuleList(
+            ModulatedConvNeXt(channels, w_channels, kernel, noise_side) for _ in range(num_layers)
+        )
+        self.attention = nn.Sequential(
+            *(SelfAttentionLayer(channels, attention_heads, attention_widening) for _ in range(attention_depth))
+        )
+        self.to_rgb = ToRGB(channels, w_channels)
+
+    def forward(self, x: Tensor, feature_sum: Tensor | None, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Doubles the resolution.
+
+        Args:
+            x: Features and latent route, `[B, C_in, H, W]`.
+            feature_sum: Running sum of the former blocks' features, `[B, C_previous, H, W]`.
+            w: Global latent, `[B, w_channels]`.
+
+        Returns:
+            Features `[B, C, 2H, 2W]`, their running sum, and the image computed from it, `[B, 3, 2H, 2W]`.
+        """
+        x = self.upsample(x)
+        for layer in self.layers:
+            x = layer(x, w)
+        x = self.attention(x)
+        feature_sum = x if self.upsample_sum is None else self.upsample_sum(feature_sum) + x
+        return x, feature_sum, self.to_rgb(feature_sum, w)
+
+
+class Decoder(nn.Module):
+    """Decodes a latent by multi-scale fusion and progressive resolution (VFM-VAE, section 3.3).
+
+    Block i takes sides of `latent · 2^(i-2)` and doubles them, so `num_blocks` blocks decode a grid of h rows to
+    `h · 2^(num_blocks - 2)` rows.
+
+    Args:
+        latent_channels: Channels of the decoded latent, as the adapter hands it over.
+        channels: Channels of every block, coarse to fine; their number is the number of blocks.
+        route_channels: Channels in which the first blocks get the latent; the first block has no other input.
+        attention_depths: Self-attention layers of the first blocks.
+        num_res_blocks: Every block has `1 + 2 · num_res_blocks` ConvNeXt layers.
+        extra_low_res_layers: Whether the first four blocks have `1 + 3 · num_res_blocks` instead.
+        w_channels: Width of the global latent.
+        pooled_size: Sides to which the latent is pooled for the global latent.
+        attention_heads: Heads of the self-attention layers.
+        attention_widening: Widening of their feed-forward layers.
+        route_activation: `lrelu`, `silu` or `gelu`.
+        blur: Whether upsampling ends with a blur.
+        legacy_noise: Whether ConvNeXt layers add the fixed noise maps of the published 256 px weights.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int = 512,
+        channels: Sequence[int] = (512, 512, 512, 512, 256, 128),
+        route_channels: Sequence[int] = (512, 256, 128, 128),
+        attention_depths: Sequence[int] = (2, 2, 2),
+        num_res_blocks: int = 2,
+        extra_low_res_layers: bool = True,
+        w_channels: int = 512,
+        pooled_size: int = 1,
+        attention_heads: int = 8,
+        attention_widening: int = 4,
+        route_activation: str = "lrelu",
+        blur: bool = True,
+        legacy_noise: bool = False,
+    ):
+        super().__init__()
+        num_blocks = len(channels)
+        if not 1 <= len(route_channels) <= num_blocks or len(attention_depths) > num_blocks:
+            raise ValueError(
+                f"route_channels (1 to {num_blocks} entries) and attention_depths (up to {num_blocks}) belong to the "
+                f"first of {num_blocks} blocks, but have {len(route_channels)} and {len(attention_depths)} entries"
+            )
+        if bad := [c for c in channels if c % 4]:
+            raise ValueError(f"channels must divide by 4, these do not: {bad}")
+        routes = [*route_channels, *[0] * (num_blocks - len(route_channels))]
+        depths = [*attention_depths, *[0] * (num_blocks - len(attention_depths))]
+        self.mapping = Mapping(latent_channels, w_channels, pooled_size)
+        self.routes = nn.ModuleList(
+            LatentRoute(latent_channels, c, i - 2, route_activation) for i, c in enumerate(route_channels)
+        )
+        self.blocks = nn.ModuleList()
+        for i in range(num_blocks):
+            previous = channels[i - 1] if i else None
+            groups = 3 if extra_low_res_layers and i < EXTRA_LAYER_BLOCKS else 2
+            self.blocks.append(
+                DecoderBlock(
+                    index=i,
+                    in_channels=(previous or 0) + routes[i],
+                    previous_channels=previous,
+                    channels=channels[i],
+                    w_channels=w_channels,
+                    num_layers=1 + num_res_blocks * groups,
+                    attention_depth=depths[i],
+                    attention_heads=attention_heads,
+                    attention_widening=attention_widening,
+                    blur=blur,
+                    noise_side=8 * 2**i if legacy_noise else None,
+                )
+            )
+
+    @property
+    def upscaling(self) -> int:
+        """Sides of the image over sides of the latent grid; may be below 1 for a single block."""
+        return 2 ** len(self.blocks) // 4
+
+    def forward(self, latent: Tensor, truncation: float = 1.0) -> Decoded:
+        """Decodes.
+
+        Args:
+            latent: Decoded latent, `[B, C, h, w]`; h and w divide by 4.
+            truncation: ψ of `w̄ + ψ(w - w̄)`.
+
+        Returns:
+            The image `[B, 3, h·f, w·f]`, f being `upscaling`, and the earlier blocks' images.
+
+        Raises:
+            ValueError: if the grid does not divide by 4.
+        """
+        if latent.shape[2] % 4 or latent.shape[3] % 4:
+            raise ValueError(f"the latent grid's sides must divide by 4, got {latent.shape[2]}x{latent.shape[3]}")
+        w = self.mapping(latent, truncation)
+        x, feature_sum, images = None, None, []
+        for i, block in enumerate(self.blocks):
+            inputs = [] if x is None else [x]
+            if i < len(self.routes):
+                inputs.append(self.routes[i](latent))
+            x, feature_sum, image = block(torch.cat(inputs, dim=1), feature_sum, w)
+            images.append(image.float())
+        return Decoded(images[-1], tuple(images[:-1]))

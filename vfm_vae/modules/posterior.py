@@ -1,0 +1,35 @@
+"""The Gaussian posterior of the continuous tokenizer."""
+
+import torch
+from torch import Tensor
+
+
+class DiagonalGaussian:
+    """A normal distribution with a diagonal covariance over latents.
+
+    Computed in float32, whatever the moments' precision: a log-variance in bfloat16 has steps of 1 %.
+
+    Args:
+        moments: Means, then log-variances, `[B, 2C, h, w]`; log-variances are clamped to [-30, 20].
+
+    Attributes:
+        mean: `[B, C, h, w]`.
+        logvar: `[B, C, h, w]`, clamped.
+    """
+
+    def __init__(self, moments: Tensor):
+        self.mean, logvar = moments.float().chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    def mode(self) -> Tensor:
+        """The mean, `[B, C, h, w]`."""
+        return self.mean
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """`mean + exp(logvar / 2) · noise`, `[B, C, h, w]`; fresh standard normal noise unless it is given."""
+        noise = torch.randn_like(self.mean) if noise is None else noise
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Tensor:
+        """Divergence from N(0, I) in nats, summed over latent dimensions (Kingma & Welling 2014, appendix B), `[B]`."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
