@@ -1,0 +1,89 @@
+"""Guard against steps that would ruin the weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+class NonFiniteGuard:
+    """Decides whether a step may be taken; all ranks decide together, so that none waits for another.
+
+    A step is refused when on any rank
+
+    - a term is not finite (from the first step on), or
+    - a reconstruction term is more than `jump` times that of the last accepted step, or
+    - an adversarial term is above `adversarial_limit`.
+
+    The last two begin `grace_images` images after the start or a resume: until then losses may rightly move that fast.
+
+    Args:
+        jump: largest allowed ratio of a reconstruction term to its last accepted value.
+        floor: a last value at or below this allows any jump.
+        adversarial_limit: largest allowed adversarial term.
+        grace_images: images, over all ranks, before anything but finiteness is asked for.
+
+    Attributes:
+        num_skipped: steps refused so far, former runs included.
+    """
+
+    def __init__(
+        self, jump: float = 10.0, floor: float = 1e-6, adversarial_limit: float = 1e4, grace_images: int = 50_000
+    ) -> None:
+        self.jump = jump
+        self.floor = floor
+        self.adversarial_limit = adversarial_limit
+        self.grace_images = grace_images
+        self.num_skipped = 0
+        self._first_images: int | None = None
+        self._previous: dict[str, Tensor] = {}
+
+    def accepts(
+        self, reconstruction: Mapping[str, Tensor], adversarial: Mapping[str, Tensor], images_seen: int
+    ) -> bool:
+        """Says whether the step with these terms may be taken; call it once per step, on every rank.
+
+        Waits for the device once.
+
+        Args:
+            reconstruction: scalars that fall slowly, by name.
+            adversarial: scalars of the two-player game, by name.
+            images_seen: images trained on so far, over all ranks.
+        """
+        if self._first_images is None:
+            self._first_images = images_seen
+        with torch.no_grad():
+            refused = self._refused(reconstruction, adversarial, images_seen - self._first_images >= self.grace_images)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(refused, distributed.ReduceOp.MAX)
+        if refused.item():
+            self.num_skipped += 1
+            return False
+        self._previous = {name: term.detach() for name, term in reconstruction.items()}
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint stores: numbers only."""
+        previous = {name: float(term) for name, term in self._previous.items()}
+        return {"num_skipped": self.num_skipped, "previous": previous}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state`; the grace period begins anew."""
+        self.num_skipped = state["num_skipped"]
+        self._previous = {name: torch.tensor(value) for name, value in state["previous"].items()}
+        self._first_images = None
+
+    def _refused(self, reconstruction: Mapping[str, Tensor], adversarial: Mapping[str, Tensor], strict: bool) -> Tensor:
+        """Whether this rank refuses: a float32 scalar on the terms' device, since not all backends reduce booleans."""
+        terms = torch.stack([term.float() for term in (*reconstruction.values(), *adversarial.values())])
+        refused = ~terms.isfinite().all()
+        if strict:
+            num = len(reconstruction)
+            unknown = terms.new_zeros(())  # below the floor, so that a new term may have any value
+            previous = [self._previous.get(name, unknown).to(terms) for name in reconstruction]
+            if previous:
+                last = torch.stack(previous)
+                refused = refused | ((last > self.floor) & (terms[:num] > self.jump * last)).any()
+            refused = refused | (terms[num:] > self.adversarial_limit).any()
+        return refused.float()

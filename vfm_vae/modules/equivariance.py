@@ -1,0 +1,115 @@
+"""Equivariance regularisation: what happens to an image must happen to its latent alike (VFM-VAE, arXiv 2510.18457)."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vfm_vae.modules.resize import resize
+from vfm_vae.vfm import Interpolation
+
+SIDE_MULTIPLE = 4
+"""What the sides of every latent must divide by: the decoder's first block unshuffles by four."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One draw of the regulariser, for a whole batch. At most one of the two branches does anything.
+
+    The step goes: encode `images = shrink(images)`, decode `latent(z)`, compare with `image(images)`.
+
+    Attributes:
+        scale: factor on the sides of the latent and of the target.
+        quarter_turns: clockwise rotations by 90° of the latent and of the target.
+        prior_scale: factor on the sides of the image before anything sees it (the prior branch).
+    """
+
+    scale: float = 1.0
+    quarter_turns: int = 0
+    prior_scale: float = 1.0
+
+    def shrink(self, images: Tensor, interpolation: Interpolation) -> Tensor:
+        """Shrinks images `[B, 3, H, W]` before the VFM, antialiased; the shrunk image is then the target."""
+        return resize(images, _scaled(images, self.prior_scale), interpolation)
+
+    def latent(self, z: Tensor) -> Tensor:
+        """Transforms latents `[B, C, h, w]`: bilinear without antialias, then turned."""
+        z = resize(z, _scaled(z, self.scale), "bilinear", antialias=False)
+        return self._turn(z)
+
+    def image(self, images: Tensor, interpolation: Interpolation) -> Tensor:
+        """Transforms target images `[B, 3, H, W]` as the latent was: antialiased, then turned."""
+        images = resize(images, _scaled(images, self.scale), interpolation)
+        return self._turn(images)
+
+    def _turn(self, maps: Tensor) -> Tensor:
+        # rot90 counts anticlockwise.
+        return torch.rot90(maps, -self.quarter_turns, (-2, -1)) if self.quarter_turns % 4 else maps
+
+
+class EquivarianceRegularizer:
+    """Draws one transform per batch, the same on all ranks.
+
+    A draw is a pure function of the seed, the images seen and the latent grid: no state to store, no rank to ask, and
+    a resumed run draws as the uninterrupted one. With `probability` the latent is scaled and turned; otherwise, with
+    `prior_probability`, the input image is shrunk; otherwise nothing happens.
+
+    Scales that leave a latent whose sides don't divide by 4, which the decoder can't take, are left out: an 8x8 latent
+    is never scaled by 0.25 or 0.75, a 16x16 latent by all of them.
+
+    Args:
+        probability: how often the latent is transformed.
+        prior_probability: how often the input is shrunk where the latent is not transformed.
+        scales: factors for the latent, all equally likely.
+        prior_scales: factors for the input image, all equally likely.
+        seed: chooses the sequence of draws.
+    """
+
+    def __init__(
+        self,
+        probability: float = 0.5,
+        prior_probability: float = 0.25,
+        scales: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+        prior_scales: Sequence[float] = (0.25, 0.5, 0.75),
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("probability", probability), ("prior_probability", prior_probability)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: must lie in [0, 1], given {value}")
+        self.probability = probability
+        self.prior_probability = prior_probability
+        self.scales = tuple(scales)
+        self.prior_scales = tuple(prior_scales)
+        self.seed = seed
+
+    def draw(self, images_seen: int, latent_grid: Sequence[int]) -> Transform:
+        """The transform of the batch that begins after `images_seen` images.
+
+        Args:
+            images_seen: images trained on so far, over all ranks.
+            latent_grid: rows and columns of the untransformed latent.
+
+        Raises:
+            ValueError: if the sides of the grid don't divide by 4.
+        """
+        if any(side % SIDE_MULTIPLE for side in latent_grid):
+            raise ValueError(f"latent_grid: sides must be multiples of {SIDE_MULTIPLE}, given {tuple(latent_grid)}")
+        # Seeding by a string hashes it (SHA-512), so that neighbouring counters give unrelated draws.
+        generator = random.Random(f"{self.seed} {images_seen}")
+        if generator.random() < self.probability:
+            scale = generator.choice(_usable(self.scales, latent_grid))
+            return Transform(scale=scale, quarter_turns=generator.randrange(4))
+        if generator.random() < self.prior_probability:
+            return Transform(prior_scale=generator.choice(_usable(self.prior_scales, latent_grid)))
+        return Transform()
+
+
+def _usable(scales: Sequence[float], latent_grid: Sequence[int]) -> list[float]:
+    """The scales under which the latent's sides still divide by 4; the identity where there is none."""
+    return [scale for scale in scales if all(side * scale % SIDE_MULTIPLE == 0 for side in latent_grid)] or [1.0]
+
+
+def _scaled(maps: Tensor, scale: float) -> tuple[int, int]:
+    return round(maps.shape[-2] * scale), round(maps.shape[-1] * scale)
