@@ -1,0 +1,109 @@
+import pytest
+import torch
+from torchvision.models import vgg16
+
+from vfm_vae.losses.reconstruction import LPIPSLoss, SSIMLoss, VFMPerceptualLoss, l1, l2, multi_resolution_l1
+from vfm_vae.vfm import FrozenVFM
+
+VFM = {"name": "vit_photos_patch8_64", "layers": (2, -1), "pretrained": False}
+
+
+def test_pixel_losses_do_not_clamp():
+    images, target = torch.full((1, 3, 4, 4), 3.0), torch.full((1, 3, 4, 4), 1.0)
+    assert l1(images, target).item() == 2
+    assert l2(images, target).item() == 4
+
+
+def test_ssim_of_equal_images_is_zero_and_clamps():
+    images = torch.rand(2, 3, 24, 24) * 4 - 2
+    assert SSIMLoss()(images, images.clamp(-1, 1)).item() == pytest.approx(0, abs=1e-6)
+    assert SSIMLoss()(images, torch.rand_like(images)).item() > 0.5
+
+
+def test_ssim_is_float32_under_autocast():
+    images, target = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = SSIMLoss()(images.bfloat16().float(), target)
+    assert torch.equal(loss, SSIMLoss()(images.bfloat16().float(), target))
+
+
+def test_multi_resolution_l1_sums_over_resolutions():
+    target = torch.full((2, 3, 32, 32), 0.5)
+    multiscale = [torch.zeros(2, 3, 8, 8, requires_grad=True), torch.ones(2, 3, 16, 16, dtype=torch.bfloat16)]
+    loss = multi_resolution_l1(multiscale, target, "bilinear")
+    assert loss.item() == pytest.approx(1.0)
+    loss.backward()
+    assert multiscale[0].grad.abs().sum() == pytest.approx(1.0)
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory):
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        names = {name: value.shape for name, value in vgg16().state_dict().items() if name.startswith("features")}
+    path = tmp_path_factory.mktemp("hub") / "vgg16.pth"
+    torch.save({name: torch.randn(shape) / max(shape[1:].numel(), 1) ** 0.5 for name, shape in names.items()}, path)
+    return str(path)
+
+
+def test_lpips_is_frozen_and_passes_gradients_to_the_images(vgg_file):
+    loss = LPIPSLoss(weights=vgg_file).train()
+    assert not list(loss.parameters())
+    assert not loss.state_dict()
+    assert not any(module.training for module in loss.network.modules())
+    assert not any(parameter.requires_grad for parameter in loss.network.parameters())
+    images = (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_()
+    target = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert loss(target, target).item() == 0
+    value = loss(images, target)
+    value.backward()
+    assert value.item() > 0
+    assert images.grad.abs().sum() > 0
+
+
+def test_lpips_reads_the_weights_it_is_given(vgg_file):
+    network = LPIPSLoss(weights=vgg_file).network
+    state = torch.load(vgg_file)
+    assert torch.equal(network.net.slice1[0].weight, state["features.0.weight"])
+    assert torch.equal(network.net.slice5[-2].weight, state["features.28.weight"])
+
+
+def test_lpips_without_weights_says_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"weights: those of VGG-16.*nowhere.pth.*weights") as caught:
+        LPIPSLoss(weights=str(tmp_path / "nowhere.pth"))
+    assert "\n" not in str(caught.value)
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    with pytest.raises(ValueError, match=r"checkpoints/vgg16.*no network"):
+        LPIPSLoss()
+
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"weights: no VGG-16 .*other.pth"):
+        LPIPSLoss(weights=str(tmp_path / "other.pth"))
+
+
+def test_vfm_perceptual_loss_sees_the_first_argument_alone():
+    loss = VFMPerceptualLoss(FrozenVFM(**VFM))
+    assert not list(loss.parameters())
+    assert not loss.state_dict()
+    images = (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_()
+    target = (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_()
+    assert loss(target, target).item() == pytest.approx(0, abs=1e-6)
+    value = loss(images, target)
+    value.backward()
+    assert 0 < value.item() <= 4
+    assert images.grad.abs().sum() > 0
+    assert target.grad is None
+
+
+def test_vfm_perceptual_loss_is_the_mean_squared_chord():
+    loss = VFMPerceptualLoss(VFM)
+    images, target = torch.rand(1, 3, 64, 64), -torch.rand(1, 3, 64, 64)
+    pairs = zip(loss.vfm(images).layers, loss.vfm(target).layers, strict=True)
+    cosines = [torch.cosine_similarity(a, b, dim=-1).mean() for a, b in pairs]
+    assert len(cosines) == 2
+    assert loss(images, target).item() == pytest.approx((2 - 2 * torch.stack(cosines).mean()).item(), rel=1e-4)
