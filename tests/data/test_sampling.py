@@ -1,0 +1,122 @@
+import itertools
+
+import pytest
+import torch
+
+from vfm_vae.data.sampling import Draw, EvaluationSampler, ResumableLoader, TrainingSampler
+
+
+class Indices(torch.utils.data.Dataset):
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, draw):
+        return draw.epoch, draw.index
+
+
+def batches_of(draws, size):
+    return (
+        [list(batch) for batch in itertools.batched(draws, size)]
+        if hasattr(itertools, "batched")
+        else [draws[i : i + size] for i in range(0, len(draws), size)]
+    )
+
+
+def training_draws(size, batch_size, ranks, epoch=0, seed=0):
+    samplers = [
+        TrainingSampler(range(size), batch_size // ranks, seed=seed, num_replicas=ranks, rank=rank)
+        for rank in range(ranks)
+    ]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    return [list(sampler) for sampler in samplers]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_batches_over_all_ranks_do_not_depend_on_their_number(ranks):
+    (alone,) = training_draws(30, 8, 1)
+    shares = training_draws(30, 8, ranks)
+    assert {len(share) for share in shares} == {24 // ranks}
+    per_rank = [batches_of(share, 8 // ranks) for share in shares]
+    together = [draw for parts in zip(*per_rank, strict=True) for part in parts for draw in part]
+    assert together == alone
+
+
+def test_training_order_depends_on_seed_and_epoch():
+    (order,) = training_draws(30, 5, 1)
+    assert sorted(draw.index for draw in order) == list(range(30))
+    assert order == training_draws(30, 5, 1)[0]
+    assert {draw.epoch for draw in training_draws(30, 5, 1, epoch=3)[0]} == {3}
+    orders = [[draw.index for draw in training_draws(30, 5, 1, epoch=e, seed=s)[0]] for e in (0, 1) for s in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_too_small_a_data_set_is_refused():
+    with pytest.raises(ValueError, match="batch_size: 16 is more than the 10 training images"):
+        TrainingSampler(range(10), 8, num_replicas=2, rank=0)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 16, 17, 23])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_evaluation_sees_every_image_once_in_equal_batches(size, ranks):
+    samplers = [EvaluationSampler(range(size), 8 // ranks, num_replicas=ranks, rank=rank) for rank in range(ranks)]
+    shares = [list(sampler) for sampler in samplers]
+    assert {len(share) for share in shares} == {len(samplers[0])}
+    real = [draw.index for share in shares for draw in share if not draw.padding]
+    assert sorted(real) == list(range(size))
+    assert sum(draw.padding for share in shares for draw in share) < ranks
+    for batch, parts in enumerate(zip(*(batches_of(share, 8 // ranks) for share in shares), strict=True)):
+        seen = [draw.index for part in parts for draw in part if not draw.padding]
+        assert seen == list(range(batch * 8, min(batch * 8 + 8, size)))
+
+
+def test_one_rank_needs_no_padding():
+    assert list(EvaluationSampler(range(3), 2)) == [Draw(0), Draw(1), Draw(2)]
+
+
+def loader(num_workers):
+    data = Indices(22)
+    return ResumableLoader(
+        data, 4, sampler=TrainingSampler(data, 4), num_workers=num_workers, persistent_workers=num_workers > 0
+    )
+
+
+def epoch_of(loader, epoch):
+    iterator = iter(loader)
+    loader.sampler.set_epoch(epoch)  # after the iterator, as Lightning does when it resumes
+    return [list(zip(*(column.tolist() for column in batch), strict=True)) for batch in iterator]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_batches", [0, 1, 4, 5])
+def test_a_loader_resumes_in_the_middle_of_an_epoch(num_workers, num_batches):
+    uninterrupted = loader(num_workers)
+    epochs = [epoch_of(uninterrupted, epoch) for epoch in range(3)]
+    assert {len(epoch) for epoch in epochs} == {5}
+
+    stopped = loader(num_workers)
+    epoch_of(stopped, 0)
+    iterator = iter(stopped)
+    stopped.sampler.set_epoch(1)
+    for _ in range(num_batches):
+        next(iterator)
+    state = stopped.state_dict()
+    assert state == {"num_batches": num_batches if num_batches else 5}  # not begun: the former epoch's end
+
+    resumed = loader(num_workers)
+    resumed.load_state_dict(state)
+    assert len(resumed) == 5
+    if num_batches < 5:
+        assert epoch_of(resumed, 1) == epochs[1][num_batches:]
+    assert epoch_of(resumed, 2) == epochs[2]
+
+
+def test_a_state_survives_being_saved_again_before_the_first_batch():
+    resumed = loader(0)
+    resumed.load_state_dict({"num_batches": 3})
+    assert resumed.state_dict() == {"num_batches": 3}
+    iter(resumed)
+    assert resumed.state_dict() == {"num_batches": 3}

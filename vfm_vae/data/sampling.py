@@ -1,0 +1,135 @@
+"""Which images a rank sees, in what order, and how a run that was stopped goes on within the epoch.
+
+All randomness of training is a function of (seed, epoch, index): neither workers nor ranks nor a restart change it.
+"""
+
+import math
+from collections.abc import Iterator, Sized
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader, DistributedSampler
+
+from vfm_vae.types import Batch
+
+
+class Draw(NamedTuple):
+    """What a sampler asks of a data set.
+
+    Attributes:
+        index: position in the data set.
+        epoch: seeds the sample's augmentation, together with the data set's seed and the index.
+        padding: the sample only makes ranks equal; metrics are to leave it out.
+    """
+
+    index: int
+    epoch: int = 0
+    padding: bool = False
+
+
+class TrainingSampler(DistributedSampler):
+    """Shuffles by (seed, epoch) and gives each rank its part of every batch; the incomplete last batch is dropped.
+
+    The batches over all ranks do not depend on the number of ranks. It is a `DistributedSampler` so that Lightning
+    leaves it in place, whatever `use_distributed_sampler` says.
+
+    Args:
+        dataset: what is sampled; only its length is used.
+        batch_size: images of one batch on one rank.
+        seed: of the order.
+        num_replicas: number of ranks.
+        rank: this process's.
+
+    Attributes:
+        num_skipped: samples of this rank that the next iteration leaves out, because a former run has seen them.
+
+    Raises:
+        ValueError: the data set is smaller than one batch.
+    """
+
+    def __init__(self, dataset: Sized, batch_size: int, *, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, num_replicas, rank, seed=seed)
+        self.batch_size = batch_size
+        self.num_batches = len(dataset) // (batch_size * num_replicas)
+        self.num_skipped = 0
+        if self.num_batches == 0:
+            raise ValueError(
+                f"batch_size: {batch_size * num_replicas} is more than the {len(dataset)} training images; lower it"
+            )
+
+    def __iter__(self) -> Iterator[Draw]:
+        """The draws of one epoch on this rank."""
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.dataset))
+        batches = order[: self.num_batches * self.num_replicas * self.batch_size]
+        mine = batches.reshape(self.num_batches, self.num_replicas, self.batch_size)[:, self.rank].flatten()
+        return iter([Draw(index, self.epoch) for index in mine[self.num_skipped :].tolist()])
+
+    def __len__(self) -> int:
+        """Samples of a whole epoch on this rank."""
+        return self.num_batches * self.batch_size
+
+
+class EvaluationSampler(DistributedSampler):
+    """Every image once, in order; each batch is divided over the ranks, the last one filled with marked padding.
+
+    Args:
+        dataset: what is sampled; only its length is used.
+        batch_size: images of one batch on one rank.
+        num_replicas: number of ranks.
+        rank: this process's.
+    """
+
+    def __init__(self, dataset: Sized, batch_size: int, *, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle=False)
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[Draw]:
+        """The draws of this rank."""
+        size = len(self.dataset)
+        total = self.batch_size * self.num_replicas
+        for start in range(0, size, total):
+            stop = min(start + total, size)
+            share = math.ceil((stop - start) / self.num_replicas)
+            for index in range(start + self.rank * share, start + (self.rank + 1) * share):
+                yield Draw(index) if index < stop else Draw(stop - 1, padding=True)
+
+    def __len__(self) -> int:
+        """Samples on this rank, padding included: the same on every rank."""
+        full, rest = divmod(len(self.dataset), self.batch_size * self.num_replicas)
+        return full * self.batch_size + math.ceil(rest / self.num_replicas)
+
+
+class ResumableLoader(DataLoader):
+    """A `DataLoader` over a `TrainingSampler` whose state, the batches handed out, goes into Lightning's checkpoint.
+
+    Loading that state leaves those batches of the epoch out, unread. The workers start with the first batch rather
+    than with the iterator, because Lightning makes the iterator before it tells the sampler the epoch.
+
+    Args:
+        *args: as of `DataLoader`.
+        **kwargs: as of `DataLoader`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_yielded = 0
+        self._resumed = False
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches of the running epoch that were handed out, the same number on every rank."""
+        return {"num_batches": self._num_yielded}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Makes the next iteration begin where the state was taken; a whole epoch is the start of the next."""
+        self._num_yielded = state["num_batches"] % len(self)
+        self._resumed = True
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of one epoch, or what is left of it."""
+        if not self._resumed:
+            self._num_yielded = 0
+        self._resumed = False
+        self.sampler.num_skipped = self._num_yielded * self.batch_size
+        for batch in super().__iter__():
+            self._num_yielded += 1
+            yield batch

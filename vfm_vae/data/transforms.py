@@ -1,0 +1,86 @@
+"""From decoded images to uint8 tensors: the training crop, the evaluation crop, and colour conversion."""
+
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
+
+
+class Transform(Protocol):
+    """Makes a square uint8 tensor of an image, with randomness from the generator alone."""
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
+        """Returns uint8 `[3, image_size, image_size]`."""
+
+
+class RandomCrop:
+    """Training transform (VFM-VAE): a random square, resized with antialiasing, flipped half the time.
+
+    Args:
+        image_size: side of the result in pixels.
+        min_crop: smallest side of the square, as a fraction of the image's short side; the largest is 1.
+        resampling: filter of the resize, `lanczos` or `bicubic`.
+    """
+
+    def __init__(
+        self, image_size: int, min_crop: float = 0.5, resampling: Literal["lanczos", "bicubic"] = "lanczos"
+    ) -> None:
+        if not 0 < min_crop <= 1:
+            raise ValueError(f"min_crop: a fraction of the short side in (0, 1], given {min_crop}")
+        if resampling not in RESAMPLING:
+            raise ValueError(f"resampling: {' or '.join(RESAMPLING)}, given {resampling!r}")
+        self.image_size = image_size
+        self.min_crop = min_crop
+        self.resampling = resampling
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
+        """Returns uint8 `[3, image_size, image_size]`."""
+        width, height = image.size
+        side = max(1, round(min(width, height) * generator.uniform(self.min_crop, 1)))
+        left = int(generator.integers(width - side, endpoint=True))
+        top = int(generator.integers(height - side, endpoint=True))
+        image = image.crop((left, top, left + side, top + side))
+        image = image.resize((self.image_size, self.image_size), RESAMPLING[self.resampling])
+        if generator.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return to_tensor(image)
+
+
+class CentreCrop:
+    """Evaluation transform of ADM (Dhariwal and Nichol, arXiv 2105.05233): the largest centred square, resized.
+
+    The image is halved by box filter while its short side is at least twice the target, then resized bicubically.
+
+    Args:
+        image_size: side of the result in pixels.
+    """
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator | None = None) -> Tensor:
+        """Returns uint8 `[3, image_size, image_size]`; nothing is random here."""
+        while min(image.size) >= 2 * self.image_size:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = self.image_size / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        left, top = (image.width - self.image_size) // 2, (image.height - self.image_size) // 2
+        return to_tensor(image.crop((left, top, left + self.image_size, top + self.image_size)))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts greyscale, CMYK, palette, transparent and 16-bit images to 8-bit RGB; alpha is dropped."""
+    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image → uint8 `[3, H, W]`."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
