@@ -40,27 +40,35 @@ class NonFiniteGuard:
         self._previous: dict[str, Tensor] = {}
 
     def accepts(
-        self, reconstruction: Mapping[str, Tensor], adversarial: Mapping[str, Tensor], images_seen: int
+        self,
+        images_seen: int,
+        *,
+        reconstruction: Mapping[str, Tensor] | None = None,
+        adversarial: Mapping[str, Tensor] | None = None,
+        others: Mapping[str, Tensor] | None = None,
     ) -> bool:
-        """Says whether the step with these terms may be taken; call it once per step, on every rank.
+        """Says whether the step with these terms may be taken; every rank asks alike.
 
         Waits for the device once.
 
         Args:
+            images_seen: images trained on so far, over all ranks.
             reconstruction: scalars that fall slowly, by name.
             adversarial: scalars of the two-player game, by name.
-            images_seen: images trained on so far, over all ranks.
+            others: scalars of which nothing but finiteness is asked.
         """
         if self._first_images is None:
             self._first_images = images_seen
+        reconstruction = reconstruction or {}
+        strict = images_seen - self._first_images >= self.grace_images
         with torch.no_grad():
-            refused = self._refused(reconstruction, adversarial, images_seen - self._first_images >= self.grace_images)
+            refused = self._refused(reconstruction, adversarial or {}, others or {}, strict)
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(refused, distributed.ReduceOp.MAX)
         if refused.item():
             self.num_skipped += 1
             return False
-        self._previous = {name: term.detach() for name, term in reconstruction.items()}
+        self._previous |= {name: term.detach() for name, term in reconstruction.items()}
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,9 +82,15 @@ class NonFiniteGuard:
         self._previous = {name: torch.tensor(value) for name, value in state["previous"].items()}
         self._first_images = None
 
-    def _refused(self, reconstruction: Mapping[str, Tensor], adversarial: Mapping[str, Tensor], strict: bool) -> Tensor:
+    def _refused(
+        self,
+        reconstruction: Mapping[str, Tensor],
+        adversarial: Mapping[str, Tensor],
+        others: Mapping[str, Tensor],
+        strict: bool,
+    ) -> Tensor:
         """Whether this rank refuses: a float32 scalar on the terms' device, since not all backends reduce booleans."""
-        terms = torch.stack([term.float() for term in (*reconstruction.values(), *adversarial.values())])
+        terms = torch.stack([x.float() for x in (*reconstruction.values(), *adversarial.values(), *others.values())])
         refused = ~terms.isfinite().all()
         if strict:
             num = len(reconstruction)
@@ -85,5 +99,5 @@ class NonFiniteGuard:
             if previous:
                 last = torch.stack(previous)
                 refused = refused | ((last > self.floor) & (terms[:num] > self.jump * last)).any()
-            refused = refused | (terms[num:] > self.adversarial_limit).any()
+            refused = refused | (terms[num : num + len(adversarial)] > self.adversarial_limit).any()
         return refused.float()

@@ -1,0 +1,8 @@
+"""`python -m vfm_vae fit|validate|test|predict`: the tokenizer's command line."""
+
+from vfm_vae.cli import run
+from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.module import TokenizerModule
+
+if __name__ == "__main__":
+    run(TokenizerModule, ImageNetDataModule)

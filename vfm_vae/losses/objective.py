@@ -1,0 +1,128 @@
+"""The generator's objective: which losses, with which weights."""
+
+from torch import Tensor, nn
+
+from vfm_vae.losses.alignment import adaptive_weight, pool_tokens, vf_loss
+from vfm_vae.losses.reconstruction import (
+    LPIPSLoss,
+    SSIMLoss,
+    VFMPerceptualLoss,
+    l1,
+    l2,
+    multi_resolution_l1,
+)
+from vfm_vae.modules.adapter import Adapter
+from vfm_vae.types import Decoded, Posterior, VFMFeatures
+from vfm_vae.vfm import Interpolation
+
+
+class Objective(nn.Module):
+    """Weights of the tokenizer's losses (VFM-VAE, section 3.4). A loss of weight 0 is not computed.
+
+    Args:
+        l1: Weight of the mean absolute error.
+        l2: Weight of the mean squared error.
+        perceptual: Weight of the perceptual distance.
+        perceptual_loss: The perceptual distance itself; validation reports it under its own name.
+        ssim: Weight of 1 - SSIM.
+        multi_resolution: Weight of the L1 of each multi-scale image.
+        multi_resolution_images: Images seen after which the multi-scale images are left alone.
+        kl: Weight of the divergence from N(0, I), summed over latent dimensions.
+        alignment: Weight of the alignment with the VFM's final tokens.
+        adaptive_alignment: Whether that weight is multiplied by the ratio of gradient norms.
+        distmat_margin: Margin of the alignment's distance matrix term.
+        cos_margin: Margin of its cosine term.
+        adversarial: Weight of the adversarial loss.
+
+    Raises:
+        ValueError: if a perceptual weight has no loss to weigh.
+    """
+
+    def __init__(
+        self,
+        l1: float = 1.0,
+        l2: float = 0.0,
+        perceptual: float = 0.0,
+        perceptual_loss: LPIPSLoss | VFMPerceptualLoss | None = None,
+        ssim: float = 0.0,
+        multi_resolution: float = 0.1,
+        multi_resolution_images: int = 5_000_000,
+        kl: float = 1e-6,
+        alignment: float = 5.0,
+        adaptive_alignment: bool = True,
+        distmat_margin: float = 0.0,
+        cos_margin: float = 0.0,
+        adversarial: float = 1.0,
+    ):
+        super().__init__()
+        if perceptual and perceptual_loss is None:
+            raise ValueError(f"perceptual={perceptual:g} weighs nothing: give perceptual_loss, or set perceptual to 0")
+        self.perceptual_loss = perceptual_loss
+        self.ssim_loss = SSIMLoss()
+        self.multi_resolution_images = multi_resolution_images
+        self.adaptive_alignment = adaptive_alignment
+        self.margins = {"distmat_margin": distmat_margin, "cos_margin": cos_margin}
+        self.weights = {
+            "l1": l1,
+            "l2": l2,
+            "perceptual": perceptual,
+            "ssim": ssim,
+            "multi_resolution": multi_resolution,
+            "kl": kl,
+            "alignment": alignment,
+            "adversarial": adversarial,
+        }
+
+    def reconstruction(
+        self, decoded: Decoded, target: Tensor, interpolation: Interpolation, images_seen: int
+    ) -> dict[str, Tensor]:
+        """Unweighted reconstruction terms by name.
+
+        Args:
+            decoded: The decoder's images.
+            target: What they should be, `[B, 3, H, W]` in [-1, 1].
+            interpolation: How targets are resized.
+            images_seen: Images the tokenizer was trained on.
+        """
+        terms = {
+            "l1": lambda: l1(decoded.image, target),
+            "l2": lambda: l2(decoded.image, target),
+            "perceptual": lambda: self.perceptual_loss(decoded.image, target),
+            "ssim": lambda: self.ssim_loss(decoded.image, target),
+        }
+        if images_seen < self.multi_resolution_images:
+            terms["multi_resolution"] = lambda: multi_resolution_l1(decoded.multiscale, target, interpolation)
+        return {name: term() for name, term in terms.items() if self.weights[name]}
+
+    def latent(
+        self, posterior: Posterior, z: Tensor, features: VFMFeatures, adapter: Adapter, reconstruction: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Unweighted terms on the latent by name, and the numbers that explain them.
+
+        Args:
+            posterior: Of the untransformed images.
+            z: Latents drawn from it, `[B, C, h, w]`.
+            features: The VFM's, of the same images.
+            adapter: Projects z to the VFM's width, and holds the weight at which gradients are compared.
+            reconstruction: Weighted sum of the reconstruction terms.
+
+        Returns:
+            Terms, to be weighted; the alignment term already includes its adaptive weight. Then scalars to log.
+        """
+        terms, extra = {}, {}
+        if self.weights["kl"]:
+            terms["kl"] = posterior.kl().mean()
+        if self.weights["alignment"]:
+            target = pool_tokens(features.tokens, features.grid, z.shape[2:])
+            loss = vf_loss(adapter.align(z), target, **self.margins)
+            extra |= {"alignment_distance": loss.distance.detach(), "alignment_cosine": loss.cosine.detach()}
+            terms["alignment"] = loss.loss
+            if self.adaptive_alignment:
+                weight = adaptive_weight(reconstruction, loss.loss, adapter.last_encoding_weight)
+                extra |= {"alignment": loss.loss.detach(), "alignment_weight": weight}
+                terms["alignment"] = weight * loss.loss
+        return terms, extra
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """Weighted sum of terms, a float32 scalar."""
+        return sum(self.weights[name] * term.float() for name, term in terms.items())

@@ -1,0 +1,302 @@
+"""TokenizerModule: how the tokenizer is trained, stage by stage."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import OptimizerCallable
+
+# Set while LightningCLI builds a module from its config; only then are the hyper-parameters plain data.
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from vfm_vae.discriminators.projected import ProjectedDiscriminator
+from vfm_vae.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
+from vfm_vae.losses.guard import NonFiniteGuard
+from vfm_vae.losses.objective import Objective
+from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics
+from vfm_vae.modules.equivariance import EquivarianceRegularizer
+from vfm_vae.modules.resize import resize
+from vfm_vae.stages import check_vfm, load_stage, vfm_identity
+from vfm_vae.tokenizer import VFMVAE
+from vfm_vae.types import Batch, Decoded, WeightAverage
+
+
+class Evaluation(NamedTuple):
+    """What one evaluated batch is asked for, more than once."""
+
+    images: Tensor
+    latent: Tensor
+    decoded: Decoded
+
+
+class TokenizerModule(LightningModule):
+    """Trains a VFMVAE against a discriminator, with one generator forward per step for both players.
+
+    Args:
+        model: The tokenizer.
+        discriminator: Its opponent.
+        objective: The generator's losses.
+        optimizer: Of the adapter and the decoder.
+        discriminator_optimizer: Of the discriminator.
+        equivariance: Transforms latents or inputs in training; None leaves them alone.
+        guard: Decides which steps are taken.
+        max_images: Images, all stages together, after which training stops; -1 leaves that to the trainer.
+        init_from: Checkpoint of the former stage: weights, discriminator, averages and the image counter are carried
+            over, optimisers start fresh.
+        evaluate: Which latent is decoded in evaluation: the posterior's mode, or a sample as published numbers do.
+        seed: Of every step's randomness.
+        accumulate_grad_batches: Batches whose gradients make one step.
+        gradient_clip_val: Largest gradient norm of either player; None clips nothing.
+
+    Attributes:
+        images_seen: Images trained on, over all ranks and stages.
+    """
+
+    def __init__(
+        self,
+        model: VFMVAE,
+        discriminator: ProjectedDiscriminator,
+        objective: Objective,
+        optimizer: OptimizerCallable,
+        discriminator_optimizer: OptimizerCallable,
+        equivariance: EquivarianceRegularizer | None = None,
+        guard: NonFiniteGuard | None = None,
+        max_images: int = -1,
+        init_from: str | None = None,
+        evaluate: Literal["mode", "sample"] = "mode",
+        seed: int = 0,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+    ):
+        super().__init__()
+        if _given_hyperparameters.get() is not None:
+            self.save_hyperparameters()
+        if model.vfm is None:
+            raise ValueError("model: training needs a VFM, but model.vfm is None")
+        if accumulate_grad_batches < 1:
+            raise ValueError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
+        self.automatic_optimization = False
+        self.model = model
+        self.discriminator = discriminator
+        self.objective = objective
+        self.optimizer, self.discriminator_optimizer = optimizer, discriminator_optimizer
+        self.equivariance = equivariance or EquivarianceRegularizer(probability=0.0, prior_probability=0.0)
+        self.guard = guard or NonFiniteGuard()
+        self.max_images = max_images
+        self.init_from = init_from
+        self.evaluate = evaluate
+        self.seed = seed
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.gradient_clip_val = gradient_clip_val
+        self.interpolation = model.vfm.target_interpolation
+        self.images_seen = 0
+        self._refused = False
+        self._average: Mapping[str, Any] | None = None
+        self._evaluated: tuple[Batch, Evaluation] | None = None
+        perceptual = objective.perceptual_loss
+        self.val_metrics = ReconstructionMetrics({perceptual.name: perceptual} if perceptual is not None else None)
+        self.val_thumbnail = PSNR()
+
+    # Training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One step of both players (VFM-VAE, section 3.4)."""
+        self._seed_step()
+        step_ends = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        images = to_float(batch.images)  # [B, 3, H, W]
+        grid = [side // self.model.compression for side in images.shape[2:]]
+        transform = self.equivariance.draw(self.images_seen, grid)
+
+        images = transform.shrink(images, self.interpolation)
+        features = self.model.vfm(images)
+        posterior = self.model.encode_features(features.layers, features.grid)
+        z = posterior.sample()  # [B, C, h, w]
+        decoded = self.model.decode(transform.latent(z))
+        target = transform.image(images, self.interpolation)
+
+        rec = self.objective.reconstruction(decoded, target, self.interpolation, self.images_seen)
+        latent, scalars = self.objective.latent(posterior, z, features, self.model.adapter, self.objective.total(rec))
+        game = {"adversarial": self._generator_loss(decoded.image)}
+        if self._accepts(reconstruction=rec, adversarial=game, others=latent):
+            self._learn(0, self.objective.total(rec | latent | game), step_ends)
+
+        real, generated = self.discriminator(target), self.discriminator(decoded.image.detach())
+        loss_real, loss_generated = hinge_discriminator_loss(real, generated)
+        opponent = {"discriminator_real": loss_real, "discriminator_generated": loss_generated}
+        if self._accepts(adversarial=opponent):
+            self._learn(1, loss_real + loss_generated, step_ends)
+
+        self._finish(step_ends, len(images))
+        self._log_step(rec | latent | game | opponent | scalars, real, generated)
+
+    def _seed_step(self) -> None:
+        """Makes a step's randomness a function of seed, rank and images seen, so that a resumed run draws the same."""
+        torch.manual_seed(hash((self.seed, self.global_rank, self.images_seen)) & 0x7FFF_FFFF_FFFF_FFFF)
+
+    def _generator_loss(self, images: Tensor) -> Tensor:
+        """The discriminator's word on generated images; its own weights take no gradient from it."""
+        self.discriminator.requires_grad_(False)
+        logits = self.discriminator(images)
+        self.discriminator.requires_grad_(True)
+        return hinge_generator_loss(logits)
+
+    def _accepts(self, **terms: Mapping[str, Tensor]) -> bool:
+        """Whether the guard lets the step go on; a refusal holds for every batch that would make one step."""
+        self._refused = self._refused or not self.guard.accepts(self.images_seen, **terms)
+        return not self._refused
+
+    def _learn(self, player: int, loss: Tensor, step_ends: bool) -> None:
+        """Backward pass, and the optimiser's step where the accumulated batches are complete."""
+        optimizer = self.optimizers()[player]
+        with _accumulating(self.trainer, not step_ends):
+            self.manual_backward(loss / self.accumulate_grad_batches)
+        if not step_ends:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
+        if self.gradient_clip_val is not None:
+            clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
+        # Only the generator goes through Lightning's wrapper, which counts global_step: one step per batch.
+        (optimizer if player == 0 else optimizer.optimizer).step()
+        self.log(("train/grad_norm", "train/grad_norm_discriminator")[player], norm)
+
+    def _finish(self, step_ends: bool, num_images: int) -> None:
+        """Counts images; where a step ends, drops its gradients, also those of a refused one."""
+        self.images_seen += num_images * self.trainer.world_size
+        if step_ends:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self._refused = False
+
+    def _log_step(self, terms: Mapping[str, Tensor], real: Tensor, generated: Tensor) -> None:
+        losses = {f"train/loss_{name}": term.detach() for name, term in terms.items()}
+        self.log("train/loss_l1", losses.pop("train/loss_l1", torch.zeros(())), prog_bar=True)
+        self.log_dict(
+            losses
+            | {
+                "train/logits_real": real.detach().mean(),
+                "train/logits_generated": generated.detach().mean(),
+                "train/skipped_steps": float(self.guard.num_skipped),
+                "images_seen": float(self.images_seen),
+            }
+        )
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Ends training once `max_images` were seen; Lightning then validates and saves once more."""
+        if 0 <= self.max_images <= self.images_seen:
+            self.trainer.should_stop = True
+
+    # Evaluation
+
+    def reconstruct(self, batch: Batch) -> Decoded:
+        """Reconstruction `[B, 3, H, W]` and multi-scale images of a batch, not clamped."""
+        with torch.no_grad():
+            return self.model.decode(self.model.encode(to_float(batch.images)).mode())
+
+    def alignment_features(self, batch: Batch, time: float | None = None) -> dict[str, Tensor]:
+        """The latent, averaged over positions, `[B, C]`; `time` is for diffusion models."""
+        return {"latent": self._evaluation(batch).latent.mean(dim=(2, 3))}
+
+    def evaluation_images(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images and their reconstructions, `[B, 3, H, W]` in [-1, 1]."""
+        evaluation = self._evaluation(batch)
+        return evaluation.images, evaluation.decoded.image.clamp(-1, 1)
+
+    @torch.no_grad()
+    def _evaluation(self, batch: Batch) -> Evaluation:
+        """Encodes and decodes a batch once, however many ask for it."""
+        if self._evaluated is None or self._evaluated[0] is not batch:
+            images = to_float(batch.images)
+            posterior = self.model.encode(images)
+            latent = posterior.mode() if self.evaluate == "mode" else posterior.sample()
+            self._evaluated = batch, Evaluation(images, latent, self.model.decode(latent))
+        return self._evaluated[1]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measures reconstructions."""
+        images, reconstructions = (x[batch.real] for x in self.evaluation_images(batch))
+        self.val_metrics.update(reconstructions, images)
+        # What the latent's grid alone would hold: the image shrunk to it and enlarged again.
+        thumbnail = resize(images, [side // self.model.compression for side in images.shape[2:]], "bilinear")
+        self.val_thumbnail.update(resize(thumbnail, images.shape[2:], "bilinear"), images)
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Forgets the batch, after the callbacks have asked for it."""
+        self._evaluated = None
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics over all ranks."""
+        self._log_metrics("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measures reconstructions."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics over all ranks."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        values = self.val_metrics.compute() | {"psnr_thumbnail": self.val_thumbnail.compute()}
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
+        self.val_metrics.reset()
+        self.val_thumbnail.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Reconstructions `[B, 3, H, W]` in [-1, 1], and the positions of their images in the data set, `[B]`."""
+        return self.evaluation_images(batch)[1], batch.index
+
+    # Optimisers, stages, checkpoints
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The generator's optimiser, then the discriminator's."""
+        return [self.optimizer(self.model.parameters()), self.discriminator_optimizer(self.discriminator.parameters())]
+
+    def setup(self, stage: str) -> None:
+        """Starts from the former stage, unless a run of this stage is resumed."""
+        if stage == "fit":
+            if self.trainer.precision == "16-mixed":
+                raise ValueError("trainer.precision: 16-mixed is not supported, use bf16-mixed")
+            if self.init_from is not None and self.trainer.ckpt_path is None:
+                self._average = load_stage(self, self.init_from)
+
+    def on_fit_start(self) -> None:
+        """Hands the former stage's averages to whoever averages."""
+        average, self._average = self._average, None
+        for callback in self.trainer.callbacks if average is not None else ():
+            if isinstance(callback, WeightAverage):
+                callback.load_average(average)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the image counter, the guard's memory, and which VFM the weights belong to."""
+        checkpoint["images_seen"] = self.images_seen
+        checkpoint["guard"] = self.guard.state_dict()
+        checkpoint["vfm"] = vfm_identity(self.model.vfm)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes them back.
+
+        Raises:
+            ValueError: if the weights belong to another VFM.
+        """
+        check_vfm(self.model.vfm, checkpoint)
+        self.images_seen = checkpoint["images_seen"]
+        self.guard.load_state_dict(checkpoint["guard"])
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images in 0..255 to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def _accumulating(trainer: Trainer, wanted: bool) -> AbstractContextManager:
+    """Leaves gradients unsynchronised between ranks until the accumulated step is complete."""
+    strategy = trainer.strategy
+    return strategy.block_backward_sync() if wanted and isinstance(strategy, ParallelStrategy) else nullcontext()
