@@ -20,6 +20,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 images `[B, 3, H, W]` in 0..255 as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
 def quantised(images: Tensor) -> Tensor:
     """Images in [-1, 1] that went through 8 bits: what every metric looks at.
 
@@ -29,7 +34,7 @@ def quantised(images: Tensor) -> Tensor:
     Returns:
         float32 `[B, 3, H, W]` in [-1, 1].
     """
-    return to_uint8(images).float() / 127.5 - 1
+    return from_uint8(to_uint8(images))
 
 
 class MeanOverImages(Metric):

@@ -1,0 +1,81 @@
+"""Alignment with vision foundation models, watched during validation."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from callbacks.evaluation import EvaluationCallback
+from vfm_vae.metrics.alignment import CKNNA
+from vfm_vae.metrics.reconstruction import from_uint8
+from vfm_vae.types import AlignmentFeatures, Batch
+from vfm_vae.vfm import FrozenVFM
+
+
+class CKNNACallback(EvaluationCallback):
+    """Logs CKNNA between the module's features and those of reference VFMs on validation (and test) images.
+
+    The module's features are what its `alignment_features` names, such as the latent averaged over positions; a VFM's
+    are its final patch tokens, averaged. Logged as `val/cknna/<feature>`, and with several VFMs as
+    `val/cknna/<feature>/<vfm>`.
+
+    Args:
+        vfms: the references.
+        num_images: compare on so many images, spread evenly over the data set; null for all.
+        k: number of neighbours.
+
+    Raises:
+        ValueError: if there is no VFM, or two of the same name; when validation starts, if the module has no
+            `alignment_features`.
+    """
+
+    def __init__(self, vfms: Sequence[FrozenVFM], num_images: int | None = None, k: int = 10) -> None:
+        if not vfms:
+            raise ValueError("vfms: at least one is needed to compare with; got none.")
+        if num_images is not None and num_images <= k:
+            raise ValueError(f"num_images: {k} neighbours need more than {k} images; got {num_images}.")
+        self.vfms = {vfm.name: vfm for vfm in vfms}
+        if len(self.vfms) < len(vfms):
+            raise ValueError(f"vfms: each may be given once; got {[vfm.name for vfm in vfms]}.")
+        self.num_images, self.k = num_images, k
+        self._num_samples = 0
+        self._metrics: dict[tuple[str, str], CKNNA] = {}  # by feature and VFM
+
+    def start(self, trainer: Trainer, pl_module: LightningModule, num_samples: int) -> None:
+        """Moves the VFMs to the module's device."""
+        if not isinstance(pl_module, AlignmentFeatures):
+            raise ValueError(f"{type(pl_module).__name__} has no alignment_features to compare with a VFM's.")
+        self._metrics = {}
+        self._num_samples = num_samples
+        for vfm in self.vfms.values():
+            vfm.to(pl_module.device)
+
+    def update(self, pl_module: LightningModule, batch: Batch) -> None:
+        """Extracts the features of the chosen images."""
+        index = batch.index.where(self._chosen(batch.index), -1)
+        keep = index >= 0
+        if not self._metrics:
+            keep[0] = True  # a rank that has none of the chosen must know the features' names all the same
+        if not keep.any():
+            return
+        batch = Batch(batch.images[keep], batch.labels[keep], index[keep])
+        features = pl_module.alignment_features(batch)
+        for name, vfm in self.vfms.items():
+            reference = vfm(from_uint8(batch.images)).tokens.mean(1)  # [B, N, C] -> [B, C]
+            for feature, values in features.items():
+                metric = self._metrics.setdefault((feature, name), CKNNA(self.k).to(pl_module.device))
+                metric.update(values, reference, batch.index)
+
+    def results(self) -> dict[str, Tensor]:
+        """One value for each feature and VFM."""
+        single = len(self.vfms) == 1
+        return {
+            f"cknna/{feature}" if single else f"cknna/{feature}/{name}": metric.compute()
+            for (feature, name), metric in self._metrics.items()
+        }
+
+    def _chosen(self, index: Tensor) -> Tensor:
+        """Which samples take part: `num_images` of all, evenly spread, whoever has them."""
+        if self.num_images is None or self.num_images >= self._num_samples:
+            return index >= 0
+        return (index >= 0) & (index * self.num_images % self._num_samples < self.num_images)

@@ -1,0 +1,140 @@
+"""Pictures of what the tokenizer makes of fixed images."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from torchvision.utils import make_grid
+
+from vfm_vae.metrics.reconstruction import from_uint8, to_uint8
+from vfm_vae.types import Batch, CountsImages, Decoded
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """A module that encodes and decodes images."""
+
+    def reconstruct(self, batch: Batch) -> Decoded:
+        """Reconstruction and multi-scale images of a batch, without randomness and without speaking to other ranks."""
+
+
+class ReconstructionImages(Callback):
+    """Shows fixed validation images as a grid, a row each: input | reconstruction | multi-scale images, large to small.
+
+    Drawn with the weights in training as `train/reconstructions` when training starts, ends, and every so many images;
+    and with the weights that validation uses as `val/reconstructions` after each validation. Grids go to TensorBoard,
+    and the latest of each kind to `<log_dir>/images/{train,val}.png`. Rank zero does it alone.
+
+    Args:
+        num_images: rows; the images are spread evenly over the validation set, and the same each time.
+        every_n_images: training images between grids; null for none between start and end.
+
+    Raises:
+        ValueError: if an option is not positive; when a run starts, if the module has no `reconstruct`, or doesn't
+            count its images where `every_n_images` is given.
+    """
+
+    def __init__(self, num_images: int = 8, every_n_images: int | None = None) -> None:
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1; got {num_images}.")
+        if every_n_images is not None and every_n_images < 1:
+            raise ValueError(f"every_n_images must be at least 1, or null; got {every_n_images}.")
+        self.num_images, self.every_n_images = num_images, every_n_images
+        self._directory = Path()
+        self._batch: Batch | None = None
+        self._due = 0  # images seen at which the next grid is drawn
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learns where to write, on all ranks."""
+        if not isinstance(pl_module, Reconstructs):
+            raise ValueError(f"{type(pl_module).__name__} has no reconstruct to show images of.")
+        if stage == "fit" and self.every_n_images and not isinstance(pl_module, CountsImages):
+            raise ValueError(f"every_n_images counts images, but {type(pl_module).__name__} has no images_seen.")
+        self._directory = Path(trainer.log_dir or trainer.default_root_dir) / "images"
+        self._batch = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws what there is to begin with."""
+        self._draw(trainer, pl_module, "train")
+        if self.every_n_images:
+            self._due = (pl_module.images_seen // self.every_n_images + 1) * self.every_n_images
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Draws when it is time."""
+        if self.every_n_images and pl_module.images_seen >= self._due:
+            self._draw(trainer, pl_module, "train")
+            self._due = (pl_module.images_seen // self.every_n_images + 1) * self.every_n_images
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the last state."""
+        self._draw(trainer, pl_module, "train")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws with the weights that were validated."""
+        if not trainer.sanity_checking:
+            self._draw(trainer, pl_module, "val")
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, kind: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        if self._batch is None:
+            self._batch = fixed_images(trainer, pl_module, self.num_images)
+        batch = trainer.strategy.batch_to_device(self._batch, pl_module.device)
+        with _evaluating(pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
+            decoded = pl_module.reconstruct(batch)
+        grid = reconstruction_grid(from_uint8(batch.images), decoded).cpu()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self._directory / f"{kind}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(f"{kind}/reconstructions", grid, trainer.global_step)
+
+
+def reconstruction_grid(images: Tensor, decoded: Decoded) -> Tensor:
+    """Lays out input | reconstruction | multi-scale images, large to small, one row per image.
+
+    Args:
+        images: the input, `[B, 3, H, W]` in [-1, 1].
+        decoded: what was made of them.
+
+    Returns:
+        uint8 `[3, height, width]`; small images are enlarged by whole pixels to the input's size.
+    """
+    columns = [images, decoded.image, *reversed(decoded.multiscale)]
+    columns = [F.interpolate(column.float(), size=images.shape[-2:], mode="nearest-exact") for column in columns]
+    rows = torch.stack(columns, dim=1).flatten(0, 1)  # [B * columns, 3, H, W]
+    return make_grid(to_uint8(rows), nrow=len(columns), padding=2, pad_value=255)
+
+
+def fixed_images(trainer: Trainer, pl_module: LightningModule, num_images: int) -> Batch:
+    """Samples spread evenly over the validation set, the same however many ranks there are."""
+    loader = trainer.val_dataloaders
+    if loader is None:
+        loader = (trainer.datamodule or pl_module).val_dataloader()
+    loader = loader[0] if isinstance(loader, list | tuple) else loader
+    positions = torch.linspace(0, len(loader.dataset) - 1, num_images).round().int().unique().tolist()
+    subset = Subset(loader.dataset, positions)
+    # A generator of its own: the global one must not notice that images are looked at.
+    return next(
+        iter(DataLoader(subset, batch_size=len(subset), collate_fn=loader.collate_fn, generator=torch.Generator()))
+    )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every part is back in the mode it was in."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
