@@ -52,19 +52,18 @@ class CKNNACallback(EvaluationCallback):
 
     def update(self, pl_module: LightningModule, batch: Batch) -> None:
         """Extracts the features of the chosen images."""
-        index = batch.index.where(self._chosen(batch.index), -1)
-        keep = index >= 0
-        if not self._metrics:
-            keep[0] = True  # a rank that has none of the chosen must know the features' names all the same
-        if not keep.any():
-            return
-        batch = Batch(batch.images[keep], batch.labels[keep], index[keep])
+        chosen = self._chosen(batch.index)
+        if self._metrics and not chosen.any():
+            return  # but on a rank's first batch: it must know the features' names all the same
+        # The whole batch, because the module may have its features at hand from validation.
         features = pl_module.alignment_features(batch)
+        images, index = from_uint8(batch.images[chosen]), batch.index[chosen]
         for name, vfm in self.vfms.items():
-            reference = vfm(from_uint8(batch.images)).tokens.mean(1)  # [B, N, C] -> [B, C]
+            # Without images there is nothing to extract, but the width still has to agree over ranks.
+            reference = vfm(images).tokens.mean(1) if len(index) else images.new_zeros(0, vfm.width)  # [B, C]
             for feature, values in features.items():
                 metric = self._metrics.setdefault((feature, name), CKNNA(self.k).to(pl_module.device))
-                metric.update(values, reference, batch.index)
+                metric.update(values[chosen], reference, index)
 
     def results(self) -> dict[str, Tensor]:
         """One value for each feature and VFM."""
