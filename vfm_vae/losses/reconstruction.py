@@ -61,9 +61,14 @@ class LPIPSLoss(Frozen):
     Args:
         weights: file with torchvision's VGG-16 weights, to take instead.
 
+    Attributes:
+        name: what the distance is called in logs.
+
     Raises:
         ValueError: if the weights of VGG-16 can't be had.
     """
+
+    name = "lpips"
 
     def __init__(self, weights: str | None = None) -> None:
         state = _vgg16_state(weights)
@@ -108,11 +113,15 @@ class VFMPerceptualLoss(nn.Module):
 
     Args:
         vfm: the model, or its arguments; its `layers` are those compared.
+
+    Attributes:
+        name: what the distance is called in logs, after the model.
     """
 
     def __init__(self, vfm: FrozenVFM | Mapping[str, Any]) -> None:
         super().__init__()
         self.vfm = vfm if isinstance(vfm, FrozenVFM) else FrozenVFM(**vfm)
+        self.name = f"perceptual_{self.vfm.name.split('.')[0]}"
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         """Mean distance between `images` and `target`, both `[B, 3, H, W]` in [-1, 1], of a size that the VFM takes."""
