@@ -202,7 +202,7 @@ class Adapter(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Widens a latent `[B, C, h, w]` to `[B, decoded_channels, h, w]`."""
         tokens = self.widen(z.flatten(2).transpose(1, 2))
-        return tokens.transpose(1, 2).unflatten(2, z.shape[2:]).contiguous()
+        return tokens.transpose(1, 2).unflatten(2, z.shape[2:])
 
     def align(self, z: Tensor) -> Tensor:
         """Projects a latent `[B, C, h, w]` to the VFM's width, `[B, alignment_channels, h, w]`."""

@@ -150,6 +150,7 @@ class Decoder(nn.Module):
         route_activation: `lrelu`, `silu` or `gelu`.
         blur: Whether upsampling ends with a blur.
         legacy_noise: Whether ConvNeXt layers add the fixed noise maps of the published 256 px weights.
+        channels_last: Memory layout; on CPU it halves the time of pointwise and depthwise convolutions.
     """
 
     def __init__(
@@ -167,8 +168,10 @@ class Decoder(nn.Module):
         route_activation: str = "lrelu",
         blur: bool = True,
         legacy_noise: bool = False,
+        channels_last: bool = True,
     ):
         super().__init__()
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         num_blocks = len(channels)
         if not 1 <= len(route_channels) <= num_blocks or len(attention_depths) > num_blocks:
             raise ValueError(
@@ -223,6 +226,7 @@ class Decoder(nn.Module):
         """
         if latent.shape[2] % 4 or latent.shape[3] % 4:
             raise ValueError(f"the latent grid's sides must divide by 4, got {latent.shape[2]}x{latent.shape[3]}")
+        latent = latent.contiguous(memory_format=self.memory_format)
         w = self.mapping(latent, truncation)
         x, feature_sum, images = None, None, []
         for i, block in enumerate(self.blocks):

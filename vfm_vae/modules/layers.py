@@ -144,7 +144,7 @@ class SelfAttentionLayer(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # [B, N, C]
         tokens = tokens + self.attend(self.norm(tokens))
         tokens = tokens + self.feed_forward(tokens)
-        return tokens.transpose(1, 2).unflatten(2, x.shape[2:]).contiguous()  # [B, C, H, W]
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])  # [B, C, H, W], channels-last
 
     def attend(self, tokens: Tensor) -> Tensor:
         """Attention over `[B, N, C]`, the null token's key and value standing before the others'."""

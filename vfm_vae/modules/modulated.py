@@ -9,22 +9,29 @@ from torch import Tensor, nn
 from vfm_vae.modules.layers import EqualizedLinear
 
 
-def modulate_by_weights(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor | None) -> Tensor:
-    """`y_o = d_o Σ_i W_oi s_i x_i` as a batched product with one weight matrix per sample."""
-    weights = weight * style.unsqueeze(1)  # [B, O, I]
-    if demodulation is not None:
-        weights = weights * demodulation.unsqueeze(2)
-    return torch.bmm(weights.to(x.dtype), x.flatten(2)).unflatten(2, x.shape[2:])
-
-
-def modulate_by_activations(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor | None) -> Tensor:
-    """The same product as one shared convolution between a scaling of its input and one of its output."""
+def modulate_activations(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor | None) -> Tensor:
+    """`y_o = d_o Σ_i W_oi s_i x_i` as one shared convolution between scalings of its input and of its output."""
     y = F.conv2d(x * style[:, :, None, None].to(x.dtype), weight[:, :, None, None])
     return y if demodulation is None else y * demodulation[:, :, None, None].to(y.dtype)
 
 
+def modulate_weights(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor | None) -> Tensor:
+    """The same with one matrix per sample: a batched product on accelerators, a convolution per sample on CPU."""
+    weights = weight * style.unsqueeze(1)  # [B, O, I]
+    if demodulation is not None:
+        weights = weights * demodulation.unsqueeze(2)
+    if x.device.type == "cpu":  # batched products are the slower library call there
+        return torch.cat([F.conv2d(*pair) for pair in zip(x.split(1), weights[..., None, None], strict=True)])
+    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, HW, I], a view where x is channels-last
+    y = torch.bmm(pixels, weights.mT.to(x.dtype))
+    return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
 def modulated_pointwise(x: Tensor, weight: Tensor, style: Tensor, demodulate: bool = True) -> Tensor:
-    """Modulated 1x1 convolution (Karras et al. 2020, equations 1 and 3).
+    """Modulated 1x1 convolution (Karras et al. 2020, equations 1 and 3), in the cheaper of two forms.
+
+    Scaling activations costs passes over `(I + O) · HW` numbers of a sample; scaling weights costs `O · I`, and gives up
+    the one large product over the batch. `make bench` compares them.
 
     Args:
         x: Features, `[B, I, H, W]`.
@@ -36,10 +43,8 @@ def modulated_pointwise(x: Tensor, weight: Tensor, style: Tensor, demodulate: bo
         `[B, O, H, W]`.
     """
     demodulation = torch.rsqrt(style.square() @ weight.square().t() + 1e-8) if demodulate else None  # [B, O]
-    rows, columns = weight.shape
-    # Scaling activations touches (I + O)·HW numbers of a sample, scaling weights O·I.
-    few_pixels = x.shape[2] * x.shape[3] * (rows + columns) < rows * columns
-    return (modulate_by_activations if few_pixels else modulate_by_weights)(x, weight, style, demodulation)
+    few_pixels = x.shape[2] * x.shape[3] <= 2 * x.shape[1]
+    return (modulate_activations if few_pixels else modulate_weights)(x, weight, style, demodulation)
 
 
 class Style(nn.Module):
