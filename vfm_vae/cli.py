@@ -2,12 +2,25 @@
 
 import os
 import sys
+from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 DEBUG = "VFM_VAE_DEBUG"
+
+
+class CLI(LightningCLI):
+    """LightningCLI that reads checkpoints without unpickling objects, and lets configs have the last word."""
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults(weights_only=True)
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the config alone: Lightning would replace what was asked for by what the checkpoint was trained with."""
 
 
 def run(module: type[LightningModule], datamodule: type[LightningDataModule]) -> None:
@@ -21,21 +34,17 @@ def run(module: type[LightningModule], datamodule: type[LightningDataModule]) ->
         datamodule: The LightningDataModule that they fill in.
     """
     try:
-        LightningCLI(
+        CLI(
             module,
             datamodule,
             auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False},
-            # Samplers of our own divide the data over ranks; two optimisers take turns on a part of the parameters each.
-            trainer_defaults={"use_distributed_sampler": False},
+            parser_kwargs={name: {"exit_on_error": False} for name in ("fit", "validate", "test", "predict")}
+            | {"exit_on_error": False},
+            # Rerunning a stage in its folder is how it is resumed.
+            save_config_kwargs={"overwrite": True},
         )
     except (ArgumentError, ValueError) as error:
         if os.environ.get(DEBUG):
             raise
-        sys.exit(_fail(error))
-
-
-def _fail(error: Exception) -> int:
-    message = " ".join(str(error).split())
-    print(f"error: {message}\n({DEBUG}=1 shows the traceback)", file=sys.stderr)
-    return 2
+        print(f"error: {' '.join(str(error).split())}\n({DEBUG}=1 shows the traceback)", file=sys.stderr)
+        sys.exit(2)

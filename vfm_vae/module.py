@@ -57,6 +57,8 @@ class TokenizerModule(LightningModule):
         images_seen: Images trained on, over all ranks and stages.
     """
 
+    flops_per_batch: float | None = None  # not known; ThroughputMonitor asks for it
+
     def __init__(
         self,
         model: VFMVAE,

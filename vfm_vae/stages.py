@@ -28,7 +28,7 @@ def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any]) -> None:
         raise ValueError("the checkpoint names no VFM: it is no tokenizer's, or of another version")
     if stored["name"] != vfm.name:
         raise ValueError(
-            f"the checkpoint was trained on the VFM '{stored['name']}', but model.vfm.name is '{vfm.name}'"
+            f"the checkpoint was trained on the VFM '{stored['name']}', but model.vfm is '{vfm.name}'"
         )
     if stored["fingerprint"] != vfm.fingerprint():
         raise ValueError(

@@ -26,6 +26,11 @@ class Batch(NamedTuple):
         return self.index >= 0
 
 
+def num_images(batch: Batch) -> int:
+    """Images in a batch, for whoever measures images per second."""
+    return len(batch.images)
+
+
 class VFMFeatures(NamedTuple):
     """What a frozen vision foundation model says of a batch of images, in float32.
 

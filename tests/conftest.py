@@ -1,0 +1,110 @@
+"""A tokenizer small enough to train within a test, on the embedded VFM."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.discriminators.projected import ProjectedDiscriminator
+from vfm_vae.losses.objective import Objective
+from vfm_vae.losses.reconstruction import VFMPerceptualLoss
+from vfm_vae.module import TokenizerModule
+from vfm_vae.modules.adapter import Adapter
+from vfm_vae.modules.decoder import Decoder
+from vfm_vae.modules.equivariance import EquivarianceRegularizer
+from vfm_vae.tokenizer import VFMVAE
+from vfm_vae.types import Batch
+from vfm_vae.vfm import FrozenVFM
+
+VFM = "vit_photos_patch8_64"
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., VFMVAE]:
+    """Builds a VFMVAE for 64 px images with latents `[B, 4, 8, 8]`; arguments are the VFM's."""
+
+    def build(**vfm) -> VFMVAE:
+        torch.manual_seed(0)
+        adapter = Adapter(
+            feature_channels=[128, 128],
+            layer_channels=[8, 8],
+            latent_channels=4,
+            unshuffle=1,
+            decoded_channels=16,
+            alignment_channels=128,
+        )
+        decoder = Decoder(
+            latent_channels=16,
+            channels=[16, 16, 16, 16, 8],
+            route_channels=[16, 16, 16],
+            attention_depths=[1],
+            num_res_blocks=0,
+            w_channels=16,
+        )
+        return VFMVAE(adapter, decoder, FrozenVFM(VFM, layers=[0, -1], **vfm))
+
+    return build
+
+
+@pytest.fixture
+def tiny_module(tiny_model: Callable[..., VFMVAE]) -> Callable[..., TokenizerModule]:
+    """Builds a TokenizerModule; arguments go to it, `objective` to its Objective, `vfm` to its VFM."""
+
+    def build(objective: dict | None = None, vfm: dict | None = None, **kwargs) -> TokenizerModule:
+        model = tiny_model(**(vfm or {}))
+        losses = {"perceptual": 0.1, "adversarial": 0.1, "perceptual_loss": VFMPerceptualLoss({"name": VFM})}
+        optimizer = partial(torch.optim.Adam, lr=2e-3, betas=(0.0, 0.99))
+        return TokenizerModule(
+            model=model,
+            discriminator=ProjectedDiscriminator(VFM, size=64, layers=(2,)),
+            objective=Objective(**losses | (objective or {})),
+            **{"optimizer": optimizer, "discriminator_optimizer": optimizer}
+            | {"equivariance": EquivarianceRegularizer()}
+            | kwargs,
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a few of the embedded photographs."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    ImageNetDataModule(
+        root, source="photos", photos={"size": 64, "train_per_class": 4, "val_per_class": 2}
+    ).prepare_data()
+    return root
+
+
+@pytest.fixture
+def data(photos: Path) -> Callable[..., ImageNetDataModule]:
+    """Builds the DataModule over `photos`: 52 images for training, 26 for validation."""
+
+    def build(**kwargs) -> ImageNetDataModule:
+        return ImageNetDataModule(photos, image_size=64, **{"batch_size": 8, "num_workers": 0} | kwargs)
+
+    return build
+
+
+@pytest.fixture
+def batch(data: Callable[..., ImageNetDataModule]) -> Batch:
+    """Eight training images."""
+    datamodule = data()
+    datamodule.setup("fit")
+    return next(iter(datamodule.train_dataloader()))
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """Builds a silent Trainer on the CPU; arguments go to it."""
+
+    def build(**kwargs) -> Trainer:
+        silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        defaults = {"max_epochs": -1, "num_sanity_val_steps": 0, "enable_checkpointing": False}
+        return Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, **silent | defaults | kwargs)
+
+    return build

@@ -1,0 +1,110 @@
+"""Every config parses and builds what it describes; the full-size one has the published sizes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import vgg16
+
+from vfm_vae.cli import CLI
+from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.module import TokenizerModule
+from vfm_vae.types import Batch
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+
+OFFLINE = [
+    "--model.model.init_args.vfm.init_args.pretrained=false",
+    "--model.discriminator.init_args.pretrained=false",
+]
+
+
+class Build(CLI):
+    """Parses and instantiates, and stops there."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def build(*configs: str | Path, options: list[str] = ()) -> Build:
+    arguments = ["fit"]
+    for config in configs:
+        arguments += ["--config", str(config if isinstance(config, Path) else CONFIGS / config)]
+    return Build(TokenizerModule, ImageNetDataModule, args=[*arguments, *options], auto_configure_optimizers=False)
+
+
+@pytest.fixture
+def vgg(tmp_path: Path) -> list[str]:
+    """Options that take LPIPS' network from a file with random weights."""
+    state = {f"features.{name}": tensor for name, tensor in vgg16(weights=None).features.state_dict().items()}
+    torch.save(state, tmp_path / "vgg16.pth")
+    return [f"--model.objective.init_args.perceptual_loss.init_args.weights={tmp_path / 'vgg16.pth'}"]
+
+
+@pytest.fixture
+def full_size(vgg: list[str], tmp_path: Path):
+    """Builds a full-size stage, its callbacks' VFMs left out: those would be downloaded."""
+
+    def make(*configs: str) -> Build:
+        (tmp_path / "no_callbacks.yaml").write_text("trainer: {callbacks: [], logger: false}")
+        return build("vfm_vae/base.yaml", *configs, tmp_path / "no_callbacks.yaml", options=OFFLINE + vgg)
+
+    return make
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("stage", ["strong", "weak"])
+@pytest.mark.parametrize("vfm", [[], ["vfm_vae/vfm/dinov2_large.yaml"]])
+def test_full_size_stages_have_the_published_parameters(full_size, stage, vfm):
+    with torch.device("meta"):
+        module = full_size(f"vfm_vae/{stage}.yaml", "data/imagenet.yaml", *vfm).model
+    decoder = module.model.decoder
+    assert count(module.model.adapter) == 13_533_056
+    assert count(decoder.mapping) == 525_312
+    assert count(decoder) - count(decoder.mapping) == 125_712_274
+    assert count(module.model) == 139_770_642
+    assert count(module.discriminator) == 5 * 1_477_249
+
+
+@pytest.mark.parametrize("trainer", ["trainer/cpu.yaml"])
+@pytest.mark.parametrize("stage", ["strong", "weak"])
+def test_demo_stages_build(stage, trainer):
+    cli = build("demo/tokenizer.yaml", f"demo/{stage}.yaml", "data/photos.yaml", trainer)
+    assert cli.model.objective.weights["alignment"] == {"strong": 5.0, "weak": 1.0}[stage]
+    assert any(type(callback).__name__ == "Report" for callback in cli.trainer.callbacks)
+
+
+def test_every_config_is_covered_here():
+    seen = {"data/imagenet.yaml", "data/photos.yaml", "demo/tokenizer.yaml", "demo/strong.yaml", "demo/weak.yaml"}
+    seen |= {"vfm_vae/base.yaml", "vfm_vae/strong.yaml", "vfm_vae/weak.yaml", "vfm_vae/vfm/dinov2_large.yaml"}
+    seen |= {"trainer/cpu.yaml", "trainer/gpu.yaml", "trainer/ddp8.yaml"}
+    assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == seen
+
+
+@pytest.mark.parametrize("name", ["gpu", "ddp8"])
+def test_gpu_trainers_parse(name):
+    parser = build("demo/tokenizer.yaml", "demo/strong.yaml", "trainer/cpu.yaml").parser
+    config = parser.parse_args(
+        ["fit", "--config", str(CONFIGS / "demo/tokenizer.yaml"), "--config", str(CONFIGS / f"trainer/{name}.yaml")]
+    )
+    assert config.fit.trainer.precision == "bf16-mixed"
+
+
+@pytest.mark.slow
+def test_one_full_size_step_on_cpu(full_size, tmp_path):
+    cli = full_size("vfm_vae/strong.yaml", "data/imagenet.yaml", "trainer/cpu.yaml")
+    batch = Batch(
+        torch.randint(256, (2, 3, 256, 256), dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), torch.arange(2)
+    )
+    before = cli.model.model.adapter.last_encoding_weight.detach().clone()
+    cli.trainer.fit_loop.max_steps = 1
+    cli.trainer.fit(cli.model, torch.utils.data.DataLoader([batch], batch_size=None))
+    assert cli.model.images_seen == 2
+    assert cli.model.guard.num_skipped == 0
+    assert not torch.equal(before, cli.model.model.adapter.last_encoding_weight)
+    shutil.rmtree(tmp_path)

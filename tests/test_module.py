@@ -1,0 +1,239 @@
+"""The training step: what it changes, what it leaves alone, and that it goes on where it was."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, Dataset
+
+from callbacks.ema import EMA
+from vfm_vae.losses.guard import NonFiniteGuard
+from vfm_vae.types import Batch
+
+
+class Repeat(Dataset):
+    """One batch, over and over."""
+
+    def __init__(self, batch: Batch, times: int):
+        self.batch, self.times = batch, times
+
+    def __len__(self) -> int:
+        return self.times
+
+    def __getitem__(self, _: int) -> Batch:
+        return self.batch
+
+
+def repeat(batch: Batch, times: int = 1000) -> DataLoader:
+    return DataLoader(Repeat(batch, times), batch_size=None)
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_one_batch_overfits(tiny_module, trainer, batch):
+    module = tiny_module(objective={"adversarial": 0.01, "alignment": 1.0})
+
+    def error() -> float:
+        return module.reconstruct(batch).image.sub(batch.images / 127.5 - 1).abs().mean().item()
+
+    before = error()
+    trainer(max_steps=60).fit(module, repeat(batch))
+    assert error() < 0.6 * before
+
+
+def test_a_step_trains_both_players_and_no_frozen_network(tiny_module, trainer, batch):
+    module = tiny_module()
+    frozen = [module.model.vfm, module.discriminator.backbone, module.objective.perceptual_loss.vfm]
+    before = weights(module)
+    before_frozen = [weights(network.network) for network in frozen]
+    trainer(max_steps=2).fit(module, repeat(batch))
+    moved = changed(before, module.state_dict())
+    assert not any(
+        changed(old, network.network.state_dict()) for old, network in zip(before_frozen, frozen, strict=True)
+    )
+    assert not any(network.network.training for network in frozen)
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert trained <= moved
+    assert not any("vfm" in name or "backbone" in name for name in before)
+
+
+def test_the_generator_runs_once_per_step(tiny_module, trainer, batch):
+    module = tiny_module()
+    calls = []
+    module.model.decoder.register_forward_hook(lambda *_: calls.append("decoder"))
+    module.model.vfm.register_forward_hook(lambda *_: calls.append("vfm"))
+    trainer(max_steps=3).fit(module, repeat(batch))
+    assert sorted(calls) == ["decoder"] * 3 + ["vfm"] * 3
+
+
+def test_global_step_and_images_count_batches_once(tiny_module, trainer, batch):
+    module = tiny_module()
+    run = trainer(max_steps=3)
+    run.fit(module, repeat(batch))
+    assert run.global_step == 3
+    assert module.images_seen == 24
+
+
+def test_a_stage_ends_by_images_seen(tiny_module, trainer, batch):
+    module = tiny_module(max_images=24)
+    run = trainer()
+    run.fit(module, repeat(batch))
+    assert run.global_step == 3
+
+
+def test_accumulation_steps_at_the_end_of_a_group(tiny_module, trainer, batch):
+    module = tiny_module(accumulate_grad_batches=2)
+    history = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            history.append((trainer.global_step, pl_module.model.adapter.last_encoding_weight.detach().clone()))
+
+    trainer(max_steps=2, callbacks=[Watch()]).fit(module, repeat(batch))
+    assert [step for step, _ in history] == [0, 1, 1, 2]
+    assert torch.equal(history[1][1], history[2][1])
+    assert not torch.equal(history[0][1], history[1][1])
+
+
+def test_gradients_are_clipped(tiny_module, trainer, batch):
+    module = tiny_module(gradient_clip_val=1e-3)
+    norms = []
+
+    class Watch(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    trainer(max_steps=2, callbacks=[Watch()]).fit(module, repeat(batch))
+    assert norms and all(norm <= 1.001e-3 for norm in norms)
+
+
+class Poison(Callback):
+    """Makes the adapter's output not finite in given steps."""
+
+    def __init__(self, batches: set[int]):
+        self.batches = batches
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.handle = None
+        if batch_idx in self.batches:
+            self.handle = pl_module.model.adapter.widen.register_forward_hook(lambda *args: args[-1] * float("nan"))
+
+    def on_train_batch_end(self, *_):
+        if self.handle is not None:
+            self.handle.remove()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny_module, trainer, batch, accumulate):
+    module = tiny_module(accumulate_grad_batches=accumulate)
+    before = weights(module)
+    run = trainer(callbacks=[Poison({0})], limit_train_batches=accumulate, max_epochs=1)
+    run.fit(module, repeat(batch))
+    learned = {name for name, _ in module.named_parameters()}
+    assert not changed(before, module.state_dict()) & learned
+    assert module.guard.num_skipped == 1
+    assert run.global_step == 0
+    assert module.images_seen == 8 * accumulate
+
+
+def test_training_goes_on_after_a_skipped_step(tiny_module, trainer, batch):
+    module = tiny_module(guard=NonFiniteGuard())
+    trainer(callbacks=[Poison({1})], limit_train_batches=3, max_epochs=1).fit(module, repeat(batch))
+    assert module.guard.num_skipped == 1
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.fixture
+def interrupted(tiny_module, trainer, data, tmp_path) -> Iterator[Path]:
+    """Checkpoint of the fourth of six batches of an epoch."""
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=4, filename="{step}", save_last=True)
+    trainer(max_steps=4, enable_checkpointing=True, callbacks=[checkpoint, EMA()]).fit(tiny_module(), datamodule=data())
+    yield tmp_path / "checkpoints" / "last.ckpt"
+
+
+def test_resumed_equals_uninterrupted(tiny_module, trainer, data, interrupted):
+    whole, resumed = tiny_module(), tiny_module()
+    whole_average, resumed_average = EMA(), EMA()
+    trainer(max_steps=8, callbacks=[whole_average]).fit(whole, datamodule=data())
+    trainer(max_steps=8, callbacks=[resumed_average]).fit(
+        resumed, datamodule=data(), ckpt_path=interrupted, weights_only=True
+    )
+    assert not changed(whole.state_dict(), resumed.state_dict())
+    assert not changed(whole_average.weights, resumed_average.weights)
+    assert resumed.images_seen == whole.images_seen == 64
+
+
+def test_a_stage_starts_from_the_former_one(tiny_module, trainer, data, interrupted):
+    former = torch.load(interrupted, weights_only=True)
+    module, average = tiny_module(init_from=str(interrupted)), EMA()
+    seen = {}
+
+    class Watch(Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen["weights"] = weights(pl_module)
+            seen["average"] = {name: tensor.clone() for name, tensor in average.weights.items()}
+            seen["images"] = pl_module.images_seen
+            seen["optimizers"] = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
+
+    trainer(max_steps=1, callbacks=[average, Watch()]).fit(module, datamodule=data())
+    assert not changed(former["state_dict"], seen["weights"])
+    assert not changed(former["ema"]["weights"], seen["average"])
+    assert changed(former["ema"]["weights"], former["state_dict"])
+    assert seen["images"] == 32
+    assert seen["optimizers"] == [{}, {}]
+    assert module.images_seen == 40
+
+
+def test_the_checkpoint_names_the_vfm_and_lacks_its_weights(interrupted, tiny_module):
+    checkpoint = torch.load(interrupted, weights_only=True)
+    vfm = tiny_module().model.vfm
+    assert checkpoint["vfm"] == {"name": vfm.name, "fingerprint": vfm.fingerprint()}
+    stored = sum(tensor.numel() for tensor in checkpoint["state_dict"].values())
+    assert stored < sum(parameter.numel() for parameter in vfm.network.parameters())
+
+
+def test_another_vfm_is_refused(interrupted, tiny_module, trainer, data):
+    other_weights = tiny_module(vfm={"pretrained": False})
+    with pytest.raises(ValueError, match="other weights of 'vit_photos_patch8_64'"):
+        trainer().validate(other_weights, datamodule=data(), ckpt_path=interrupted, weights_only=True)
+    other_name = tiny_module(init_from=str(interrupted))
+    other_name.model.vfm.name = "vit_other"
+    with pytest.raises(ValueError, match=r"VFM 'vit_photos_patch8_64', but model.vfm is 'vit_other'"):
+        trainer().fit(other_name, datamodule=data())
+
+
+def test_a_missing_former_stage_is_named(tiny_module, trainer, data):
+    with pytest.raises(ValueError, match=r"init_from: there is no checkpoint 'nowhere\.ckpt'"):
+        trainer().fit(tiny_module(init_from="nowhere.ckpt"), datamodule=data())
+
+
+def test_bf16_mixed_keeps_losses_and_weights_finite(tiny_module, trainer, batch):
+    module = tiny_module()
+    trainer(max_steps=3, precision="bf16-mixed").fit(module, repeat(batch))
+    assert module.guard.num_skipped == 0
+    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_validation_repeats_and_needs_the_whole_set(tiny_module, trainer, data):
+    module = tiny_module()
+    small, large = (
+        trainer().validate(module, datamodule=data(val_batch_size=size), verbose=False)[0] for size in (7, 26)
+    )
+    assert small.keys() >= {"val/psnr", "val/ssim", "val/perceptual_vit_photos_patch8_64", "val/psnr_thumbnail"}
+    assert small == pytest.approx(large, rel=1e-4)
+
+
+def test_thumbnail_baseline_is_exact_for_constant_images(tiny_module, trainer, batch):
+    flat = Batch(torch.full_like(batch.images, 77), batch.labels, batch.index)
+    result = trainer().validate(tiny_module(), repeat(flat, 1), verbose=False)[0]
+    assert result["val/psnr_thumbnail"] == float("inf")
