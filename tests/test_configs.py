@@ -1,6 +1,5 @@
 """Every config parses and builds what it describes; the full-size one has the published sizes."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -47,9 +46,9 @@ def vgg(tmp_path: Path) -> list[str]:
 def full_size(vgg: list[str], tmp_path: Path):
     """Builds a full-size stage, its callbacks' VFMs left out: those would be downloaded."""
 
-    def make(*configs: str) -> Build:
+    def make(*configs: str, options: list[str] = ()) -> Build:
         (tmp_path / "no_callbacks.yaml").write_text("trainer: {callbacks: [], logger: false}")
-        return build("vfm_vae/base.yaml", *configs, tmp_path / "no_callbacks.yaml", options=OFFLINE + vgg)
+        return build("vfm_vae/base.yaml", *configs, tmp_path / "no_callbacks.yaml", options=[*OFFLINE, *vgg, *options])
 
     return make
 
@@ -97,14 +96,18 @@ def test_gpu_trainers_parse(name):
 
 @pytest.mark.slow
 def test_one_full_size_step_on_cpu(full_size, tmp_path):
-    cli = full_size("vfm_vae/strong.yaml", "data/imagenet.yaml", "trainer/cpu.yaml")
-    batch = Batch(
-        torch.randint(256, (2, 3, 256, 256), dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), torch.arange(2)
-    )
-    before = cli.model.model.adapter.last_encoding_weight.detach().clone()
-    cli.trainer.fit_loop.max_steps = 1
+    options = [
+        "--trainer.max_steps=1",
+        "--trainer.enable_checkpointing=false",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    cli = full_size("vfm_vae/strong.yaml", "data/imagenet.yaml", "trainer/cpu.yaml", options=options)
+    images = torch.randint(256, (2, 3, 256, 256), dtype=torch.uint8)
+    batch = Batch(images, torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    watched = {"generator": cli.model.model.adapter.last_encoding_weight}
+    watched["discriminator"] = next(cli.model.discriminator.parameters())
+    before = {name: weight.detach().clone() for name, weight in watched.items()}
     cli.trainer.fit(cli.model, torch.utils.data.DataLoader([batch], batch_size=None))
     assert cli.model.images_seen == 2
     assert cli.model.guard.num_skipped == 0
-    assert not torch.equal(before, cli.model.model.adapter.last_encoding_weight)
-    shutil.rmtree(tmp_path)
+    assert all(not torch.equal(before[name], weight) for name, weight in watched.items())
