@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.utils import make_grid
 
 from vfm_vae.metrics.reconstruction import from_uint8, to_uint8
-from vfm_vae.types import Batch, CountsImages, Decoded
-
-
-@runtime_checkable
-class Reconstructs(Protocol):
-    """A module that encodes and decodes images."""
-
-    def reconstruct(self, batch: Batch) -> Decoded:
-        """Reconstruction and multi-scale images of a batch, without randomness and without speaking to other ranks."""
+from vfm_vae.types import Batch, CountsImages, Decoded, Reconstructs
 
 
 class ReconstructionImages(Callback):

@@ -20,7 +20,7 @@ class CLI(LightningCLI):
         return parser
 
     def _parse_ckpt_path(self) -> None:
-        """Leaves the config alone: Lightning would replace what was asked for by what the checkpoint was trained with."""
+        """Leaves the config alone; Lightning would put the checkpoint's hyper-parameters over it."""
 
 
 def run(module: type[LightningModule], datamodule: type[LightningDataModule]) -> None:

@@ -18,10 +18,10 @@ from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.losses.objective import Objective
-from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics
+from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics, from_uint8
 from vfm_vae.modules.equivariance import EquivarianceRegularizer
 from vfm_vae.modules.resize import resize
-from vfm_vae.stages import check_vfm, load_stage, vfm_identity
+from vfm_vae.stages import check_vfm, read_stage, vfm_identity
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Batch, Decoded, WeightAverage
 
@@ -110,7 +110,7 @@ class TokenizerModule(LightningModule):
         """One step of both players (VFM-VAE, section 3.4)."""
         self._seed_step()
         step_ends = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-        images = to_float(batch.images)  # [B, 3, H, W]
+        images = from_uint8(batch.images)  # [B, 3, H, W]
         grid = [side // self.model.compression for side in images.shape[2:]]
         transform = self.equivariance.draw(self.images_seen, grid)
 
@@ -190,6 +190,9 @@ class TokenizerModule(LightningModule):
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Ends training once `max_images` were seen; Lightning then validates and saves once more."""
+        self._stop_when_done()
+
+    def _stop_when_done(self) -> None:
         if 0 <= self.max_images <= self.images_seen:
             self.trainer.should_stop = True
 
@@ -198,7 +201,7 @@ class TokenizerModule(LightningModule):
     def reconstruct(self, batch: Batch) -> Decoded:
         """Reconstruction `[B, 3, H, W]` and multi-scale images of a batch, not clamped."""
         with torch.no_grad():
-            return self.model.decode(self.model.encode(to_float(batch.images)).mode())
+            return self.model.decode(self.model.encode(from_uint8(batch.images)).mode())
 
     def alignment_features(self, batch: Batch, time: float | None = None) -> dict[str, Tensor]:
         """The latent, averaged over positions, `[B, C]`; `time` is for diffusion models."""
@@ -213,7 +216,7 @@ class TokenizerModule(LightningModule):
     def _evaluation(self, batch: Batch) -> Evaluation:
         """Encodes and decodes a batch once, however many ask for it."""
         if self._evaluated is None or self._evaluated[0] is not batch:
-            images = to_float(batch.images)
+            images = from_uint8(batch.images)
             posterior = self.model.encode(images)
             latent = posterior.mode() if self.evaluate == "mode" else posterior.sample()
             self._evaluated = batch, Evaluation(images, latent, self.model.decode(latent))
@@ -248,8 +251,9 @@ class TokenizerModule(LightningModule):
     def _log_metrics(self, stage: str) -> None:
         values = self.val_metrics.compute() | {"psnr_thumbnail": self.val_thumbnail.compute()}
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
-        self.val_metrics.reset()
-        self.val_thumbnail.reset()
+        with torch.inference_mode(False):  # or training after `validate` could not go on with these states
+            self.val_metrics.reset()
+            self.val_thumbnail.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Reconstructions `[B, 3, H, W]` in [-1, 1], and the positions of their images in the data set, `[B]`."""
@@ -262,19 +266,33 @@ class TokenizerModule(LightningModule):
         return [self.optimizer(self.model.parameters()), self.discriminator_optimizer(self.discriminator.parameters())]
 
     def setup(self, stage: str) -> None:
-        """Starts from the former stage, unless a run of this stage is resumed."""
+        """Looks whether the images fit; starts from the former stage, unless a run of this stage is resumed."""
+        image_size = getattr(self.trainer.datamodule, "image_size", None)
+        if image_size is not None:
+            self.model.check_image_size(image_size)
         if stage == "fit":
             if self.trainer.precision == "16-mixed":
                 raise ValueError("trainer.precision: 16-mixed is not supported, use bf16-mixed")
             if self.init_from is not None and self.trainer.ckpt_path is None:
-                self._average = load_stage(self, self.init_from)
+                self._begin_from(self.init_from)
+
+    def _begin_from(self, path: str) -> None:
+        """Carries over weights, discriminator, averages and the image counter; optimisers start fresh."""
+        checkpoint = read_stage(path, self.model.vfm)
+        try:
+            self.load_state_dict(checkpoint["state_dict"])
+        except RuntimeError as error:
+            raise ValueError(f"init_from: '{path}' holds another model: {error}") from error
+        self.images_seen = checkpoint["images_seen"]
+        self._average = checkpoint.get("ema")
 
     def on_fit_start(self) -> None:
-        """Hands the former stage's averages to whoever averages."""
+        """Hands the former stage's averages to whoever averages; a finished stage that is resumed ends here."""
         average, self._average = self._average, None
         for callback in self.trainer.callbacks if average is not None else ():
             if isinstance(callback, WeightAverage):
                 callback.load_average(average)
+        self._stop_when_done()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the image counter, the guard's memory, and which VFM the weights belong to."""
@@ -291,11 +309,6 @@ class TokenizerModule(LightningModule):
         check_vfm(self.model.vfm, checkpoint)
         self.images_seen = checkpoint["images_seen"]
         self.guard.load_state_dict(checkpoint["guard"])
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 images in 0..255 to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 def _accumulating(trainer: Trainer, wanted: bool) -> AbstractContextManager:

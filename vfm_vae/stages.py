@@ -2,14 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vfm_vae.vfm import FrozenVFM
-
-if TYPE_CHECKING:
-    from vfm_vae.module import TokenizerModule
 
 
 def vfm_identity(vfm: FrozenVFM) -> dict[str, str]:
@@ -27,9 +24,7 @@ def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any]) -> None:
     if stored is None:
         raise ValueError("the checkpoint names no VFM: it is no tokenizer's, or of another version")
     if stored["name"] != vfm.name:
-        raise ValueError(
-            f"the checkpoint was trained on the VFM '{stored['name']}', but model.vfm is '{vfm.name}'"
-        )
+        raise ValueError(f"the checkpoint was trained on the VFM '{stored['name']}', but model.vfm is '{vfm.name}'")
     if stored["fingerprint"] != vfm.fingerprint():
         raise ValueError(
             f"the checkpoint was trained on other weights of '{vfm.name}' (sha256 {stored['fingerprint'][:12]}…) than "
@@ -37,26 +32,21 @@ def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any]) -> None:
         )
 
 
-def load_stage(module: "TokenizerModule", path: str) -> Mapping[str, Any] | None:
-    """Starts a stage from the checkpoint of the former one: weights, discriminator and image counter.
+def read_stage(path: str, vfm: FrozenVFM) -> dict[str, Any]:
+    """Reads the checkpoint of a former stage.
 
     Args:
-        module: The module of the new stage.
-        path: Checkpoint of the former stage.
+        path: The checkpoint.
+        vfm: What it has to be trained with.
 
     Returns:
-        The averaged weights, as the checkpoint holds them under `ema`, or None.
+        The checkpoint: `state_dict`, `images_seen`, and `ema` where weights were averaged.
 
     Raises:
-        ValueError: if there is no such file, or it holds another model.
+        ValueError: if there is no such file, or it belongs to another VFM.
     """
     if not Path(path).is_file():
         raise ValueError(f"init_from: there is no checkpoint '{path}'; train the former stage first")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    check_vfm(module.model.vfm, checkpoint)
-    try:
-        module.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise ValueError(f"init_from: '{path}' holds another model: {error}") from error
-    module.images_seen = checkpoint["images_seen"]
-    return checkpoint.get("ema")
+    check_vfm(vfm, checkpoint)
+    return checkpoint

@@ -57,6 +57,19 @@ class VFMVAE(nn.Module):
         """Sides of the image over sides of the latent."""
         return self.decoder.upscaling
 
+    def check_image_size(self, size: int) -> None:
+        """Says before anything runs whether images of this side can be tokenized.
+
+        Raises:
+            ValueError: if not.
+        """
+        step = 4 * self.compression
+        if size < step or size % step:
+            raise ValueError(
+                f"image_size: {size} does not fit this tokenizer, whose latent needs sides that divide by 4: give a "
+                f"multiple of {step} (4 cells of {self.compression} pixels)"
+            )
+
     @property
     def latent_channels(self) -> int:
         """Channels of the latent."""

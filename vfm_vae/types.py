@@ -84,7 +84,7 @@ class AlignmentFeatures(Protocol):
     """A module whose inner features can be compared with a VFM's."""
 
     def alignment_features(self, batch: Batch, time: float | None = None) -> Mapping[str, Tensor]:
-        """Pooled features `[B, D]` by name: "latent", "block_07", …; `time` is the diffusion time where there is one."""
+        """Pooled features `[B, D]` by name: "latent", "block_07", …; `time` is the diffusion time, if there is one."""
 
 
 @runtime_checkable
@@ -93,6 +93,14 @@ class EvaluationImages(Protocol):
 
     def evaluation_images(self, batch: Batch) -> tuple[Tensor | None, Tensor]:
         """Real images, if any, and generated ones, `[B, 3, H, W]` in [-1, 1]."""
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """A module that encodes and decodes images."""
+
+    def reconstruct(self, batch: Batch) -> Decoded:
+        """Reconstruction and multi-scale images of a batch, without randomness and without speaking to other ranks."""
 
 
 @runtime_checkable

@@ -30,8 +30,8 @@ def modulate_weights(x: Tensor, weight: Tensor, style: Tensor, demodulation: Ten
 def modulated_pointwise(x: Tensor, weight: Tensor, style: Tensor, demodulate: bool = True) -> Tensor:
     """Modulated 1x1 convolution (Karras et al. 2020, equations 1 and 3), in the cheaper of two forms.
 
-    Scaling activations costs passes over `(I + O) · HW` numbers of a sample; scaling weights costs `O · I`, and gives up
-    the one large product over the batch. `make bench` compares them.
+    Scaling activations costs passes over `(I + O) · HW` numbers of a sample; scaling weights costs `O · I`, and gives
+    up the one large product over the batch. `make bench` compares them.
 
     Args:
         x: Features, `[B, I, H, W]`.

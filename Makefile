@@ -1,0 +1,68 @@
+# The developer's menu: `make` or `make help` lists it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?= data/imagenet
+TRAINER ?= gpu
+READY := $(VENV)/.ready
+
+# glibc returns large blocks to the kernel and has their pages zeroed again in every step: a fifth of the time on CPU.
+export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
+export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
+
+FIT := $(BIN)/python -m vfm_vae fit
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format bench tensorboard embedded-vfm strong weak clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(READY): setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .[dev]
+	@touch $@
+
+install: $(READY) ## make .venv with the package and what develops it
+
+demo: install ## train the tokenizer's two stages on the embedded photographs; results in runs/demo
+	$(FIT) -c configs/demo/tokenizer.yaml -c configs/demo/strong.yaml
+	$(FIT) -c configs/demo/tokenizer.yaml -c configs/demo/weak.yaml
+	@echo "TensorBoard: make tensorboard · pictures: runs/demo/weak/images/val.png · numbers: runs/demo/metrics.json"
+
+test: install ## run the fast tests
+	$(BIN)/pytest
+
+test-all: install ## run all tests that this machine can, the slow ones too
+	$(BIN)/pytest -m "not gpu or gpu"
+
+lint: install ## check style and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --config setup.cfg
+
+format: install ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## measure what is claimed to be fast, as ratios within one run
+	$(BIN)/python tests/bench/modulated.py
+	$(BIN)/python tests/bench/step.py
+
+tensorboard: install ## show the runs at http://localhost:6006
+	$(BIN)/tensorboard --logdir runs
+
+embedded-vfm: install ## pretrain the embedded ViT again and draw its features
+	$(BIN)/python -m vfm_vae.embedded.pretrain --picture docs/embedded_pca.png
+
+strong: install ## strong alignment on ImageNet: make strong DATA=/path TRAINER=gpu|ddp8
+	$(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/strong.yaml -c configs/data/imagenet.yaml \
+	  -c configs/trainer/$(TRAINER).yaml --data.root $(DATA)
+
+weak: install ## weak alignment, from the strong stage: make weak DATA=/path TRAINER=gpu|ddp8
+	$(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/weak.yaml -c configs/data/imagenet.yaml \
+	  -c configs/trainer/$(TRAINER).yaml --data.root $(DATA)
+
+clean: ## remove caches and the demo's results, not other runs
+	rm -rf runs/demo build .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
