@@ -19,7 +19,7 @@ from vfm_vae.module import TokenizerModule
 from vfm_vae.types import Batch
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-BATCH, ROUNDS = 2, 3
+BATCH, ROUNDS = 2, 2
 
 
 class Alternate(Callback):

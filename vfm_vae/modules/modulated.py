@@ -43,7 +43,7 @@ def modulated_pointwise(x: Tensor, weight: Tensor, style: Tensor, demodulate: bo
         `[B, O, H, W]`.
     """
     demodulation = torch.rsqrt(style.square() @ weight.square().t() + 1e-8) if demodulate else None  # [B, O]
-    few_pixels = x.shape[2] * x.shape[3] <= 2 * x.shape[1]
+    few_pixels = x.shape[2] * x.shape[3] < 2 * x.shape[1]
     return (modulate_activations if few_pixels else modulate_weights)(x, weight, style, demodulation)
 
 
