@@ -31,7 +31,8 @@ def build(*configs: str | Path, options: list[str] = ()) -> Build:
     arguments = ["fit"]
     for config in configs:
         arguments += ["--config", str(config if isinstance(config, Path) else CONFIGS / config)]
-    return Build(TokenizerModule, ImageNetDataModule, args=[*arguments, *options], auto_configure_optimizers=False)
+    plain = {"auto_configure_optimizers": False, "save_config_callback": None}
+    return Build(TokenizerModule, ImageNetDataModule, args=[*arguments, *options], **plain)
 
 
 @pytest.fixture

@@ -141,9 +141,20 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny_module, t
     run.fit(module, repeat(batch))
     learned = {name for name, _ in module.named_parameters()}
     assert not changed(before, module.state_dict()) & learned
+    assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
     assert module.guard.num_skipped == 1
     assert run.global_step == 0
     assert module.images_seen == 8 * accumulate
+
+
+def test_gradients_that_are_not_finite_are_not_applied(tiny_module, trainer, batch):
+    module = tiny_module()
+    before = weights(module)
+    module.model.decoder.mapping.out.weight.register_hook(lambda gradient: gradient / 0)
+    trainer(max_steps=-1, limit_train_batches=2, max_epochs=1).fit(module, repeat(batch))
+    learned = {name for name, _ in module.model.named_parameters(prefix="model")}
+    assert not changed(before, module.state_dict()) & learned
+    assert module.guard.num_skipped == 2
 
 
 def test_training_goes_on_after_a_skipped_step(tiny_module, trainer, batch):

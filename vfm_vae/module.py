@@ -161,11 +161,13 @@ class TokenizerModule(LightningModule):
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters])
+        self.log(("train/grad_norm", "train/grad_norm_discriminator")[player], norm)
+        if not self._accepts(others={"grad_norm": norm}):  # finite losses can have gradients that are not
+            return
         if self.gradient_clip_val is not None:
             clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
         # Only the generator goes through Lightning's wrapper, which counts global_step: one step per batch.
         (optimizer if player == 0 else optimizer.optimizer).step()
-        self.log(("train/grad_norm", "train/grad_norm_discriminator")[player], norm)
 
     def _finish(self, step_ends: bool, num_images: int) -> None:
         """Counts images; where a step ends, drops its gradients, also those of a refused one."""

@@ -18,9 +18,9 @@ def best_times(repeats: int = 5, **functions: Callable[[], object]) -> dict[str,
     return {name: min(seconds[1:]) for name, seconds in times.items()}
 
 
-def table(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Prints rows of a name and a value."""
-    grid = Table(title=title, show_header=False)
+def table(title: str, rows: Sequence[Sequence[str]], *columns: str) -> None:
+    """Prints rows below the names of their columns."""
+    grid = Table(*columns, title=title)
     for row in rows:
         grid.add_row(*row)
     Console().print(grid)

@@ -37,7 +37,9 @@ class Mapping(nn.Module):
         x = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
         w = self.out(F.leaky_relu(self.hidden(x), 0.2)).float()
         if self.training:
-            self.average.lerp_(w.detach().mean(dim=0), 1 - 0.995)
+            mean = w.detach().mean(dim=0)
+            mean = torch.where(mean.isfinite(), mean, self.average)  # a step that is skipped must leave no trace
+            self.average.lerp_(mean, 1 - 0.995)
         return w if truncation == 1.0 else self.average.lerp(w, truncation)
 
 

@@ -9,25 +9,24 @@ from torch import Tensor, nn
 from vfm_vae.modules.layers import EqualizedLinear
 
 
-def modulate_activations(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor | None) -> Tensor:
-    """`y_o = d_o Σ_i W_oi s_i x_i` as one shared convolution between scalings of its input and of its output."""
+def modulate_activations(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor, bias: Tensor) -> Tensor:
+    """`y_o = d_o Σ_i W_oi s_i x_i + b_o` as one shared convolution between scalings of its input and of its output."""
     y = F.conv2d(x * style[:, :, None, None].to(x.dtype), weight[:, :, None, None])
-    return y if demodulation is None else y * demodulation[:, :, None, None].to(y.dtype)
+    return torch.addcmul(bias[:, None, None].to(y.dtype), y, demodulation[:, :, None, None].to(y.dtype))
 
 
-def modulate_weights(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor | None) -> Tensor:
+def modulate_weights(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor, bias: Tensor) -> Tensor:
     """The same with one matrix per sample: a batched product on accelerators, a convolution per sample on CPU."""
-    weights = weight * style.unsqueeze(1)  # [B, O, I]
-    if demodulation is not None:
-        weights = weights * demodulation.unsqueeze(2)
+    weights = weight * style.unsqueeze(1) * demodulation.unsqueeze(2)  # [B, O, I]
     if x.device.type == "cpu":  # batched products are the slower library call there
-        return torch.cat([F.conv2d(*pair) for pair in zip(x.split(1), weights[..., None, None], strict=True)])
+        samples = zip(x.split(1), weights[..., None, None], strict=True)
+        return torch.cat([F.conv2d(sample, matrix, bias) for sample, matrix in samples])
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, HW, I], a view where x is channels-last
-    y = torch.bmm(pixels, weights.mT.to(x.dtype))
+    y = torch.baddbmm(bias.to(x.dtype), pixels, weights.mT.to(x.dtype))
     return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
-def modulated_pointwise(x: Tensor, weight: Tensor, style: Tensor, demodulate: bool = True) -> Tensor:
+def modulated_pointwise(x: Tensor, weight: Tensor, style: Tensor, bias: Tensor, demodulate: bool = True) -> Tensor:
     """Modulated 1x1 convolution (Karras et al. 2020, equations 1 and 3), in the cheaper of two forms.
 
     Scaling activations costs passes over `(I + O) · HW` numbers of a sample; scaling weights costs `O · I`, and gives
@@ -37,14 +36,18 @@ def modulated_pointwise(x: Tensor, weight: Tensor, style: Tensor, demodulate: bo
         x: Features, `[B, I, H, W]`.
         weight: Shared weight, `[O, I]`.
         style: Scale of every input channel, `[B, I]`.
+        bias: Added to every output channel, `[O]`.
         demodulate: Whether every output channel is brought to unit expected variance.
 
     Returns:
         `[B, O, H, W]`.
     """
-    demodulation = torch.rsqrt(style.square() @ weight.square().t() + 1e-8) if demodulate else None  # [B, O]
+    if demodulate:
+        demodulation = torch.rsqrt(style.square() @ weight.square().t() + 1e-8)  # [B, O]
+    else:
+        demodulation = style.new_ones(len(style), len(weight))
     few_pixels = x.shape[2] * x.shape[3] < 2 * x.shape[1]
-    return (modulate_activations if few_pixels else modulate_weights)(x, weight, style, demodulation)
+    return (modulate_activations if few_pixels else modulate_weights)(x, weight, style, demodulation, bias)
 
 
 class Style(nn.Module):
@@ -111,9 +114,8 @@ class ModulatedConvNeXt(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """Maps features `[B, C, H, W]` and global latents `[B, w_channels]` to `[B, C, H, W]`."""
         y = self.norm(self.noise(self.depthwise(x)))
-        y = modulated_pointwise(y, self.expand, self.style(w))  # [B, 4C, H, W]
-        y = F.gelu(y + self.expand_bias[:, None, None])
-        return x + self.layer_scale * self.contract(y)
+        y = modulated_pointwise(y, self.expand, self.style(w), self.expand_bias)  # [B, 4C, H, W]
+        return torch.addcmul(x, self.layer_scale, self.contract(F.gelu(y)))
 
 
 class ToRGB(nn.Module):
@@ -133,5 +135,4 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """Maps features `[B, C, H, W]` and global latents `[B, w_channels]` to an image `[B, 3, H, W]`."""
-        y = modulated_pointwise(x, self.weight, self.style(w) * self.gain, demodulate=False)
-        return y + self.bias[:, None, None]
+        return modulated_pointwise(x, self.weight, self.style(w) * self.gain, self.bias, demodulate=False)
