@@ -86,16 +86,15 @@ def test_fit_validate_predict(folder: Path):
     assert torch.load(folder / last, weights_only=True)["images_seen"] == 48
     assert list((folder / "runs/small").glob("events*"))
 
-    code, out, err = run(folder, *small("validate", "--ckpt_path", last))
+    trained = ["-c", "runs/small/config.yaml", "--ckpt_path", last]
+    code, out, err = run(folder, "validate", *trained)
     assert code == 0, err
     metrics = json.loads((folder / "runs/small/metrics.json").read_text())["run"]["metrics"]
     assert metrics["val/psnr"] > 5
     assert "val/psnr" in out
 
     writer = "--trainer.callbacks+=callbacks.writers.ReconstructionWriter"
-    code, _, err = run(
-        folder, *small("predict", "--ckpt_path", last, writer, "--trainer.callbacks.directory=reconstructions")
-    )
+    code, _, err = run(folder, "predict", *trained, writer, "--trainer.callbacks.directory=reconstructions")
     assert code == 0, err
     assert len(list((folder / "reconstructions").glob("*.png"))) == 26
 

@@ -5,10 +5,19 @@ import sys
 from typing import Any
 
 from jsonargparse import ArgumentError
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 DEBUG = "VFM_VAE_DEBUG"
+
+
+class SaveTrainingConfig(SaveConfigCallback):
+    """Keeps the configuration of training in the run's folder; an evaluation does not write over it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes `config.yaml` where training begins."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 class CLI(LightningCLI):
@@ -40,6 +49,7 @@ def run(module: type[LightningModule], datamodule: type[LightningDataModule]) ->
             auto_configure_optimizers=False,
             parser_kwargs={name: {"exit_on_error": False} for name in ("fit", "validate", "test", "predict")}
             | {"exit_on_error": False},
+            save_config_callback=SaveTrainingConfig,
             # Rerunning a stage in its folder is how it is resumed.
             save_config_kwargs={"overwrite": True},
         )
