@@ -47,9 +47,10 @@ class Report(Callback):
     on_test_end = on_validation_end
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes what training logged last, and prints."""
+        """Writes what training logged last, and prints; a finished stage that was started again logged nothing."""
         if trainer.is_global_zero:
-            self._write(self._entry(trainer, pl_module))
+            if trainer.callback_metrics:
+                self._write(self._entry(trainer, pl_module))
             self._print()
 
     def _entry(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -29,6 +29,14 @@ def test_runs_share_a_file_and_a_table(new_module, data, trainer, tmp_path, caps
     assert [file.name for file in path.parent.iterdir()] == ["metrics.json"]  # nothing half-written is left
 
 
+def test_a_finished_run_that_is_started_again_keeps_its_numbers(new_module, data, trainer, tmp_path):
+    path = tmp_path / "metrics.json"
+    trainer(Report(str(path))).fit(new_module(), data)
+    before = path.read_text()
+    trainer(Report(str(path)), max_steps=0).fit(new_module(), data)
+    assert path.read_text() == before
+
+
 def test_evaluations_alone_are_reported_in_the_log_directory(module, data, trainer, tmp_path, capsys):
     trainer(Report()).test(module, data, verbose=False)
     entries = json.loads((tmp_path / "metrics.json").read_text())
