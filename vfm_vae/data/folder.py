@@ -155,7 +155,7 @@ def small_images(root: str | Path, split: str, min_size: int, num_threads: int =
         try:
             with Image.open(folder / name) as image:
                 return min(image.size) < min_size
-        except Exception:
+        except Exception:  # damaged, as decoders report it in many ways; reading it in training records that
             return False
 
     with ThreadPoolExecutor(num_threads) as threads:
