@@ -1,0 +1,196 @@
+"""Layers of the diffusion transformers. Tokens are `[B, N, D]`, in raster order of their grid."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive norm (Peebles & Xie 2023, DiT, section 3.2): `x · (1 + scale) + shift`.
+
+    Args:
+        x: Normalised tokens, `[B, N, D]`.
+        shift: One for each sample, `[B, D]`.
+        scale: Alike.
+    """
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def sincos_frequencies(num: int) -> Tensor:
+    """`10000^(−k / num)` for k = 0 … num − 1, float64 (Vaswani et al. 2017, section 3.5)."""
+    return 10000.0 ** (-torch.arange(num, dtype=torch.float64) / num)
+
+
+def grid_positions(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Row and column of every token in raster order, float64 `[N]` each."""
+    rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid)
+    return rows.repeat_interleave(grid[1]), columns.repeat(grid[0])
+
+
+def position_table(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed sine-cosine position embedding (as MAE and DiT have it).
+
+    Half of the channels speak of the column, the other half of the row; each half holds the sines, then the cosines.
+
+    Args:
+        grid: Rows and columns of tokens.
+        width: Channels, a multiple of 4.
+
+    Returns:
+        float32 `[N, width]`.
+    """
+    rows, columns = grid_positions(grid)
+    angles = [position[:, None] * sincos_frequencies(width // 4) for position in (columns, rows)]  # [N, width / 4]
+    return torch.cat([half for angle in angles for half in (angle.sin(), angle.cos())], dim=1).float()
+
+
+def rotary_angles(grid: tuple[int, int], head_width: int) -> Tensor:
+    """Angles of the rotary embedding in two dimensions (Su et al. 2021, RoFormer; by axis as EVA-02 has it).
+
+    Pairs of channels turn by these: the first half of a head's with the row, the second with the column.
+
+    Args:
+        grid: Rows and columns of tokens.
+        head_width: Channels of a head, a multiple of 4.
+
+    Returns:
+        float64 `[N, head_width / 2]`.
+    """
+    return torch.cat([p[:, None] * sincos_frequencies(head_width // 4) for p in grid_positions(grid)], dim=1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns adjacent pairs of channels.
+
+    Args:
+        x: Queries or keys, `[B, heads, N, d]`.
+        cos: Cosine of each pair's angle, `[N, d / 2]`.
+        sin: Its sine.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B, heads, N, d/2] each
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """Square patches as tokens, by a convolution whose stride is its size.
+
+    Args:
+        in_channels: Channels of the map.
+        width: Of the tokens.
+        patch_size: Side of a patch.
+    """
+
+    def __init__(self, in_channels: int, width: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[B, C, h, w]` to `[B, N, D]`."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Lays patches out as a map: `[B, N, p·p·C]`, each ordered (row, column, channel), to `[B, C, rows·p, columns·p]`."""
+    patches = tokens.unflatten(1, grid).unflatten(3, (patch_size, patch_size, -1))  # [B, rows, columns, p, p, C]
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+class TimeEmbedding(nn.Module):
+    """Time in [0, 1] as a vector: 128 frequencies from 1 down to 1/10000, cosines then sines, and an MLP.
+
+    Args:
+        width: Of the vector.
+        num_frequencies: Half the width of what enters the MLP.
+    """
+
+    def __init__(self, width: int, num_frequencies: int = 128):
+        super().__init__()
+        self.register_buffer("frequencies", sincos_frequencies(num_frequencies).float(), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Maps times `[B]` to `[B, D]`."""
+        angles = t[:, None].float() * self.frequencies  # [B, num_frequencies]
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP (Shazeer 2020, arXiv 2002.05202): `out(silu(gate) · value)`, gate and value from one linear layer.
+
+    Args:
+        width: Of the tokens.
+        hidden: Of gate and value.
+    """
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_value = nn.Linear(width, 2 * hidden)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[B, N, D]` to the same shape."""
+        gate, value = self.gate_value(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+class MLP(nn.Sequential):
+    """Linear, GELU in its tanh form, linear.
+
+    Args:
+        width: Of the tokens.
+        hidden: Between the two.
+    """
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+
+
+class Attention(nn.Module):
+    """Self-attention, with norms on queries and keys and a rotary embedding where asked for.
+
+    Args:
+        width: Of the tokens.
+        num_heads: Has to divide it.
+        norm: Makes the norm of queries and keys of a head's width; null for none.
+    """
+
+    def __init__(self, width: int, num_heads: int, norm: type[nn.Module] | None = None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.query_norm = norm(width // num_heads) if norm else nn.Identity()
+        self.key_norm = norm(width // num_heads) if norm else nn.Identity()
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Attends.
+
+        Args:
+            x: Tokens, `[B, N, D]`.
+            rotary: Cosines and sines by which queries and keys turn, `[N, d / 2]` each.
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, heads, d]
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, d] each
+        query, key = self.query_norm(query), self.key_norm(key)
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        out = F.scaled_dot_product_attention(query, key.to(query.dtype), value.to(query.dtype))
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+def scaled_init(std: float, *layers: nn.Module) -> None:
+    """Draws the weights of embeddings and linear layers from N(0, std²)."""
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=std)
+
+
+def zero_init(*layers: nn.Linear) -> None:
+    """Zeros: blocks start as identities and the output as zero (Peebles & Xie 2023, section 3.2, adaLN-Zero)."""
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+def swiglu_hidden(width: int) -> int:
+    """Hidden width that gives a gated MLP the parameters of one four times as wide: `⌊2/3 · 4D⌋`."""
+    return 8 * width // 3

@@ -1,0 +1,161 @@
+"""From noise to data, along a velocity field: one class per way of integrating.
+
+A sampler is called with the field, a function of `x: [B, ...]` and one time for all (a scalar on the CPU), and with the
+noise at t = 0; it returns the data at t = 1. Time is `path`'s.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from ldm.guidance import VelocityField
+from ldm.path import score
+
+Noise = Callable[[], Tensor]
+
+
+def time_grid(steps: int, shift: float = 1.0) -> Tensor:
+    """Times from 0 to 1, spent mostly near noise for a shift below 1 and near data above.
+
+    `t' = s·t / (1 + (s − 1)·t)` of evenly spaced t (Esser et al. 2024, arXiv 2403.03206, eq. 23, in this project's
+    direction of time).
+
+    Args:
+        steps: Points of the grid, so one more than there are intervals.
+        shift: s; 1 leaves the grid even, LightningDiT takes 0.3.
+
+    Returns:
+        float32 `[steps]`.
+    """
+    t = torch.linspace(0, 1, steps)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+class Sampler(ABC):
+    """Integrates a velocity field from noise at t = 0 to data at t = 1."""
+
+    @abstractmethod
+    def __call__(self, field: VelocityField, noise: Tensor, fresh_noise: Noise | None = None) -> Tensor:
+        """Samples.
+
+        Args:
+            field: Velocity as a function of `x: [B, ...]` and a time.
+            noise: Standard normal, `[B, ...]`.
+            fresh_noise: Returns more of it, each time it is called; for samplers that are stochastic.
+
+        Returns:
+            Samples like `noise`.
+        """
+
+
+class GridSampler(Sampler):
+    """What samplers on a grid of times share.
+
+    Args:
+        steps: Points of the time grid, both ends included.
+        shift: Warps the grid, see `time_grid`.
+
+    Raises:
+        ValueError: if an option lies outside its range.
+    """
+
+    def __init__(self, steps: int = 250, shift: float = 1.0):
+        if steps < 2:
+            raise ValueError(f"steps: a grid has at least 2 points, given {steps}")
+        if shift <= 0:
+            raise ValueError(f"shift: must be positive (1 leaves the grid even), given {shift}")
+        self.times = time_grid(steps, shift)
+
+
+class Euler(GridSampler):
+    """Explicit Euler: one evaluation per interval of the grid, error of first order.
+
+    Args:
+        steps: Points of the time grid, both ends included, so one more than there are evaluations.
+        shift: Warps the grid, see `time_grid`.
+    """
+
+    def __call__(self, field: VelocityField, noise: Tensor, fresh_noise: Noise | None = None) -> Tensor:
+        """Samples; nothing is stochastic."""
+        x = noise
+        for t, next_t in pairwise(self.times):
+            x = x + (next_t - t).to(x) * field(x, t)
+        return x
+
+
+class Heun(GridSampler):
+    """Heun's method (the explicit trapezoidal rule): two evaluations per interval, error of second order.
+
+    Args:
+        steps: Points of the time grid, both ends included.
+        shift: Warps the grid, see `time_grid`.
+    """
+
+    def __call__(self, field: VelocityField, noise: Tensor, fresh_noise: Noise | None = None) -> Tensor:
+        """Samples; nothing is stochastic."""
+        x = noise
+        for t, next_t in pairwise(self.times):
+            step = (next_t - t).to(x)
+            here = field(x, t)
+            there = field(x + step * here, next_t)
+            x = x + step / 2 * (here + there)
+        return x
+
+
+class Dopri5(Sampler):
+    """Adaptive Runge-Kutta of order 5 (Dormand & Prince 1980), by torchdiffeq; all samples share the step.
+
+    The step depends on the batch: samples are reproducible up to the tolerance only.
+
+    Args:
+        atol: Absolute tolerance of a step.
+        rtol: Relative tolerance of a step.
+    """
+
+    def __init__(self, atol: float = 1e-6, rtol: float = 1e-3):
+        self.atol, self.rtol = atol, rtol
+
+    def __call__(self, field: VelocityField, noise: Tensor, fresh_noise: Noise | None = None) -> Tensor:
+        """Samples; nothing is stochastic."""
+        ends = torch.tensor([0.0, 1.0], device=noise.device)
+        return odeint(lambda t, x: field(x, t), noise, ends, method="dopri5", atol=self.atol, rtol=self.rtol)[-1]
+
+
+class EulerMaruyama(Sampler):
+    """Stochastic sampler of SiT (Ma et al. 2024, arXiv 2401.08740) and REG: the reverse SDE with diffusion 2·(1 − t).
+
+    From noise level τ = 1 − t = 1 in even, noisy steps to the last level, then without noise to 0. The state is kept in
+    float64.
+
+    Args:
+        steps: Evaluations, the last, noiseless one included.
+        last: Noise level before the last step, in (0, 1).
+
+    Raises:
+        ValueError: if an option lies outside its range.
+    """
+
+    def __init__(self, steps: int = 250, last: float = 0.04):
+        if steps < 2:
+            raise ValueError(f"steps: at least 2, given {steps}")
+        if not 0 < last < 1:
+            raise ValueError(f"last: a noise level in (0, 1), given {last}")
+        levels = torch.cat([torch.linspace(1, last, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+        self.times = 1 - levels
+
+    def __call__(self, field: VelocityField, noise: Tensor, fresh_noise: Noise | None = None) -> Tensor:
+        """Samples; every step but the last takes fresh noise."""
+        draw = fresh_noise or (lambda: torch.randn_like(noise))
+        x = noise.double()
+        for t, next_t in pairwise(self.times):
+            velocity = field(x.to(noise.dtype), t).double()
+            diffusion = 2 * (1 - t)
+            drift = velocity + diffusion / 2 * score(velocity, x, t)
+            x = x + (next_t - t) * drift
+            if next_t < 1:
+                x = x + (diffusion * (next_t - t)).sqrt() * draw().double()
+        return x.to(noise.dtype)
