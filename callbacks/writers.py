@@ -1,20 +1,32 @@
-"""What prediction leaves on disk."""
+"""What prediction leaves on disk: reconstructions, caches of latents, samples.
 
+Every rank writes its own part and nothing is kept in memory. Caches and samples go on where an earlier run was stopped.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
+from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, finish_cache, write_shard
 from vfm_vae.metrics.reconstruction import to_uint8
+from vfm_vae.types import DrawsSamples, Encoded, MakesLatents, Samples
 
 
 class ReconstructionWriter(Callback):
     """Writes predicted images as PNG, named by their position in the data set: `<directory>/00000042.png`.
 
     `predict_step` is to return `(images, index)`: `[B, 3, H, W]`, nominally in [-1, 1], and int64 `[B]`. Padding (a
-    negative index) is left out. Every rank writes its own images; none are kept in memory.
+    negative index) is left out.
 
     Args:
         directory: where to write; made if it is missing.
@@ -32,8 +44,222 @@ class ReconstructionWriter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: tuple[Tensor, Tensor], *args: Any
     ) -> None:
         """Writes the batch."""
-        images, index = outputs
-        pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
-        for position, picture in zip(index.tolist(), pixels, strict=True):
-            if position >= 0:
-                Image.fromarray(picture).save(self.directory / f"{position:08d}.png")
+        write_images(self.directory, *outputs)
+
+
+class LatentWriter(Callback):
+    """Writes the latents of images as a cache for diffusion models, `<directory>/<split>/`.
+
+    Goes with `model.predict: latents` (or `moments`) and the splits of `data.predict`. Whole shards are written, each by
+    one rank; a cache that was begun is completed, also by another number of ranks. At the end come the statistics that
+    normalise latents, over the plain views.
+
+    Args:
+        directory: where to write; made if it is missing.
+        shard_size: images of a shard, which a rank holds in memory until it is complete.
+        dtype: in which latents are stored.
+
+    Raises:
+        ValueError: when prediction starts, if the module gives no latents, or the directory holds others.
+    """
+
+    def __init__(
+        self, directory: str, shard_size: int = 10_000, dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    ) -> None:
+        if shard_size < 1:
+            raise ValueError(f"shard_size: at least 1, given {shard_size}")
+        self.directory, self.shard_size, self.dtype = Path(directory), shard_size, dtype
+        self._streams: list[_ShardStream] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Divides the shards that are missing over the ranks; Lightning lets no rank go on before all did so."""
+        if stage != "predict":
+            return
+        if not isinstance(pl_module, MakesLatents) or pl_module.predict == "reconstructions":
+            raise ValueError("model.predict: a cache takes 'latents' or 'moments' of a tokenizer")
+        self._streams = []
+        for split, dataset in trainer.datamodule.predict_sets.items():
+            plan = ShardPlan(self.directory / split, len(dataset), self.shard_size)
+            shards = plan.missing(trainer.global_rank, trainer.world_size)
+            images = [image for shard in shards for image in plan.images(shard)]
+            trainer.datamodule.predict_indices[split] = _or_one(images, trainer)
+            self._streams.append(_ShardStream(plan, shards, getattr(torch, self.dtype)))
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes whose latents these are, by the weights that encode them: averaged ones stand in for them by now."""
+        trainer.predict_loop.return_predictions = False
+        settings = {
+            "tokenizer": dict(pl_module.latent_identity()),
+            "content": pl_module.predict,
+            "image_size": trainer.datamodule.image_size,
+            "shard_size": self.shard_size,
+            "dtype": self.dtype,
+        }
+        for stream in self._streams if trainer.is_global_zero else ():
+            file = stream.plan.folder / IDENTITY
+            if not file.is_file() and any(stream.plan.folder.glob("*.safetensors")):
+                raise ValueError(f"directory: {str(file.parent)!r} holds safetensors of unknown origin; choose another")
+            keep_settings(file, settings | {"num_images": stream.plan.num_images})
+        trainer.strategy.barrier()
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Encoded,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Takes the batch in; writes the shard that it completes."""
+        self._streams[dataloader_idx].add(outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Computes the statistics once all ranks are through."""
+        trainer.strategy.barrier()
+        for plan in [stream.plan for stream in self._streams] if trainer.is_global_zero else ():
+            if missing := plan.missing():
+                rank_zero_warn(f"{plan.folder}: {len(missing)} of {len(plan)} shards are missing; run again to go on")
+            elif not (plan.folder / STATISTICS).is_file():
+                finish_cache(plan)
+        trainer.strategy.barrier()
+
+
+class _ShardStream:
+    """Collects samples, which arrive shard by shard, and writes each shard when it is complete."""
+
+    def __init__(self, plan: ShardPlan, shards: list[int], dtype: torch.dtype) -> None:
+        self.plan, self._shards, self._dtype = plan, shards, dtype
+        self._pending: list[dict[str, Tensor]] = []
+
+    def add(self, encoded: Encoded) -> None:
+        """Takes in a batch."""
+        tensors = {name: tensor.to("cpu", self._dtype) for name, tensor in encoded.tensors.items()}
+        self._pending.append(tensors | {"labels": encoded.labels.cpu(), "index": encoded.index.cpu()})
+        while self._shards and sum(len(rows["index"]) for rows in self._pending) >= len(self._current):
+            self._write()
+
+    @property
+    def _current(self) -> range:
+        return self.plan.images(self._shards[0])
+
+    def _write(self) -> None:
+        rows = {name: torch.cat([part[name] for part in self._pending]) for name in self._pending[0]}
+        size = len(self._current)
+        shard = {name: tensor[:size] for name, tensor in rows.items()}
+        real = shard["index"] >= 0  # a damaged image counts as padding
+        write_shard(self.plan.path(self._shards.pop(0)), {name: tensor[real] for name, tensor in shard.items()})
+        self._pending = [{name: tensor[size:] for name, tensor in rows.items()}]
+
+
+class SampleWriter(Callback):
+    """Writes samples as `<directory>/00000042.png`, or latents in `.safetensors` where the module gives those.
+
+    Numbers, labels and noise do not depend on ranks and batches, so an interrupted run is completed by any other.
+
+    Args:
+        directory: where to write; made if it is missing.
+        npz: put all images into `<directory>.npz` too, as the ADM evaluator reads them: `arr_0` uint8 `[N, H, W, 3]`
+            and `arr_1`, their labels.
+
+    Raises:
+        ValueError: when prediction starts, if the module draws no samples, or the directory holds others.
+    """
+
+    def __init__(self, directory: str, npz: bool = False) -> None:
+        self.directory, self.npz = Path(directory), npz
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Divides what is missing over the ranks; Lightning lets no rank go on before all did so."""
+        if stage != "predict":
+            return
+        if not isinstance(pl_module, DrawsSamples) or "samples" not in trainer.datamodule.predict_sets:
+            raise ValueError("data.num_samples: says how many samples a diffusion model is to draw; it is not set")
+        present = self._present()
+        missing = [number for number in range(len(trainer.datamodule.predict_sets["samples"])) if number not in present]
+        mine = missing[trainer.global_rank :: trainer.world_size]
+        trainer.datamodule.predict_indices["samples"] = _or_one(mine, trainer)
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes how they are drawn, and by which weights: averaged ones stand in for the others by now."""
+        trainer.predict_loop.return_predictions = False
+        if trainer.is_global_zero:
+            keep_settings(self.directory / "samples.json", pl_module.sampling_settings())
+        trainer.strategy.barrier()
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Samples, *args: Any
+    ) -> None:
+        """Writes the batch."""
+        if outputs.images is not None:
+            write_images(self.directory, outputs.images, outputs.index)
+        elif (real := outputs.index >= 0).any():
+            tensors = {name: getattr(outputs, name)[real].cpu() for name in ("latents", "labels", "index")}
+            write_shard(self.directory / f"latents_{tensors['index'][0]:08d}.safetensors", tensors)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes the `.npz` once all ranks are through."""
+        trainer.strategy.barrier()
+        num_samples = len(trainer.datamodule.predict_sets["samples"])
+        files = [self.directory / f"{number:08d}.png" for number in range(num_samples)]
+        if self.npz and trainer.is_global_zero and all(file.is_file() for file in files):
+            labels = pl_module.sample_labels(torch.arange(num_samples))
+            path = self.directory.with_name(f"{self.directory.name}.npz")
+            write_npz(path, files, labels.cpu().numpy())
+            rank_zero_info(f"{path}: {num_samples} samples")
+
+    def _present(self) -> set[int]:
+        numbers = {int(file.stem) for file in self.directory.glob("*.png") if file.stem.isdigit()}
+        for file in self.directory.glob("latents_*.safetensors"):
+            numbers.update(load_file(file)["index"].tolist())
+        return numbers
+
+
+def keep_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    """Notes how the contents of a folder are made, or, where that is noted already, sees that it is the same.
+
+    Raises:
+        ValueError: it is not.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.is_file():
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(json.dumps(settings, indent=2) + "\n")
+        partial.replace(file)
+    found = json.loads(file.read_text())
+    settings = json.loads(json.dumps(settings))
+    differing = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
+    if differing:
+        changes = "; ".join(f"{key} was {found.get(key)!r}, now {settings.get(key)!r}" for key in differing)
+        raise ValueError(f"directory: {str(file.parent)!r} holds what was made otherwise: {changes}. Choose another one")
+
+
+def write_images(directory: Path, images: Tensor, index: Tensor) -> None:
+    """Writes images `[B, 3, H, W]` in [-1, 1] as PNG named by `index: [B]`, but for padding; each is whole or absent."""
+    pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
+    for number, picture in zip(index.tolist(), pixels, strict=True):
+        if number >= 0:
+            partial = directory / f"{number:08d}.png.partial"
+            Image.fromarray(picture).save(partial, format="png")
+            partial.replace(partial.with_suffix(""))
+
+
+def write_npz(path: Path, files: Iterable[Path], labels: np.ndarray) -> None:
+    """Writes images of equal size as `arr_0`, uint8 `[N, H, W, 3]`, one at a time, and labels `[N]` as `arr_1`."""
+    files = list(files)
+    width, height = Image.open(files[0]).size
+    partial = path.with_name(f"{path.name}.partial")
+    with zipfile.ZipFile(partial, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), height, width, 3)}
+            np.lib.format.write_array_header_1_0(array, header)
+            for file in files:
+                array.write(np.asarray(Image.open(file)).tobytes())
+        with archive.open("arr_1.npy", "w") as array:
+            np.lib.format.write_array(array, labels)
+    partial.replace(path)
+
+
+def _or_one(numbers: list[int], trainer: Trainer) -> list[int]:
+    """Where everything is there, one all the same on rank zero: without any, Lightning would skip all checks."""
+    return numbers or ([0] if trainer.is_global_zero else [])

@@ -32,6 +32,10 @@ class Guidance:
             raise ValueError(f"channels: at least 1, or null for all, given {channels}")
         self.scale, self.start, self.end, self.channels = scale, start, end, channels
 
+    def with_scale(self, scale: float) -> "Guidance":
+        """The same at another strength."""
+        return Guidance(scale, self.start, self.end, self.channels)
+
     def acts_at(self, t: float) -> bool:
         """Whether predictions at time `t` are guided."""
         return self.scale != 1 and self.start <= t <= self.end

@@ -68,7 +68,12 @@ class GridSampler(Sampler):
             raise ValueError(f"steps: a grid has at least 2 points, given {steps}")
         if shift <= 0:
             raise ValueError(f"shift: must be positive (1 leaves the grid even), given {shift}")
-        self.times = time_grid(steps, shift)
+        self.steps, self.shift = steps, shift
+
+    @property
+    def times(self) -> Tensor:
+        """The grid, `[steps]`."""
+        return time_grid(self.steps, self.shift)
 
 
 class Euler(GridSampler):
@@ -144,8 +149,13 @@ class EulerMaruyama(Sampler):
             raise ValueError(f"steps: at least 2, given {steps}")
         if not 0 < last < 1:
             raise ValueError(f"last: a noise level in (0, 1), given {last}")
-        levels = torch.cat([torch.linspace(1, last, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
-        self.times = 1 - levels
+        self.steps, self.last = steps, last
+
+    @property
+    def times(self) -> Tensor:
+        """1 − noise level at the ends of all steps, float64 `[steps + 1]`."""
+        levels = torch.linspace(1, self.last, self.steps, dtype=torch.float64)
+        return 1 - torch.cat([levels, levels.new_zeros(1)])
 
     def __call__(self, field: VelocityField, noise: Tensor, fresh_noise: Noise | None = None) -> Tensor:
         """Samples; every step but the last takes fresh noise."""

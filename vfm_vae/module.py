@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
 from vfm_vae.losses.guard import NonFiniteGuard
@@ -21,9 +22,10 @@ from vfm_vae.losses.objective import Objective
 from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics, from_uint8
 from vfm_vae.modules.equivariance import EquivarianceRegularizer
 from vfm_vae.modules.resize import resize
-from vfm_vae.stages import check_vfm, read_stage, vfm_identity
+from vfm_vae.stages import read_stage
 from vfm_vae.tokenizer import VFMVAE
-from vfm_vae.types import Batch, Decoded, WeightAverage
+from vfm_vae.types import Batch, Decoded, Encoded, WeightAverage
+from vfm_vae.vfm import check_vfm, vfm_identity
 
 
 class Evaluation(NamedTuple):
@@ -49,6 +51,8 @@ class TokenizerModule(LightningModule):
         init_from: Checkpoint of the former stage: weights, discriminator, averages and the image counter are carried
             over, optimisers start fresh.
         evaluate: Which latent is decoded in evaluation: the posterior's mode, or a sample as published numbers do.
+        predict: What prediction returns: `reconstructions`; or, for a cache, `latents`, a posterior sample of each
+            image and of its mirror image; or the `moments` of the posterior, mean then standard deviation.
         seed: Of every step's randomness.
         accumulate_grad_batches: Batches whose gradients make one step.
         gradient_clip_val: Largest gradient norm of either player; None clips nothing.
@@ -71,6 +75,7 @@ class TokenizerModule(LightningModule):
         max_images: int = -1,
         init_from: str | None = None,
         evaluate: Literal["mode", "sample"] = "mode",
+        predict: Literal["reconstructions", "latents", "moments"] = "reconstructions",
         seed: int = 0,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
@@ -92,6 +97,7 @@ class TokenizerModule(LightningModule):
         self.max_images = max_images
         self.init_from = init_from
         self.evaluate = evaluate
+        self.predict = predict
         self.seed = seed
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
@@ -138,7 +144,7 @@ class TokenizerModule(LightningModule):
 
     def _seed_step(self) -> None:
         """Makes a step's randomness a function of seed, rank and images seen, so that a resumed run draws the same."""
-        torch.manual_seed(hash((self.seed, self.global_rank, self.images_seen)) & 0x7FFF_FFFF_FFFF_FFFF)
+        torch.manual_seed(seed_of(self.seed, self.global_rank, self.images_seen))
 
     def _generator_loss(self, images: Tensor) -> Tensor:
         """The discriminator's word on generated images; its own weights take no gradient from it."""
@@ -257,9 +263,22 @@ class TokenizerModule(LightningModule):
             self.val_metrics.reset()
             self.val_thumbnail.reset()
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Reconstructions `[B, 3, H, W]` in [-1, 1], and the positions of their images in the data set, `[B]`."""
-        return self.evaluation_images(batch)[1], batch.index
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Tensor] | Encoded:
+        """Reconstructions `[B, 3, H, W]` in [-1, 1] with the positions of their images, `[B]`, or what a cache holds."""
+        if self.predict == "reconstructions":
+            return self.evaluation_images(batch)[1], batch.index
+        images = from_uint8(batch.images)
+        posterior = self.model.encode(images)
+        if self.predict == "moments":
+            return Encoded({"moments": posterior.moments()}, batch.labels, batch.index)
+        noise = IndexedNoise(self.seed, batch.index, self.device)
+        views = {"latents": posterior, "latents_flip": self.model.encode(images.flip(3))}
+        latents = {name: view.sample(noise.normal(*view.mean.shape[1:])) for name, view in views.items()}
+        return Encoded(latents, batch.labels, batch.index)
+
+    def latent_identity(self) -> dict[str, str | int]:
+        """What a cache notes of the tokenizer."""
+        return self.model.latent_identity()
 
     # Optimisers, stages, checkpoints
 

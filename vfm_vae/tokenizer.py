@@ -1,15 +1,19 @@
 """VFM-VAE: a frozen vision foundation model as the encoder of a VAE (arXiv 2510.18457)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.types import Decoded
-from vfm_vae.vfm import FrozenVFM
+from vfm_vae.vfm import Frozen, FrozenVFM, check_vfm, sha256_of
 
 
 class VFMVAE(nn.Module):
@@ -75,6 +79,26 @@ class VFMVAE(nn.Module):
         """Channels of the latent."""
         return self.adapter.latent_channels
 
+    def latent_identity(self) -> dict[str, str | int]:
+        """What a cache of latents, and a model trained on it, say of where they come from.
+
+        The fingerprint is of all that makes the latents and of nothing else: tokenizers that differ in their decoders
+        alone share it.
+
+        Raises:
+            ValueError: if the model has no VFM.
+        """
+        if self.vfm is None:
+            raise ValueError("this VFMVAE has no VFM, so its latents have no identity: pass vfm=FrozenVFM(…)")
+        encoding = nn.ModuleDict({"layers": self.adapter.layers, "fuse": self.adapter.fuse}).state_dict()
+        settings = [self.vfm.fingerprint(), list(self.vfm.layers), self.vfm.input_scale, self.adapter.unshuffle]
+        return {
+            "vfm": self.vfm.name,
+            "fingerprint": sha256_of(encoding, str(settings)),
+            "channels": self.latent_channels,
+            "compression": self.compression,
+        }
+
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """Encodes images.
 
@@ -124,3 +148,62 @@ class VFMVAE(nn.Module):
             Reconstruction `[B, 3, h · compression, w · compression]` and multi-scale images, small to large.
         """
         return self.decoder(self.adapter.decode(z), truncation)
+
+
+class FrozenTokenizer(Frozen):
+    """A trained tokenizer, read from a checkpoint of its training; it never trains again and is never saved.
+
+    Computes in float32 or, under autocast, as that says.
+
+    Args:
+        checkpoint: File that `python -m vfm_vae fit` wrote; its averaged weights are taken where it has them.
+        vfm_weights: File with the VFM's weights, where the one that training read is not at hand.
+
+    Attributes:
+        network: The VFMVAE.
+        identity: Of its latents, see `VFMVAE.latent_identity`.
+
+    Raises:
+        ValueError: if there is no such checkpoint, it is no tokenizer's, or its VFM can't be had.
+    """
+
+    network: VFMVAE
+
+    def __init__(self, checkpoint: str, vfm_weights: str | None = None) -> None:
+        if not Path(checkpoint).is_file():
+            raise ValueError(f"checkpoint: there is no tokenizer at {checkpoint!r}; train one first")
+        stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        network = _rebuild(stored, checkpoint, vfm_weights)
+        check_vfm(network.vfm, stored)
+        weights = stored["state_dict"] | stored.get("ema", {}).get("weights", {})
+        prefix = "model."
+        weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        network.load_state_dict(weights)
+        super().__init__(network)
+        self.identity = network.latent_identity()
+
+    def encode(self, images: Tensor) -> DiagonalGaussian:
+        """The posterior of images `[B, 3, H, W]` in [-1, 1], without gradients."""
+        with torch.no_grad():
+            return self.network.encode(images)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` in [-1, 1] of latents `[B, C, h, w]`, without gradients."""
+        with torch.no_grad():
+            return self.network.decode(z).image.clamp(-1, 1)
+
+
+def _rebuild(stored: Mapping[str, Any], path: str, vfm_weights: str | None) -> VFMVAE:
+    """The model that a checkpoint describes, with weights in its VFM only."""
+    description = stored.get("hyper_parameters", {}).get("model")
+    if not isinstance(description, Mapping) or "vfm" not in stored:
+        raise ValueError(
+            f"checkpoint: {path!r} does not describe a tokenizer; give one that `python -m vfm_vae fit` wrote"
+        )
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(VFMVAE, "model")
+    if vfm_weights is not None:
+        description = {**description, "init_args": {**description["init_args"]}}
+        vfm = description["init_args"]["vfm"]
+        description["init_args"]["vfm"] = {**vfm, "init_args": {**vfm["init_args"], "weights": vfm_weights}}
+    return parser.instantiate_classes(parser.parse_object({"model": description})).model

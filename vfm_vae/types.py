@@ -26,9 +26,58 @@ class Batch(NamedTuple):
         return self.index >= 0
 
 
-def num_images(batch: Batch) -> int:
+class LatentBatch(NamedTuple):
+    """What the DataModule yields where the images were encoded beforehand.
+
+    Attributes:
+        latents: float32, as the tokenizer gave them: not normalised, `[B, C, h, w]`.
+        labels: int64 class indices, `[B]`.
+        index: as in `Batch`.
+    """
+
+    latents: Tensor
+    labels: Tensor
+    index: Tensor
+
+    @property
+    def real(self) -> Tensor:
+        """Which samples are no padding, bool `[B]`."""
+        return self.index >= 0
+
+
+def num_images(batch: Batch | LatentBatch) -> int:
     """Images in a batch, for whoever measures images per second."""
-    return len(batch.images)
+    return len(batch.labels)
+
+
+class Encoded(NamedTuple):
+    """What a tokenizer makes of a batch of images for a cache.
+
+    Attributes:
+        tensors: by their names in the cache, `latents` and `latents_flip` `[B, C, h, w]`, or `moments` `[B, 2C, h, w]`.
+        labels: int64 class indices, `[B]`.
+        index: as in `Batch`.
+    """
+
+    tensors: Mapping[str, Tensor]
+    labels: Tensor
+    index: Tensor
+
+
+class Samples(NamedTuple):
+    """What a diffusion model draws.
+
+    Attributes:
+        images: `[B, 3, H, W]` in [-1, 1]; None where latents were asked for.
+        latents: as the tokenizer decodes them, `[B, C, h, w]`.
+        labels: the classes they were drawn for, int64 `[B]`.
+        index: their numbers, int64 `[B]`; -1 marks padding.
+    """
+
+    images: Tensor | None
+    latents: Tensor
+    labels: Tensor
+    index: Tensor
 
 
 class VFMFeatures(NamedTuple):
@@ -68,6 +117,9 @@ class Posterior(Protocol):
     def sample(self, noise: Tensor | None = None) -> Tensor:
         """A latent drawn from the distribution, with the given standard normal noise or with fresh noise."""
 
+    def moments(self) -> Tensor:
+        """What a cache stores to sample from later."""
+
     def kl(self) -> Tensor:
         """Divergence from the prior, summed over latent dimensions, `[B]`."""
 
@@ -101,6 +153,30 @@ class Reconstructs(Protocol):
 
     def reconstruct(self, batch: Batch) -> Decoded:
         """Reconstruction and multi-scale images of a batch, without randomness and without speaking to other ranks."""
+
+
+@runtime_checkable
+class MakesLatents(Protocol):
+    """A module whose `predict_step` may return `Encoded`."""
+
+    predict: str
+
+    def latent_identity(self) -> Mapping[str, str | int]:
+        """What tells the tokenizer's latents from others'."""
+
+
+@runtime_checkable
+class DrawsSamples(Protocol):
+    """A module that generates; what it draws depends on a sample's number alone, not on batches or ranks."""
+
+    def draw(self, index: Tensor, labels: Tensor | None = None, guidance_scale: float | None = None) -> Samples:
+        """Samples by their numbers `[B]`; labels and guidance scale are the module's where none are given."""
+
+    def sample_labels(self, index: Tensor) -> Tensor:
+        """The classes that the module chooses for samples, `[B]`."""
+
+    def sampling_settings(self) -> Mapping[str, Any]:
+        """All that samples depend on, as JSON has it."""
 
 
 @runtime_checkable

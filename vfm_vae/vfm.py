@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +94,17 @@ def _no_weights_message(name: str, weights: str | Path | None, error: Exception)
     )
 
 
+def sha256_of(tensors: Mapping[str, Tensor], *texts: str) -> str:
+    """SHA-256, in hexadecimal, over the names, shapes and bytes of tensors, and over texts."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for text in texts:
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
 class Frozen(nn.Module):
     """Holds a network outside the module registry, so that nothing can train, save, average or count it.
 
@@ -122,11 +133,7 @@ class Frozen(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, over the names, shapes and bytes of the network's weights."""
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for name, tensor in sorted(self.network.state_dict().items()):
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = sha256_of(self.network.state_dict())
         return self._fingerprint
 
 
@@ -277,3 +284,26 @@ class FrozenVFM(Frozen):
                 f"{resized}; height and width times input_scale must be multiples of {self.patch_size}"
             )
         return height // self.patch_size, width // self.patch_size
+
+
+def vfm_identity(vfm: FrozenVFM) -> dict[str, str]:
+    """What a checkpoint says of the VFM instead of holding its weights."""
+    return {"name": vfm.name, "fingerprint": vfm.fingerprint()}
+
+
+def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any]) -> None:
+    """Compares the VFM at hand with the one that the checkpoint was trained with.
+
+    Raises:
+        ValueError: if it is another, by name or by weights.
+    """
+    stored = checkpoint.get("vfm")
+    if stored is None:
+        raise ValueError("the checkpoint names no VFM: it is no tokenizer's, or of another version")
+    if stored["name"] != vfm.name:
+        raise ValueError(f"the checkpoint was trained on the VFM '{stored['name']}', but model.vfm is '{vfm.name}'")
+    if stored["fingerprint"] != vfm.fingerprint():
+        raise ValueError(
+            f"the checkpoint was trained on other weights of '{vfm.name}' (sha256 {stored['fingerprint'][:12]}…) than "
+            f"those at hand ({vfm.fingerprint()[:12]}…); set model.vfm.weights to the file that it was trained on"
+        )

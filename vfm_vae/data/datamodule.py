@@ -1,46 +1,63 @@
 """The DataModule that serves images to both models."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, default_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vfm_vae.data.folder import ImageFolderDataset, list_classes, small_images
-from vfm_vae.data.sampling import EvaluationSampler, ResumableLoader, TrainingSampler
+from vfm_vae.data.latents import LatentDataset, split_folder
+from vfm_vae.data.sampling import Draw, EvaluationSampler, GivenOrder, ResumableLoader, TrainingSampler
 from vfm_vae.data.transforms import CentreCrop, RandomCrop, Transform
 from vfm_vae.embedded.photos import write_photos
-from vfm_vae.types import Batch
+from vfm_vae.types import Batch, LatentBatch
+
+Split = Literal["train", "val"]
 
 
 class ImageNetDataModule(LightningDataModule):
-    """Images and labels in ImageNet's layout: `<root>/train/<class>/*` and `<root>/val/<class>/*`.
+    """Images and labels in ImageNet's layout, `<root>/train/<class>/*` and `<root>/val/<class>/*`, or their latents.
 
-    Yields `Batch`: uint8 images, labels, and positions in the data set. Training batches depend on the seed and the
-    epoch alone, not on workers or the number of ranks, and a run resumed from a checkpoint goes on with the next batch
-    of its epoch. Validation, test and prediction all see the `val` images once, in order.
+    Yields `Batch` (uint8 images, labels, and positions in the data set), or `LatentBatch` from cached latents. Training
+    batches depend on the seed and the epoch alone, not on workers or the number of ranks, and a run resumed from a
+    checkpoint goes on with the next batch of its epoch. Validation and test see the `val` images once, in order;
+    prediction sees the splits that `predict` names, or the numbers of `num_samples` samples that are to be drawn.
 
     Args:
-        root: folder of the data set; with `source: photos`, where it is written.
+        root: folder of the data set; with `source: photos`, where it is written; with `source: latents`, of the cache.
         image_size: side of the images in pixels.
         batch_size: training images per batch, over all ranks: each gets `batch_size / ranks`.
         val_batch_size: images per batch in validation, test and prediction, over all ranks; by default `batch_size`.
         num_workers: loading processes per rank.
-        source: `folder` reads what is at `root`; `photos` first writes the embedded data set there, if it is missing.
+        source: `folder` reads what is at `root`; `photos` first writes the embedded data set there, if it is missing;
+            `latents` reads a cache that `python -m vfm_vae predict` or LightningDiT made.
         photos: arguments of `vfm_vae.embedded.photos.write_photos`, such as `size` and `train_per_class`.
         min_size: training images with a short side under this many pixels are left out.
         small_list: file that names the images under `min_size`, one `class/file.JPEG` a line; made by looking at every
             image where it is missing. By default `<root>/train_under_<min_size>px.txt`.
+        crop: how training images are cropped: `random`, for tokenizers, or `centre` as in evaluation and mirrored half
+            of the time, for diffusion models.
         min_crop: smallest side of the random square crop in training, as a fraction of the short side.
         resampling: filter that resizes training crops, `lanczos` or `bicubic`.
         max_bad_fraction: share of the images that may be damaged: those are left out, more stops the run.
+        predict: splits that prediction sees, one after the other, as evaluation does.
+        num_samples: instead, prediction asks a diffusion model for so many samples, which needs no data set.
         seed: of the order and the augmentation.
+
+    Attributes:
+        predict_indices: by split (or `samples`), what this rank is to predict, in order; set by a writer that knows
+            what is there already. Without an entry the whole is divided over the ranks.
 
     Raises:
         ValueError: the data set is missing or not in the layout; a batch size does not fit; too many damaged images.
     """
+
+    allow_zero_length_dataloader_with_multiple_devices = True  # a rank may find its predictions made already
 
     def __init__(
         self,
@@ -49,18 +66,23 @@ class ImageNetDataModule(LightningDataModule):
         batch_size: int = 512,
         val_batch_size: int | None = None,
         num_workers: int = 8,
-        source: Literal["folder", "photos"] = "folder",
+        source: Literal["folder", "photos", "latents"] = "folder",
         photos: dict[str, int] | None = None,
         min_size: int = 0,
         small_list: str | None = None,
+        crop: Literal["random", "centre"] = "random",
         min_crop: float = 0.5,
         resampling: Literal["lanczos", "bicubic"] = "lanczos",
         max_bad_fraction: float = 0.01,
+        predict: Sequence[Split] = ("val",),
+        num_samples: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if source not in ("folder", "photos"):
-            raise ValueError(f"source: 'folder' or 'photos', given {source!r}")
+        _check_choice("source", source, "folder", "photos", "latents")
+        _check_choice("crop", crop, "random", "centre")
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(f"num_samples: at least 1, given {num_samples}")
         self.root = Path(root)
         self.image_size = image_size
         self.batch_size = batch_size
@@ -70,54 +92,100 @@ class ImageNetDataModule(LightningDataModule):
         self.photos = photos or {}
         self.min_size = min_size
         self.small_list = Path(small_list) if small_list else self.root / f"train_under_{min_size}px.txt"
-        self.train_transform = RandomCrop(image_size, min_crop, resampling)
+        self.train_transform: Transform = RandomCrop(image_size, min_crop, resampling)
+        if crop == "centre":
+            self.train_transform = CentreCrop(image_size, flip=True)
         self.max_bad_fraction = max_bad_fraction
+        self.predict, self.num_samples = tuple(predict), num_samples
         self.seed = seed
-        self.train_set: ImageFolderDataset | None = None
-        self.val_set: ImageFolderDataset | None = None
+        self.train_set: ImageFolderDataset | LatentDataset | None = None
+        self.val_set: ImageFolderDataset | LatentDataset | None = None
+        self.predict_sets: dict[str, ImageFolderDataset | LatentDataset | SampleNumbers] = {}
+        self.predict_indices: dict[str, Sequence[int]] = {}
 
     def prepare_data(self) -> None:
         """Writes the embedded photos and the list of small images where they are missing; one process does it."""
         if self.source == "photos":
             write_photos(self.root, **self.photos)
-        if self.min_size and not self.small_list.is_file():
+        if self.min_size and self.source != "latents" and not self.small_list.is_file():
             self._write_small_list()
 
     def setup(self, stage: str | None = None) -> None:
-        """Finds the images; reads none.
+        """Finds the images or latents; reads none.
 
         Args:
-            stage: `fit` takes the training images too.
+            stage: `fit` takes the training images too, `predict` what is to be predicted alone.
         """
+        if stage == "predict":
+            names = self.predict if self.num_samples is None else ("samples",)
+            self.predict_sets = {name: self._predicted(name) for name in names}
+            return
         if stage in ("fit", None) and self.train_set is None:
-            small = self.small_list.read_text().splitlines() if self.min_size else ()
-            self.train_set = self._dataset("train", self.train_transform, exclude=small)
-            if list_classes(self.root, "val") != self.train_set.classes:
-                raise ValueError(f"root: {str(self.root)!r} has other class folders in 'val' than in 'train'")
+            self.train_set = self._training_set()
         if self.val_set is None:
-            self.val_set = self._dataset("val", CentreCrop(self.image_size), replace_damaged=False)
+            self.val_set = self._evaluated("val")
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes; a label is a position in this list."""
+        """Names of the classes of a folder of images; a label is a position in this list."""
         return list_classes(self.root, "val")
+
+    @property
+    def num_classes(self) -> int | None:
+        """One more than the largest label; None before the data was looked for, or where there is none."""
+        sets = [s for s in (self.train_set, self.val_set) if s is not None]
+        return max(int(s.labels.max()) for s in sets) + 1 if sets else None
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, augmented; the same number of full batches on every rank."""
         size, ranks = self._share("batch_size", self.batch_size)
         sampler = TrainingSampler(self.train_set, size, seed=self.seed, **ranks)
-        return ResumableLoader(self.train_set, batch_size=size, sampler=sampler, **self._loading())
+        return ResumableLoader(self.train_set, batch_size=size, sampler=sampler, **self._loading(self.train_set))
 
-    def val_dataloader(self) -> DataLoader:
-        """Every validation image once, in order; padding that makes ranks equal has index -1."""
-        size, ranks = self._share("val_batch_size", self.val_batch_size)
-        sampler = EvaluationSampler(self.val_set, size, **ranks)
-        return DataLoader(self.val_set, batch_size=size, sampler=sampler, **self._loading())
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Every validation image once, in order; padding that makes ranks equal has index -1. Nothing without any."""
+        return [] if self.val_set is None else self._evaluation_loader(self.val_set)
 
     test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
 
-    def _dataset(self, split: str, transform: Transform, **kwargs: Any) -> ImageFolderDataset:
+    def predict_dataloader(self) -> list[DataLoader]:
+        """A loader for each of the `predict_sets`."""
+        return [
+            self._evaluation_loader(dataset, self.predict_indices.get(name))
+            for name, dataset in self.predict_sets.items()
+        ]
+
+    def _training_set(self) -> ImageFolderDataset | LatentDataset:
+        if self.source == "latents":
+            return LatentDataset(split_folder(self.root, "train"), train=True, seed=self.seed)
+        small = self.small_list.read_text().splitlines() if self.min_size else ()
+        dataset = self._folder("train", self.train_transform, exclude=small)
+        if list_classes(self.root, "val") != dataset.classes:
+            raise ValueError(f"root: {str(self.root)!r} has other class folders in 'val' than in 'train'")
+        return dataset
+
+    def _evaluated(self, split: str) -> ImageFolderDataset | LatentDataset | None:
+        """A split without randomness; None for a cache of latents that lacks it."""
+        if self.source != "latents":
+            return self._folder(split, CentreCrop(self.image_size), replace_damaged=False)
+        folder = split_folder(self.root, split)
+        return None if folder is None else LatentDataset(folder, train=False, seed=self.seed)
+
+    def _predicted(self, name: str) -> "ImageFolderDataset | LatentDataset | SampleNumbers":
+        dataset = SampleNumbers(self.num_samples) if name == "samples" else self._evaluated(name)
+        if dataset is None:
+            raise ValueError(f"predict: the latents in {str(self.root)!r} have no split {name!r}")
+        return dataset
+
+    def _evaluation_loader(self, dataset: Any, indices: Sequence[int] | None = None) -> DataLoader:
+        size, ranks = self._share("val_batch_size", self.val_batch_size)
+        if indices is None:
+            sampler = EvaluationSampler(dataset, size, **ranks)
+        else:
+            sampler = GivenOrder(dataset, indices)
+        return DataLoader(dataset, batch_size=size, sampler=sampler, **self._loading(dataset))
+
+    def _folder(self, split: str, transform: Transform, **kwargs: Any) -> ImageFolderDataset:
         return ImageFolderDataset(
             self.root, split, transform, seed=self.seed, max_bad_fraction=self.max_bad_fraction, **kwargs
         )
@@ -133,12 +201,13 @@ class ImageNetDataModule(LightningDataModule):
         rank = self.trainer.global_rank if self.trainer else 0
         return batch_size // num_ranks, {"num_replicas": num_ranks, "rank": rank}
 
-    def _loading(self) -> dict[str, Any]:
+    def _loading(self, dataset: Any) -> dict[str, Any]:
+        num_workers = 0 if isinstance(dataset, SampleNumbers) else self.num_workers
         return {
-            "num_workers": self.num_workers,
-            "collate_fn": collate,
+            "num_workers": num_workers,
+            "collate_fn": collate_latents if isinstance(dataset, LatentDataset) else collate,
             "pin_memory": torch.cuda.is_available(),
-            "persistent_workers": self.num_workers > 0,
+            "persistent_workers": num_workers > 0,
             # Otherwise each new iterator would draw from the global generator, and noise would depend on it.
             "generator": torch.Generator(),
         }
@@ -155,6 +224,36 @@ class ImageNetDataModule(LightningDataModule):
             ) from error
 
 
+class SampleNumbers(Dataset):
+    """The numbers of samples that are to be drawn, as batches that hold no images.
+
+    Args:
+        size: how many.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self.size
+
+    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int, int]:
+        """Returns an empty image, label -1 and the number, which is -1 for padding."""
+        draw = Draw(draw) if isinstance(draw, int) else draw
+        return torch.zeros(3, 0, 0, dtype=torch.uint8), -1, -1 if draw.padding else draw.index
+
+
 def collate(samples: list[tuple]) -> Batch:
     """(image, label, index) triples → `Batch`."""
     return Batch(*default_collate(samples))
+
+
+def collate_latents(samples: list[tuple]) -> LatentBatch:
+    """(latent, label, index) triples → `LatentBatch`."""
+    return LatentBatch(*default_collate(samples))
+
+
+def _check_choice(option: str, given: str, *choices: str) -> None:
+    if given not in choices:
+        raise ValueError(f"{option}: one of {', '.join(map(repr, choices))}, given {given!r}")

@@ -4,10 +4,12 @@ All randomness of training is a function of (seed, epoch, index): neither worker
 """
 
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from vfm_vae.types import Batch
@@ -133,3 +135,56 @@ class ResumableLoader(DataLoader):
         for batch in super().__iter__():
             self._num_yielded += 1
             yield batch
+
+
+class GivenOrder(DistributedSampler):
+    """The samples that this rank was told to take, in that order; ranks may differ in number.
+
+    Args:
+        dataset: what is sampled; only its length is used.
+        indices: positions in it.
+    """
+
+    def __init__(self, dataset: Sized, indices: Sequence[int]) -> None:
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
+        self.indices = indices
+
+    def __iter__(self) -> Iterator[Draw]:
+        """The draws of this rank."""
+        return iter([Draw(index) for index in self.indices])
+
+    def __len__(self) -> int:
+        """Samples on this rank."""
+        return len(self.indices)
+
+
+class IndexedNoise:
+    """Random numbers that belong to single samples: functions of (seed, index), whatever the batch, rank or device.
+
+    Each sample has a stream of its own on the CPU, from which successive calls draw.
+
+    Args:
+        seed: changes all streams.
+        index: numbers of the samples, int64 `[B]`; negative ones, which mark padding, share a stream.
+        device: where the numbers are wanted.
+    """
+
+    def __init__(self, seed: int, index: Tensor, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self._streams = [
+            torch.Generator().manual_seed(seed_of(seed, max(number, -1) + 1)) for number in index.tolist()
+        ]
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers, float32 `[B, *shape]`."""
+        return torch.stack([torch.randn(shape, generator=stream) for stream in self._streams]).to(self.device)
+
+    def integers(self, high: int) -> Tensor:
+        """Uniform integers below `high`, int64 `[B]`."""
+        drawn = [torch.randint(high, (), generator=stream) for stream in self._streams]
+        return torch.stack(drawn).to(self.device)
+
+
+def seed_of(*parts: int) -> int:
+    """One seed made of several numbers (none negative), such as seed, rank and images seen."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)

@@ -57,19 +57,24 @@ class CentreCrop:
 
     Args:
         image_size: side of the result in pixels.
+        flip: mirror half of the images, which alone is random here.
     """
 
-    def __init__(self, image_size: int) -> None:
+    def __init__(self, image_size: int, flip: bool = False) -> None:
         self.image_size = image_size
+        self.flip = flip
 
     def __call__(self, image: Image.Image, generator: np.random.Generator | None = None) -> Tensor:
-        """Returns uint8 `[3, image_size, image_size]`; nothing is random here."""
+        """Returns uint8 `[3, image_size, image_size]`."""
         while min(image.size) >= 2 * self.image_size:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         scale = self.image_size / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         left, top = (image.width - self.image_size) // 2, (image.height - self.image_size) // 2
-        return to_tensor(image.crop((left, top, left + self.image_size, top + self.image_size)))
+        image = image.crop((left, top, left + self.image_size, top + self.image_size))
+        if self.flip and generator.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return to_tensor(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -30,6 +30,10 @@ class DiagonalGaussian:
         noise = torch.randn_like(self.mean) if noise is None else noise
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
+    def moments(self) -> Tensor:
+        """Means, then standard deviations, `[B, 2C, h, w]`."""
+        return torch.cat([self.mean, torch.exp(0.5 * self.logvar)], dim=1)
+
     def kl(self) -> Tensor:
         """Divergence from N(0, I) in nats, summed over latent dimensions (Kingma & Welling 2014, appendix B), `[B]`."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))

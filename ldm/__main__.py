@@ -1,0 +1,8 @@
+"""`python -m ldm fit|validate|test|predict`: the diffusion models' command line."""
+
+from ldm.module import DiffusionModule
+from vfm_vae.cli import run
+from vfm_vae.data.datamodule import ImageNetDataModule
+
+if __name__ == "__main__":
+    run(DiffusionModule, ImageNetDataModule)

@@ -1,0 +1,45 @@
+"""What a diffusion model's training is watched by."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class LossByTime(Metric):
+    """Mean loss of the samples in each of several equal intervals of time, the same however they are batched.
+
+    Args:
+        num_buckets: Intervals of [0, 1].
+    """
+
+    full_state_update = False
+
+    def __init__(self, num_buckets: int = 10) -> None:
+        super().__init__()
+        self.num_buckets = num_buckets
+        self.add_state("total", torch.zeros(num_buckets, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(num_buckets, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, t: Tensor) -> None:
+        """Adds samples.
+
+        Args:
+            loss: One number for each, `[B]`.
+            t: Their times in [0, 1], `[B]`.
+        """
+        bucket = (t * self.num_buckets).long().clamp(0, self.num_buckets - 1)
+        self.total.index_add_(0, bucket, loss.detach().double())
+        self.count.index_add_(0, bucket, torch.ones_like(bucket))
+
+    def compute(self) -> Tensor:
+        """Means, float32 `[num_buckets]`; nan where nothing fell."""
+        return (self.total / self.count).float()
+
+    def named(self, prefix: str) -> dict[str, Tensor]:
+        """The means that there are, by the start of their interval: `<prefix>_t0.30`."""
+        values = self.compute()
+        return {
+            f"{prefix}_t{number / self.num_buckets:.2f}": value
+            for number, value in enumerate(values)
+            if value.isfinite()
+        }

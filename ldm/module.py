@@ -1,0 +1,337 @@
+"""DiffusionModule: how a denoiser is trained on a tokenizer's latents, and how it samples."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+
+# Set while LightningCLI builds a module from its config; only then are the hyper-parameters plain data.
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from ldm import path
+from ldm.guidance import Guidance
+from ldm.metrics import LossByTime
+from ldm.models.denoiser import Denoiser
+from ldm.normalization import LatentNormalization
+from ldm.samplers import Euler, Sampler
+from vfm_vae.data.latents import LatentDataset, RunningStatistics
+from vfm_vae.data.sampling import IndexedNoise, seed_of
+from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8
+from vfm_vae.tokenizer import FrozenTokenizer
+from vfm_vae.types import Batch, LatentBatch, Samples
+from vfm_vae.vfm import sha256_of
+
+
+class DiffusionModule(LightningModule):
+    """Trains a denoiser by flow matching, on cached latents or on images that a frozen tokenizer encodes.
+
+    Args:
+        model: The denoiser.
+        optimizer: Of the denoiser.
+        sampler: From noise to latents, in validation and prediction.
+        guidance: Of sampling.
+        tokenizer: Decodes samples, and encodes images where the data has no latents; null where neither is wanted.
+        times: Distribution of training times.
+        cosine_weight: Of the cosine error beside the squared error of the velocity.
+        label_drop: Share of training labels that are replaced by none, so that guidance has something to guide from.
+        label_mode: Classes of samples: `random`, as published numbers have it, or `balanced`, equally many of each.
+        predict: What prediction gives, decoded `images` or `latents`.
+        statistics_images: Training images whose latents give the statistics for normalising, where the data is images.
+        torch_compile: Compile the denoiser in training.
+        seed: Of every step's randomness, and of samples.
+
+    Attributes:
+        images_seen: Images trained on, over all ranks.
+        skipped_steps: Steps that were left out because a gradient was not finite.
+    """
+
+    flops_per_batch: float | None = None  # not known; ThroughputMonitor asks for it
+
+    def __init__(
+        self,
+        model: Denoiser,
+        optimizer: OptimizerCallable,
+        sampler: Sampler | None = None,
+        guidance: Guidance | None = None,
+        tokenizer: FrozenTokenizer | None = None,
+        times: path.Times = "lognormal",
+        cosine_weight: float = 1.0,
+        label_drop: float = 0.1,
+        label_mode: Literal["random", "balanced"] = "random",
+        predict: Literal["images", "latents"] = "images",
+        statistics_images: int = 10_000,
+        torch_compile: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if _given_hyperparameters.get() is not None:
+            self.save_hyperparameters()
+        if not 0 <= label_drop <= 1:
+            raise ValueError(f"label_drop: a share in [0, 1], given {label_drop}")
+        self.model = model
+        self.optimizer = optimizer
+        self.sampler, self.guidance = sampler or Euler(), guidance or Guidance()
+        self.tokenizer = tokenizer
+        self.times: path.Times = times
+        self.cosine_weight = cosine_weight
+        self.label_drop = label_drop
+        self.label_mode = label_mode
+        self.predict = predict
+        self.statistics_images = statistics_images
+        self.torch_compile = torch_compile
+        self.seed = seed
+        self.images_seen = self.skipped_steps = 0
+        self.normalization = LatentNormalization(model.in_channels)
+        self.latent_source: dict[str, Any] | None = None if tokenizer is None else tokenizer.identity
+        self.train_loss_by_time, self.val_loss_by_time = LossByTime(), LossByTime()
+        self.val_loss = MeanOverImages()
+        self._drawn: Samples | None = None
+        if tokenizer is not None and tokenizer.identity["channels"] != model.in_channels:
+            raise ValueError(
+                f"model.in_channels: the tokenizer's latents have {tokenizer.identity['channels']} channels, but the "
+                f"denoiser takes {model.in_channels}"
+            )
+
+    # Training
+
+    def training_step(self, batch: Batch | LatentBatch, batch_idx: int) -> Tensor:
+        """One step of flow matching with velocity direction loss (LightningDiT, section 3)."""
+        torch.manual_seed(seed_of(self.seed, self.global_rank, self.images_seen))  # a resumed run draws the same
+        x = self.normalization(self._latents(batch))  # [B, C, h, w]
+        noise = torch.randn_like(x)
+        t = path.times(self.times, torch.randn(len(x), device=x.device))  # [B]
+        dropped = torch.rand(len(x), device=x.device) < self.label_drop
+        y = batch.labels.masked_fill(dropped, self.model.null_label)
+
+        mse, cosine = self._errors(x, noise, t, y)
+        loss = mse.mean() + self.cosine_weight * cosine.mean()
+
+        self.images_seen += len(x) * self.trainer.world_size
+        self.train_loss_by_time.update(mse, t)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log_dict(
+            {
+                "train/loss_mse": mse.detach().mean(),
+                "train/loss_cosine": cosine.detach().mean(),
+                "train/skipped_steps": float(self.skipped_steps),
+                "images_seen": float(self.images_seen),
+            }
+        )
+        return loss
+
+    def _errors(self, x: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared and cosine error of the velocity at times `t: [B]`, `[B]` each."""
+        prediction = self.model(path.interpolate(x, noise, t), t, y).float()
+        target = path.velocity(x, noise)
+        return path.squared_error(prediction, target), path.cosine_error(prediction, target)
+
+    def _latents(self, batch: Batch | LatentBatch, noise: Tensor | None = None) -> Tensor:
+        """Latents of a batch as the tokenizer gives them, a sample of the posterior where it holds images."""
+        if isinstance(batch, LatentBatch):
+            return batch.latents
+        return self.tokenizer.encode(from_uint8(batch.images)).sample(noise)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leaves out a step whose gradients are not finite; all ranks have the same ones."""
+        norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.log("train/grad_norm", norm)
+        if not norm.isfinite():
+            self.skipped_steps += 1
+            optimizer.zero_grad()  # without gradients, neither weights nor moments change
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the losses by time."""
+        self.log_dict(self.train_loss_by_time.named("train/loss_mse"), rank_zero_only=False)
+        self.train_loss_by_time.reset()
+
+    # Evaluation
+
+    def validation_step(self, batch: Batch | LatentBatch, batch_idx: int) -> None:
+        """Measures the loss at one time for each latent, always the same."""
+        noise = IndexedNoise(self.seed, batch.index, self.device)
+        shape = self.model.latent_shape
+        t, noise_x = path.times(self.times, noise.normal()), noise.normal(*shape)
+        x = self.normalization(self._latents(batch, noise.normal(*shape)))
+        mse, cosine = self._errors(x, noise_x, t, batch.labels)
+        self.val_loss.update((mse + self.cosine_weight * cosine)[batch.real])
+        self.val_loss_by_time.update(mse[batch.real], t[batch.real])
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs over all ranks."""
+        self._log_losses("val")
+
+    def test_step(self, batch: Batch | LatentBatch, batch_idx: int) -> None:
+        """Measures the loss."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs over all ranks."""
+        self._log_losses("test")
+
+    def _log_losses(self, stage: str) -> None:
+        values = {f"{stage}/loss": self.val_loss.compute()} | self.val_loss_by_time.named(f"{stage}/loss_mse")
+        self.log_dict(values, rank_zero_only=False)
+        with torch.inference_mode(False):  # or training after `validate` could not go on with these states
+            self.val_loss.reset()
+            self.val_loss_by_time.reset()
+
+    def evaluation_images(self, batch: Batch | LatentBatch) -> tuple[Tensor | None, Tensor]:
+        """Samples `[B, 3, H, W]` in [-1, 1], numbered like the batch, beside its images where it holds any."""
+        if self._drawn is None or not torch.equal(self._drawn.index, batch.index):
+            self._drawn = self.draw(batch.index)
+        return None if isinstance(batch, LatentBatch) else from_uint8(batch.images), self._drawn.images
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Forgets the samples, after the callbacks have asked for them."""
+        self._drawn = None
+
+    on_test_batch_end = on_validation_batch_end
+
+    # Sampling
+
+    @torch.no_grad()
+    def draw(self, index: Tensor, labels: Tensor | None = None, guidance_scale: float | None = None) -> Samples:
+        """Draws samples; each depends on the seed, its number and its label alone.
+
+        Args:
+            index: Their numbers, int64 `[B]`.
+            labels: Their classes, int64 `[B]`; by default those of `sample_labels`.
+            guidance_scale: Instead of the module's.
+
+        Raises:
+            ValueError: if images are wanted but there is no tokenizer, or the statistics of latents are not known.
+        """
+        if self.predict == "images" and self.tokenizer is None:
+            raise ValueError("model.tokenizer: images need a tokenizer that decodes latents; or set predict: latents")
+        if not self.normalization.is_known:
+            raise ValueError("ckpt_path: only a trained model can sample; give its checkpoint")
+        index = index.to(self.device)
+        noise, shape = IndexedNoise(self.seed, index, self.device), self.model.latent_shape
+        chosen = self._choose_labels(noise, index)  # drawn in any case, so that the noise is the same
+        labels = chosen if labels is None else labels.to(self.device)
+        guidance = self.guidance if guidance_scale is None else self.guidance.with_scale(guidance_scale)
+        field = guidance.field(self.model, labels, self.model.null_label)
+        x = self.sampler(field, noise.normal(*shape), lambda: noise.normal(*shape))  # [B, C, h, w]
+        latents = self.normalization.inverse(x.float())
+        images = self.tokenizer.decode(latents) if self.predict == "images" else None
+        return Samples(images, latents, labels, index)
+
+    def sample_labels(self, index: Tensor) -> Tensor:
+        """Classes that samples are drawn for, by their numbers, int64 `[B]`."""
+        return self._choose_labels(IndexedNoise(self.seed, index, index.device), index)
+
+    def _choose_labels(self, noise: IndexedNoise, index: Tensor) -> Tensor:
+        random = noise.integers(self.model.num_classes)
+        return random if self.label_mode == "random" else index % self.model.num_classes
+
+    def sampling_settings(self) -> dict[str, Any]:
+        """All that samples depend on."""
+        return {
+            "sampler": {"class": type(self.sampler).__name__, **vars(self.sampler)},
+            "guidance": vars(self.guidance),
+            "label_mode": self.label_mode,
+            "seed": self.seed,
+            "content": self.predict,
+            "tokenizer": self.latent_source,
+            "images_seen": self.images_seen,
+            "weights": sha256_of(self.model.state_dict()),
+        }
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Samples:
+        """Draws the samples that a batch numbers."""
+        return self.draw(batch.index)
+
+    # Optimiser, data, checkpoints
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The denoiser's."""
+        return self.optimizer(self.model.parameters())
+
+    def setup(self, stage: str) -> None:
+        """Looks whether data, tokenizer and denoiser fit each other, before anything is computed."""
+        if stage == "fit" and self.trainer.precision == "16-mixed":
+            raise ValueError("trainer.precision: 16-mixed is not supported, use bf16-mixed")
+        if stage == "fit" and self.torch_compile:
+            self.model.compile()
+        data = self.trainer.datamodule
+        if stage == "predict" or data is None:
+            return
+        if (data.num_classes or 0) > self.model.num_classes:
+            raise ValueError(
+                f"model.num_classes: the data has labels up to {data.num_classes - 1}, but the denoiser knows "
+                f"{self.model.num_classes} classes"
+            )
+        dataset = data.train_set or data.val_set
+        if isinstance(dataset, LatentDataset):
+            self._meet_latents(dataset)
+        else:
+            self._meet_images(data.image_size)
+
+    def _meet_latents(self, dataset: LatentDataset) -> None:
+        if dataset.shape != self.model.latent_shape:
+            raise ValueError(
+                f"data.root: the latents in {str(dataset.folder)!r} are {dataset.shape} (channels, rows, columns), but "
+                f"model.in_channels and input_size say {self.model.latent_shape}"
+            )
+        _check_source(self.latent_source, dataset.tokenizer, f"data.root: the latents in {str(dataset.folder)!r} are")
+        self.latent_source = self.latent_source or dataset.tokenizer
+        if not self.normalization.is_known:
+            self.normalization.take(dataset.statistics)
+
+    def _meet_images(self, image_size: int) -> None:
+        if self.tokenizer is None:
+            raise ValueError("model.tokenizer: training on images needs one; give its checkpoint, or cached latents")
+        sides = (image_size // self.tokenizer.identity["compression"],) * 2
+        if sides != self.model.input_size:
+            raise ValueError(
+                f"data.image_size: {image_size} pixels give latents of {sides}, but the denoiser takes "
+                f"{self.model.input_size}"
+            )
+
+    @torch.no_grad()
+    def on_fit_start(self) -> None:
+        """Measures the latents' statistics where neither a cache nor a checkpoint brought any."""
+        if self.normalization.is_known:
+            return
+        running, num_images = RunningStatistics(self.model.in_channels, self.device), 0
+        for batch in self.trainer.datamodule.train_dataloader():
+            batch = self.trainer.strategy.batch_to_device(batch, self.device)
+            running.add(self._latents(batch, IndexedNoise(self.seed, batch.index, self.device).normal(*self.model.latent_shape)))
+            num_images += len(batch.index) * self.trainer.world_size
+            if num_images >= self.statistics_images:
+                break
+        running.sums = self.trainer.strategy.reduce(running.sums, reduce_op="sum")
+        self.normalization.take(running.compute())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the counters, and whose latents the weights belong to; their statistics are in the `state_dict`."""
+        checkpoint["images_seen"] = self.images_seen
+        checkpoint["skipped_steps"] = self.skipped_steps
+        checkpoint["tokenizer"] = self.latent_source
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Takes them back.
+
+        Raises:
+            ValueError: if the checkpoint belongs to another tokenizer's latents than the data or the tokenizer at hand.
+        """
+        if "tokenizer" not in checkpoint:
+            raise ValueError("ckpt_path: this is no checkpoint of a diffusion model")
+        _check_source(checkpoint["tokenizer"], self.latent_source, "ckpt_path: data and tokenizer at hand are")
+        self.images_seen = checkpoint["images_seen"]
+        self.skipped_steps = checkpoint["skipped_steps"]
+        self.latent_source = self.latent_source or checkpoint["tokenizer"]
+
+
+def _check_source(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None, what: str) -> None:
+    """Compares two tokenizers by what makes their latents; nothing is said of one that is not known."""
+    if expected is None or found is None or expected["fingerprint"] == found["fingerprint"]:
+        return
+    raise ValueError(
+        f"{what} of another tokenizer ({found['vfm']}, {found['fingerprint'][:12]}…) than was expected "
+        f"({expected['vfm']}, {expected['fingerprint'][:12]}…); latents of two tokenizers can't be mixed"
+    )

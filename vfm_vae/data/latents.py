@@ -1,0 +1,242 @@
+"""Latents that were encoded beforehand: a folder of safetensors shards, written by all ranks, read by rows.
+
+A folder holds `*.safetensors` with `latents` and `latents_flip` `[n, C, h, w]` (or `moments`, mean then standard
+deviation, `[n, 2C, h, w]`) and `labels` `[n]`; `latents_stats.pt` with the mean and standard deviation of each channel,
+`[1, C, 1, 1]`; and `latents.json`, which names the tokenizer. That is LightningDiT's layout, whose own caches lack the
+last file. A cache of several splits has a folder for each, `train` and `val`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vfm_vae.data.sampling import Draw, seed_of
+
+STATISTICS, IDENTITY = "latents_stats.pt", "latents.json"
+
+class LatentStatistics(NamedTuple):
+    """Mean and standard deviation of each channel, over images and positions.
+
+    Attributes:
+        mean: float32 `[1, C, 1, 1]`.
+        std: float32 `[1, C, 1, 1]`, unbiased.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def read(cls, path: str | Path) -> "LatentStatistics":
+        """Reads `latents_stats.pt`, or the one in a folder.
+
+        Raises:
+            ValueError: there is no such file, or it holds something else.
+        """
+        path = Path(path)
+        path = path / STATISTICS if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"no statistics of latents at {str(path)!r}; a finished cache has them in {STATISTICS}")
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(stored, Mapping) or not {"mean", "std"} <= stored.keys():
+            raise ValueError(f"{str(path)!r} holds no 'mean' and 'std' of latents")
+        return cls(*(stored[name].float().reshape(1, -1, 1, 1) for name in ("mean", "std")))
+
+    def write(self, path: Path) -> None:
+        """Writes the file, at once."""
+        partial = path.with_name(f"{path.name}.partial")
+        torch.save({"mean": self.mean, "std": self.std}, partial)
+        partial.replace(path)
+
+
+class RunningStatistics:
+    """Adds latents up for `LatentStatistics`, in float64.
+
+    Args:
+        channels: C.
+        device: where the sums are held.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        # Numbers of one channel, their sums, and the sums of their squares.
+        self.sums = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=device)
+
+    def add(self, mean: Tensor, std: Tensor | None = None) -> None:
+        """Adds latents `[B, C, h, w]`, or the moments of Gaussians over them."""
+        mean = mean.double()
+        squares = mean.square() if std is None else mean.square() + std.double().square()
+        count = mean.new_tensor([mean.numel() / mean.shape[1]])
+        self.sums += torch.cat([count, mean.sum(dim=(0, 2, 3)), squares.sum(dim=(0, 2, 3))])
+
+    def compute(self) -> LatentStatistics:
+        """The statistics of all that was added."""
+        count, (total, squares) = self.sums[0], self.sums[1:].chunk(2)
+        mean = total / count
+        variance = (squares - count * mean.square()) / (count - 1)
+        return LatentStatistics(*(x.float().reshape(1, -1, 1, 1) for x in (mean, variance.clamp(min=0).sqrt())))
+
+
+class ShardPlan:
+    """Which images make which shard of a cache.
+
+    Args:
+        folder: of the cache's split.
+        num_images: in the split.
+        shard_size: images of one shard.
+    """
+
+    def __init__(self, folder: Path, num_images: int, shard_size: int) -> None:
+        self.folder, self.num_images, self.shard_size = folder, num_images, shard_size
+
+    def __len__(self) -> int:
+        """Number of shards."""
+        return -(-self.num_images // self.shard_size)
+
+    def path(self, shard: int) -> Path:
+        """File of a shard."""
+        return self.folder / f"latents_shard{shard:05d}.safetensors"
+
+    def images(self, shard: int) -> range:
+        """Positions of a shard's images in the data set."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
+
+    def missing(self, rank: int = 0, num_ranks: int = 1) -> list[int]:
+        """Shards that are still to be written by one rank."""
+        return [shard for shard in range(len(self)) if not self.path(shard).is_file()][rank::num_ranks]
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a shard, which appears under its name only when it is whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)
+
+
+def finish_cache(plan: ShardPlan, chunk: int = 1024) -> None:
+    """Computes the statistics of a cache whose shards are all there; that file says that it is finished.
+
+    Args:
+        plan: the shards.
+        chunk: rows read at a time.
+    """
+    running = None
+    for shard in range(len(plan)):
+        with safe_open(plan.path(shard), "pt") as file:
+            has_moments = "moments" in file.keys()  # noqa: SIM118  safe_open is no mapping
+            rows = file.get_slice("moments" if has_moments else "latents")
+            size, width = rows.get_shape()[:2]
+            running = running or RunningStatistics(width // 2 if has_moments else width)
+            for start in range(0, size, chunk):
+                values = rows[start : start + chunk]
+                running.add(*(values.chunk(2, dim=1) if has_moments else (values,)))
+    running.compute().write(plan.folder / STATISTICS)
+
+
+def split_folder(root: str | Path, split: str) -> Path | None:
+    """Folder of a cache's split; a folder of shards without splits, as LightningDiT has it, is `train`.
+
+    Returns:
+        The folder, or None where the cache lacks this split.
+
+    Raises:
+        ValueError: there is no such cache, or it is unfinished.
+    """
+    root = Path(root)
+    is_flat = any(root.glob("*.safetensors"))
+    folder = root if is_flat else root / split
+    if split != "train" and (is_flat or not folder.is_dir()):
+        return None
+    hint = "make one with `python -m vfm_vae predict` and configs/vfm_vae/latents.yaml"
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"root: no latents (*.safetensors) in {str(folder)!r}; {hint}")
+    if not (folder / STATISTICS).is_file():
+        raise ValueError(
+            f"root: {str(folder)!r} has no {STATISTICS}, so the cache is unfinished; run the command that makes it again"
+        )
+    return folder
+
+
+class LatentDataset(Dataset):
+    """Latents of a cache's split, memory-mapped.
+
+    In training, each time an image is drawn, a coin says whether the plain or the mirrored view is taken, where the
+    cache has both, and a fresh sample is drawn where it has moments; otherwise it is the plain view or the mean.
+
+    Args:
+        folder: of the split.
+        train: whether to draw.
+        seed: of the draws.
+
+    Attributes:
+        labels: class indices, int64 `[num_images]`.
+        shape: (C, h, w) of a latent.
+        statistics: of the cache.
+        tokenizer: what the cache says of its tokenizer; None where it says nothing.
+
+    Raises:
+        ValueError: a shard can't be read or differs from the others.
+    """
+
+    def __init__(self, folder: str | Path, train: bool, seed: int = 0) -> None:
+        self.folder, self.train, self.seed = Path(folder), train, seed
+        self._paths = sorted(self.folder.glob("*.safetensors"))
+        shards = [_look_into(path) for path in self._paths]
+        if any(shard[:2] != shards[0][:2] for shard in shards):
+            raise ValueError(f"root: the shards in {str(self.folder)!r} differ in what they hold; make the cache again")
+        self._names, shape, _ = shards[0]
+        self.shape = (shape[0] // 2, *shape[1:]) if "moments" in self._names else tuple(shape)
+        self.labels = np.concatenate([labels for *_, labels in shards])
+        self._ends = np.cumsum([len(labels) for *_, labels in shards])
+        self._open: dict[int, Any] = {}
+        self.statistics = LatentStatistics.read(self.folder)
+        identity = self.folder / IDENTITY
+        self.tokenizer = json.loads(identity.read_text()).get("tokenizer") if identity.is_file() else None
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int, int]:
+        """Returns a latent (float32 `[C, h, w]`), its label and its index; index -1 marks padding."""
+        draw = Draw(draw) if isinstance(draw, int) else draw
+        label, index = int(self.labels[draw.index]), -1 if draw.padding else draw.index
+        if "moments" in self._names:
+            mean, std = self._row("moments", draw.index).chunk(2)
+            return mean + std * self._noise(draw, mean.shape) if self.train else mean, label, index
+        mirrored = self.train and "latents_flip" in self._names and self._noise(draw, ()).item() < 0
+        return self._row("latents_flip" if mirrored else "latents", draw.index), label, index
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open files, which each worker opens itself."""
+        return self.__dict__ | {"_open": {}}
+
+    def _row(self, name: str, index: int) -> Tensor:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        if shard not in self._open:
+            self._open[shard] = safe_open(self._paths[shard], "pt")
+        start = self._ends[shard - 1] if shard else 0
+        return self._open[shard].get_slice(name)[int(index - start)].float()
+
+    def _noise(self, draw: Draw, shape: Sequence[int]) -> Tensor:
+        stream = torch.Generator().manual_seed(seed_of(self.seed, draw.epoch, draw.index))
+        return torch.randn(shape, generator=stream)
+
+
+def _look_into(path: Path) -> tuple[frozenset[str], tuple[int, ...], np.ndarray]:
+    """Names in a shard, shape of a row, and labels."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = frozenset(file.keys()) & {"latents", "latents_flip", "moments"}
+            if not names & {"latents", "moments"}:
+                raise ValueError(f"root: {str(path)!r} holds neither 'latents' nor 'moments'")
+            shape = file.get_slice("moments" if "moments" in names else "latents").get_shape()
+            return names, tuple(shape[1:]), file.get_tensor("labels").long().numpy()
+    except SafetensorError as error:
+        raise ValueError(f"root: {str(path)!r} can't be read as a shard of latents ({error})") from error
