@@ -37,22 +37,21 @@ class CKNNACallback(EvaluationCallback):
         self.vfms = {vfm.name: vfm for vfm in vfms}
         if len(self.vfms) < len(vfms):
             raise ValueError(f"vfms: each may be given once; got {[vfm.name for vfm in vfms]}.")
-        self.num_images, self.k = num_images, k
-        self._num_samples = 0
+        super().__init__(num_images)
+        self.k = k
         self._metrics: dict[tuple[str, str], CKNNA] = {}  # by feature and VFM
 
-    def start(self, trainer: Trainer, pl_module: LightningModule, num_samples: int) -> None:
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the VFMs to the module's device."""
         if not isinstance(pl_module, AlignmentFeatures):
             raise ValueError(f"{type(pl_module).__name__} has no alignment_features to compare with a VFM's.")
         self._metrics = {}
-        self._num_samples = num_samples
         for vfm in self.vfms.values():
             vfm.to(pl_module.device)
 
     def update(self, pl_module: LightningModule, batch: Batch) -> None:
         """Extracts the features of the chosen images."""
-        chosen = self._chosen(batch.index)
+        chosen = self.chosen(batch.index)
         if self._metrics and not chosen.any():
             return  # but on a rank's first batch: it must know the features' names all the same
         # The whole batch, because the module may have its features at hand from validation.
@@ -72,9 +71,3 @@ class CKNNACallback(EvaluationCallback):
             f"cknna/{feature}" if single else f"cknna/{feature}/{name}": metric.compute()
             for (feature, name), metric in self._metrics.items()
         }
-
-    def _chosen(self, index: Tensor) -> Tensor:
-        """Which samples take part: `num_images` of all, evenly spread, whoever has them."""
-        if self.num_images is None or self.num_images >= self._num_samples:
-            return index >= 0
-        return (index >= 0) & (index * self.num_images % self._num_samples < self.num_images)

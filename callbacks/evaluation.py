@@ -7,21 +7,39 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from vfm_vae.types import Batch
+from vfm_vae.types import Batch, LatentBatch
 
 
 class EvaluationCallback(Callback, ABC):
     """Measures over every validation and test batch of the first data loader, and logs at the end.
 
     Subclasses say how to start, what to do with a batch, and what came out. The check before training runs none of it.
+
+    Args:
+        num_images: measure on so many images, spread evenly over the data set; null for all.
+
+    Attributes:
+        num_samples: images of the data set, over all ranks.
     """
 
-    @abstractmethod
-    def start(self, trainer: Trainer, pl_module: LightningModule, num_samples: int) -> None:
-        """Prepares for `num_samples` samples, over all ranks."""
+    def __init__(self, num_images: int | None = None) -> None:
+        if num_images is not None and num_images < 1:
+            raise ValueError(f"num_images: at least 1, or null for all; got {num_images}.")
+        self.num_images = num_images
+        self.num_samples = 0
+
+    def chosen(self, index: Tensor) -> Tensor:
+        """Which samples of a batch take part, bool `[B]`: `num_images` of all, evenly spread, whoever has them."""
+        if self.num_images is None or self.num_images >= self.num_samples:
+            return index >= 0
+        return (index >= 0) & (index * self.num_images % self.num_samples < self.num_images)
 
     @abstractmethod
-    def update(self, pl_module: LightningModule, batch: Batch) -> None:
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prepares for a pass over the data set."""
+
+    @abstractmethod
+    def update(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> None:
         """Takes in a batch, in evaluation mode and without gradients."""
 
     @abstractmethod
@@ -31,18 +49,20 @@ class EvaluationCallback(Callback, ABC):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts anew."""
         if not trainer.sanity_checking:
-            self.start(trainer, pl_module, _num_samples(trainer.val_dataloaders))
+            self.num_samples = _num_samples(trainer.val_dataloaders)
+            self.start(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts anew."""
-        self.start(trainer, pl_module, _num_samples(trainer.test_dataloaders))
+        self.num_samples = _num_samples(trainer.test_dataloaders)
+        self.start(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: Batch,
+        batch: Batch | LatentBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -68,3 +88,8 @@ def _num_samples(loaders: Any) -> int:
     """Size of the (first) data loader's data set."""
     loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
     return len(loader.dataset)
+
+
+def select(batch: Batch | LatentBatch, chosen: Tensor) -> Batch | LatentBatch:
+    """The chosen samples, bool `[B]`, of a batch; the batch itself where all are."""
+    return batch if chosen.all() else type(batch)(*(tensor[chosen] for tensor in batch))

@@ -1,6 +1,6 @@
-"""Pictures of what the tokenizer makes of fixed images."""
+"""Pictures of what models make: reconstructions of fixed images, samples from fixed noise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.utils import make_grid
 
 from vfm_vae.metrics.reconstruction import from_uint8, to_uint8
-from vfm_vae.types import Batch, CountsImages, Decoded, Reconstructs
+from vfm_vae.types import Batch, CountsImages, Decoded, DrawsSamples, Reconstructs
 
 
 class ReconstructionImages(Callback):
@@ -82,12 +82,71 @@ class ReconstructionImages(Callback):
         batch = trainer.strategy.batch_to_device(self._batch, pl_module.device)
         with _evaluating(pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
             decoded = pl_module.reconstruct(batch)
-        grid = reconstruction_grid(from_uint8(batch.images), decoded).cpu()
-        self._directory.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self._directory / f"{kind}.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(f"{kind}/reconstructions", grid, trainer.global_step)
+        grid = reconstruction_grid(from_uint8(batch.images), decoded)
+        show(trainer, grid, self._directory / f"{kind}.png", f"{kind}/reconstructions")
+
+
+class SampleImages(Callback):
+    """Shows samples after each validation as grids, a row for each class, a grid for each guidance scale.
+
+    Drawn with the weights that validation uses, always from the same noise. Grids go to TensorBoard as
+    `val/samples_guidance_<scale>`, and the latest to `<log_dir>/images/samples_guidance_<scale>.png`. Rank zero does it
+    alone.
+
+    Args:
+        classes: the classes shown, in this order.
+        num_images: samples of each class.
+        guidance_scales: 1 is without guidance.
+        batch_size: samples drawn at a time.
+
+    Raises:
+        ValueError: if nothing is to be shown; when a run starts, if the module draws no samples.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[int],
+        num_images: int = 8,
+        guidance_scales: Sequence[float] = (1.0,),
+        batch_size: int = 64,
+    ) -> None:
+        if not classes or not guidance_scales or num_images < 1 or batch_size < 1:
+            raise ValueError("classes, guidance_scales, num_images, batch_size: give at least one of each.")
+        self.classes, self.num_images = list(classes), num_images
+        self.guidance_scales, self.batch_size = list(guidance_scales), batch_size
+        self._directory = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learns where to write, on all ranks."""
+        if not isinstance(pl_module, DrawsSamples):
+            raise ValueError(f"{type(pl_module).__name__} draws no samples to show.")
+        self._directory = Path(trainer.log_dir or trainer.default_root_dir) / "images"
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        labels = torch.tensor(self.classes).repeat_interleave(self.num_images)
+        numbers = torch.arange(len(labels))
+        for scale in self.guidance_scales:
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                images = [
+                    to_uint8(pl_module.draw(*part, guidance_scale=scale).images).cpu()
+                    for part in zip(numbers.split(self.batch_size), labels.split(self.batch_size), strict=True)
+                ]
+            grid = make_grid(torch.cat(images), nrow=self.num_images, padding=2, pad_value=255)
+            name = f"samples_guidance_{scale:g}"
+            show(trainer, grid, self._directory / f"{name}.png", f"val/{name}")
+
+
+def show(trainer: Trainer, grid: Tensor, file: Path, tag: str) -> None:
+    """Writes a picture, uint8 `[3, height, width]`, to a file and to TensorBoard."""
+    grid = grid.cpu()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(tag, grid, trainer.global_step)
 
 
 def reconstruction_grid(images: Tensor, decoded: Decoded) -> Tensor:

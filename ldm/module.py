@@ -18,7 +18,7 @@ from ldm.metrics import LossByTime
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
 from ldm.samplers import Euler, Sampler
-from vfm_vae.data.latents import LatentDataset, RunningStatistics
+from vfm_vae.data.latents import LatentDataset, LatentStatistics, RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8
 from vfm_vae.tokenizer import FrozenTokenizer
@@ -322,6 +322,12 @@ class DiffusionModule(LightningModule):
         if "tokenizer" not in checkpoint:
             raise ValueError("ckpt_path: this is no checkpoint of a diffusion model")
         _check_source(checkpoint["tokenizer"], self.latent_source, "ckpt_path: data and tokenizer at hand are")
+        stored = LatentStatistics(*(checkpoint["state_dict"][f"normalization.{name}"] for name in ("mean", "std")))
+        if self.normalization.is_known and self.normalization.differs_from(stored):
+            raise ValueError(
+                "ckpt_path: the checkpoint was trained on latents with clearly other means or deviations than those at "
+                "hand, so they are of another tokenizer or made otherwise"
+            )
         self.images_seen = checkpoint["images_seen"]
         self.skipped_steps = checkpoint["skipped_steps"]
         self.latent_source = self.latent_source or checkpoint["tokenizer"]

@@ -55,14 +55,15 @@ def test_several_vfms_are_named_and_a_subset_is_spread_over_the_set(module, data
 
 def test_two_halves_on_two_ranks_choose_the_same_subset():
     callback = CKNNACallback([small_vfm()], num_images=7, k=4)
-    callback._num_samples = 20
+    callback.num_samples = 20
     index = torch.arange(-2, 20)
-    assert callback._chosen(index).sum() == 7 and not callback._chosen(index)[:2].any()
+    assert callback.chosen(index).sum() == 7 and not callback.chosen(index)[:2].any()
 
 
 def test_features_are_named_even_where_no_image_is_chosen(module, data, trainer):
     callback = CKNNACallback([small_vfm()], num_images=6, k=4)
-    callback.start(trainer(), module, num_samples=13)
+    callback.num_samples = 13
+    callback.start(trainer(), module)
     batch = next(iter(data.val_dataloader()))
     skipped = [i for i in range(5) if i * 6 % 13 >= 6]
     with torch.no_grad():
@@ -112,7 +113,7 @@ def test_what_is_missing_is_named(module, data, trainer):
         def evaluation_images(self, batch):
             return None, batch.images / 127.5 - 1
 
-    with pytest.raises(ValueError, match="gives no real images"):
+    with pytest.raises(ValueError, match="has no real images"):
         trainer(FrechetDistanceCallback(small_vfm())).validate(Samples(), data, verbose=False)
 
 
