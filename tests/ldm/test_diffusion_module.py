@@ -1,0 +1,267 @@
+"""Training of denoisers: what a step does, that it goes on where it was, and that sampling is reproducible."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks.ema import EMA
+from ldm.guidance import Guidance
+from ldm.samplers import EulerMaruyama
+from vfm_vae.types import LatentBatch
+
+
+def weights(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_one_batch_overfits(diffusion, latents, trainer):
+    module, data = diffusion(), latents(batch_size=48, val_batch_size=13)
+    run = trainer(max_steps=1)
+    run.fit(module, datamodule=data)
+    before = run.validate(module, datamodule=data, verbose=False)[0]["val/loss"]
+    run = trainer(max_steps=200)
+    run.fit(module, datamodule=data)
+    after = run.validate(module, datamodule=data, verbose=False)[0]["val/loss"]
+    assert after < 0.75 * before
+
+
+def test_the_loss_is_that_of_the_paper(diffusion, latents, trainer):
+    """Recomputed by hand from the same draws; an untrained network predicts zero."""
+    module, data, seen = diffusion(cosine_weight=0.5), latents(), {}
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen["z"] = batch.latents
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen["loss"] = outputs["loss"]
+
+        def on_after_backward(self, trainer, pl_module):
+            seen["metrics"] = dict(trainer.callback_metrics)
+
+    trainer(max_steps=1, callbacks=[Watch()]).fit(module, datamodule=data)
+    from vfm_vae.data.sampling import seed_of
+
+    torch.manual_seed(seed_of(1, 0, 0))
+    x = (seen["z"] - module.normalization.mean) / module.normalization.std
+    target = x - torch.randn_like(x)
+    assert seen["loss"].item() == pytest.approx(target.square().mean().item() + 0.5, rel=1e-5)  # a zero's cosine is 0
+
+
+def test_label_drop_uses_the_null_label(diffusion, latents, trainer):
+    for share, expected in ((1.0, {3}), (0.0, {0, 1, 2})):
+        module, seen = diffusion(label_drop=share), set()
+        module.model.label_embed.register_forward_pre_hook(lambda _, args, seen=seen: seen.update(args[0].tolist()))
+        trainer(max_steps=3).fit(module, datamodule=latents())
+        assert seen - {3} == expected - {3} and (3 in seen) == (share == 1)
+
+
+def test_steps_images_and_one_average_per_step(diffusion, latents, trainer):
+    module, average = diffusion(), EMA(decay=0.5)
+    start = weights(module.model)
+    run = trainer(max_steps=3, accumulate_grad_batches=2, callbacks=[average])
+    history = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            history.append(weights(pl_module.model))
+
+    run.callbacks.append(Watch())
+    run.fit(module, datamodule=latents())
+    assert run.global_step == 3 and module.images_seen == 48
+    expected = start
+    for step in history[1::2]:
+        expected = {name: 0.5 * expected[name] + 0.5 * step[name] for name in step}
+    for name, tensor in average.weights.items():
+        assert torch.allclose(tensor, expected[name.removeprefix("model.")], atol=1e-6)
+
+
+def test_clipping(diffusion, latents, trainer):
+    module, norms = diffusion(), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            norms.append(trainer.callback_metrics["train/grad_norm"].item())
+
+    step = weights(module.model)
+    run = trainer(max_steps=1, gradient_clip_val=1e-3, callbacks=[Watch()])
+    module.optimizer = lambda parameters: torch.optim.SGD(parameters, lr=1.0)
+    run.fit(module, datamodule=latents())
+    moved = torch.stack([(p - step[n]).norm() for n, p in module.model.state_dict().items()]).norm()
+    assert norms[0] > 1e-2 and moved.item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(diffusion, latents, trainer):
+    module = diffusion()
+    trainer(max_steps=2).fit(module, datamodule=latents())
+    handle = module.model.final.out.weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = weights(module.model)
+    trainer(max_steps=2).fit(module, datamodule=latents())
+    assert same(before, weights(module.model))
+    assert module.skipped_steps == 2
+    handle.remove()
+    trainer(max_steps=1).fit(module, datamodule=latents())
+    assert not same(before, weights(module.model))
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.fixture
+def interrupted(diffusion, latents, trainer, tmp_path):
+    """Checkpoint of the fourth of six batches of an epoch."""
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=4, save_last=True)
+    run = trainer(max_steps=4, enable_checkpointing=True, callbacks=[checkpoint, EMA(decay=0.9)])
+    run.fit(diffusion(), datamodule=latents())
+    return tmp_path / "checkpoints" / "last.ckpt"
+
+
+def test_resumed_equals_uninterrupted(diffusion, latents, trainer, interrupted):
+    results = []
+    for path in (None, interrupted):
+        module, average = diffusion(), EMA(decay=0.9)
+        run = trainer(max_steps=9, callbacks=[average])
+        run.fit(module, datamodule=latents(), ckpt_path=path, weights_only=True)
+        optimizer = run.optimizers[0].state_dict()["state"]
+        results.append((weights(module), average.weights, module.images_seen, optimizer))
+    whole, resumed = results
+    assert same(whole[0], resumed[0]) and same(whole[1], resumed[1])
+    assert whole[2] == resumed[2] == 72
+    assert all(same(whole[3][key], resumed[3][key]) for key in whole[3])
+
+
+def test_the_checkpoint_holds_the_statistics(diffusion, latents, trainer, interrupted):
+    data = latents()
+    data.setup("fit")
+    stored = torch.load(interrupted, weights_only=True)
+    statistics = data.train_set.statistics
+    assert torch.equal(stored["state_dict"]["normalization.mean"], statistics.mean)
+    assert torch.equal(stored["state_dict"]["normalization.std"], statistics.std)
+    z = torch.stack([data.train_set[i][0] for i in range(len(data.train_set))])
+    module = diffusion()
+    module.load_state_dict(stored["state_dict"])
+    normalised = module.normalization(z)
+    assert normalised.std().item() == pytest.approx(1, abs=0.1)
+    assert torch.allclose(module.normalization.inverse(normalised), z, atol=1e-5)
+
+
+def test_sampling_needs_no_data_and_uses_the_average(diffusion, latents, trainer, interrupted):
+    nowhere = {"root": "nowhere", "source": "folder", "num_samples": 7}
+    module = diffusion()
+    (batches,) = [trainer(callbacks=[EMA(decay=0.9)]).predict(
+        module, datamodule=latents(**nowhere), ckpt_path=interrupted, weights_only=True
+    )]  # fmt: skip
+    drawn = torch.cat([batch.latents for batch in batches])
+    stored = torch.load(interrupted, weights_only=True)
+    module.load_state_dict(stored["state_dict"] | stored["ema"]["weights"])
+    assert torch.allclose(drawn, module.draw(torch.arange(7)).latents, atol=1e-5)
+    module.load_state_dict(stored["state_dict"])
+    assert not torch.allclose(drawn, module.draw(torch.arange(7)).latents, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", [None, EulerMaruyama(6)])
+def test_samples_do_not_depend_on_the_batch(diffusion, latents, trainer, sampler):
+    module = diffusion(guidance=Guidance(2.0), **({"sampler": sampler} if sampler else {}))
+    trainer(max_steps=20).fit(module, datamodule=latents())
+    together = module.draw(torch.arange(9))
+    apart = [module.draw(part) for part in torch.arange(9).split([4, 1, 4])]
+    assert torch.equal(together.labels, torch.cat([part.labels for part in apart]))
+    assert torch.allclose(together.latents, torch.cat([part.latents for part in apart]), atol=1e-4)
+    assert not torch.allclose(together.latents[0], together.latents[1], atol=0.1)
+    given = module.draw(torch.arange(9), labels=together.labels)
+    assert torch.equal(given.latents, together.latents)
+
+
+def test_labels_are_random_or_balanced(diffusion):
+    numbers = torch.arange(300)
+    balanced = diffusion(label_mode="balanced").sample_labels(numbers)
+    assert torch.equal(balanced.bincount(), torch.tensor([100, 100, 100]))
+    random = diffusion().sample_labels(numbers)
+    assert random.unique().tolist() == [0, 1, 2]
+    assert not torch.equal(random, diffusion(seed=2).sample_labels(numbers))
+    assert torch.equal(random[40:50], diffusion().sample_labels(numbers[40:50]))
+
+
+def test_samples_show_their_class_after_training(diffusion, latents, trainer):
+    module = diffusion(guidance=Guidance(2.0))
+    trainer(max_steps=500).fit(module, datamodule=latents(batch_size=32))
+    drawn = module.draw(torch.arange(30))
+    found = ((drawn.latents.mean((1, 2, 3)) - 0.375) / 2).round().long()
+    assert (found == drawn.labels).float().mean() > 0.9
+
+
+def test_validation_repeats_and_needs_the_whole_set(diffusion, latents, trainer):
+    module = diffusion()
+    trainer(max_steps=5).fit(module, datamodule=latents())
+    small, large = (
+        trainer().validate(module, datamodule=latents(val_batch_size=size), verbose=False)[0] for size in (5, 13)
+    )
+    assert small == pytest.approx(large, rel=1e-5)
+    buckets = [value for name, value in small.items() if name.startswith("val/loss_mse_t")]
+    assert 3 <= len(buckets) <= 10 and all(math.isfinite(value) for value in buckets)
+
+
+def test_bf16_mixed_keeps_loss_and_weights_finite(diffusion, latents, trainer):
+    module = diffusion()
+    run = trainer(max_steps=3, precision="bf16-mixed")
+    run.fit(module, datamodule=latents())
+    assert module.skipped_steps == 0
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in module.parameters())
+    assert module.draw(torch.arange(2)).latents.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_torch_compile_keeps_names_and_result(diffusion, latents, trainer):
+    plain, compiled = diffusion(), diffusion(torch_compile=True)
+    for module in (plain, compiled):
+        trainer(max_steps=2).fit(module, datamodule=latents())
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        assert torch.allclose(tensor, compiled.state_dict()[name], atol=1e-4), name
+
+
+def test_what_does_not_fit_is_named(diffusion, latents, trainer, tmp_path, interrupted):
+    def fit(module, **options):
+        trainer(max_steps=1).fit(module, datamodule=latents(**options))
+
+    with pytest.raises(ValueError, match=r"latents in '.*train' are \(4, 4, 4\) .*input_size say \(6, 4, 4\)"):
+        fit(diffusion(model={"in_channels": 6}))
+    with pytest.raises(ValueError, match=r"model.num_classes: .* labels up to 2, but the denoiser knows 2"):
+        fit(diffusion(model={"num_classes": 2}))
+    with pytest.raises(ValueError, match=r"root: no latents .* in '.*/train'; make one with `python -m vfm_vae predict`"):
+        fit(diffusion(), root=tmp_path)
+    with pytest.raises(ValueError, match="model.tokenizer: training on images needs one"):
+        fit(diffusion(model={"num_classes": 13}), source="photos", root=tmp_path / "p", photos={"train_per_class": 1, "val_per_class": 1})
+    with pytest.raises(ValueError, match="model.tokenizer: images need a tokenizer"):
+        trainer().predict(diffusion(predict="images"), datamodule=latents(num_samples=2))
+    with pytest.raises(ValueError, match="ckpt_path: only a trained model can sample"):
+        trainer().predict(diffusion(), datamodule=latents(num_samples=2))
+    other = diffusion()
+    other.latent_source = {"vfm": "vit_other", "fingerprint": "0" * 64}
+    stored = torch.load(interrupted, weights_only=True)
+    torch.save(stored | {"tokenizer": {"vfm": "vit_a", "fingerprint": "1" * 64}}, interrupted)
+    with pytest.raises(ValueError, match=r"another tokenizer \(vit_other, 000000000000….*expected \(vit_a, 1111"):
+        trainer().validate(other, datamodule=latents(), ckpt_path=interrupted, weights_only=True)
+    shifted = stored["state_dict"] | {"normalization.mean": stored["state_dict"]["normalization.mean"] + 1}
+    torch.save(stored | {"state_dict": shifted}, interrupted)
+    with pytest.raises(ValueError, match="clearly other means or deviations"):
+        trainer().fit(diffusion(), datamodule=latents(), ckpt_path=interrupted, weights_only=True)
+
+
+def test_padding_counts_nowhere(diffusion, latents, trainer):
+    module = diffusion()
+    data = latents()
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()))
+    module.normalization.take(data.val_set.statistics)
+    module.validation_step(batch, 0)
+    alone = module.val_loss.compute()
+    module.val_loss.reset()
+    padding = LatentBatch(torch.full_like(batch.latents, 1e6), batch.labels, torch.full_like(batch.index, -1))
+    module.validation_step(LatentBatch(*(torch.cat(pair) for pair in zip(batch, padding, strict=True))), 0)
+    assert module.val_loss.compute().item() == pytest.approx(alone.item(), rel=1e-5)

@@ -1,0 +1,60 @@
+"""Classifier-free guidance: what is computed, and what comes out."""
+
+import pytest
+import torch
+
+from ldm.guidance import Guidance
+
+NULL = 10
+
+
+class Model:
+    """Predicts its label, everywhere; counts what it is asked for."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, x, t, y):
+        self.sizes.append(len(x))
+        assert t.shape == y.shape == (len(x),)
+        return x + y[:, None, None, None]
+
+
+def run(guidance, t, model=None):
+    x, labels = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3])
+    return x, labels, guidance.field(model or Model(), labels, NULL)(x, torch.tensor(t))
+
+
+@pytest.mark.parametrize(("t", "guided"), [(0.1, False), (0.125, True), (0.5, True), (0.75, True), (0.76, False)])
+def test_the_unconditional_half_is_computed_inside_the_interval_only(t, guided):
+    model = Model()
+    x, labels, velocity = run(Guidance(3.0, 0.125, 0.75), t, model)
+    assert model.sizes == [6 if guided else 3]
+    labels = labels[:, None, None, None]
+    expected = x + (NULL + 3.0 * (labels - NULL) if guided else labels)
+    assert torch.allclose(velocity, expected)
+
+
+def test_scale_one_is_no_guidance():
+    model = Model()
+    run(Guidance(1.0), 0.5, model)
+    assert model.sizes == [3]
+
+
+def test_channels_beyond_the_guided_ones_are_conditional():
+    x, labels, velocity = run(Guidance(3.0, channels=3), 0.5)
+    labels = labels[:, None, None, None]
+    assert torch.allclose(velocity[:, :3], (x + NULL + 3.0 * (labels - NULL))[:, :3])
+    assert torch.allclose(velocity[:, 3:], (x + labels)[:, 3:])
+    _, _, everything = run(Guidance(3.0, channels=4), 0.5)
+    assert torch.equal(everything, run(Guidance(3.0), 0.5)[2])
+
+
+def test_another_scale_leaves_the_rest():
+    assert vars(Guidance(2.0, 0.1, 0.9, 3).with_scale(5.0)) == vars(Guidance(5.0, 0.1, 0.9, 3))
+
+
+@pytest.mark.parametrize("options", [{"start": -0.1}, {"start": 0.6, "end": 0.5}, {"end": 1.1}, {"channels": 0}])
+def test_bad_options_are_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Guidance(2.0, **options)
