@@ -4,15 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?= data/imagenet
 TRAINER ?= gpu
+STAGE ?= weak
+RUN ?= epochs64
 READY := $(VENV)/.ready
 
 # glibc returns large blocks to the kernel, which zeroes their pages again in every step: a fifth of the time on CPU.
 TUNED := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 
-FIT := $(TUNED) $(BIN)/python -m vfm_vae fit
+TOKENIZER := $(TUNED) $(BIN)/python -m vfm_vae
+LDM := $(TUNED) $(BIN)/python -m ldm
+FIT := $(TOKENIZER) fit
+DEMO_LDM := -c configs/demo/ldm.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format bench tensorboard embedded-vfm strong weak clean
+.PHONY: help install demo test test-all lint format bench tensorboard embedded-vfm strong weak latents ldm samples clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -24,10 +29,16 @@ $(READY): setup.cfg pyproject.toml
 
 install: $(READY) ## make .venv with the package and what develops it
 
-demo: install ## train the tokenizer's two stages on the embedded photographs; results in runs/demo
+demo: install ## train tokenizer and diffusion model on the embedded photographs, and sample; results in runs/demo
 	$(FIT) -c configs/demo/tokenizer.yaml -c configs/demo/strong.yaml
 	$(FIT) -c configs/demo/tokenizer.yaml -c configs/demo/weak.yaml
-	@echo "TensorBoard: make tensorboard · pictures: runs/demo/weak/images/val.png · numbers: runs/demo/metrics.json"
+	$(TOKENIZER) predict -c runs/demo/weak/config.yaml -c configs/demo/latents.yaml \
+	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt
+	$(LDM) fit $(DEMO_LDM) -c configs/demo/ldm_train.yaml
+	$(LDM) validate $(DEMO_LDM) -c configs/demo/ldm_guided.yaml
+	$(LDM) predict $(DEMO_LDM) -c configs/demo/ldm_guided.yaml
+	@echo "Reconstructions: runs/demo/weak/images/val.png · samples by class: runs/demo/ldm/images/samples_guidance_*.png"
+	@echo "Samples as files: runs/demo/samples{/,.npz} · numbers: runs/demo/metrics.json · TensorBoard: make tensorboard"
 
 test: install ## run the fast tests
 	$(BIN)/pytest
@@ -48,6 +59,7 @@ bench: install ## measure what is claimed to be fast, as ratios within one run
 	$(BIN)/python tests/bench/modulated.py
 	$(TUNED) $(BIN)/python tests/bench/modulated.py
 	$(TUNED) $(BIN)/python tests/bench/step.py
+	$(BIN)/python tests/bench/guidance.py
 
 tensorboard: install ## show the runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir runs
@@ -62,6 +74,18 @@ strong: install ## strong alignment on ImageNet: make strong DATA=/path TRAINER=
 weak: install ## weak alignment, from the strong stage: make weak DATA=/path TRAINER=gpu|ddp8
 	$(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/weak.yaml -c configs/data/imagenet.yaml \
 	  -c configs/trainer/$(TRAINER).yaml --data.root $(DATA)
+
+latents: install ## cache ImageNet's latents for diffusion models: make latents STAGE=weak TRAINER=gpu|ddp8
+	$(TOKENIZER) predict -c runs/$(STAGE)/config.yaml -c configs/vfm_vae/latents.yaml \
+	  -c configs/trainer/$(TRAINER).yaml --ckpt_path runs/$(STAGE)/checkpoints/last.ckpt
+
+ldm: install ## train LightningDiT-XL/1 on cached latents: make ldm RUN=epochs64|epochs80|epochs560 TRAINER=gpu|ddp8_ldm
+	$(LDM) fit -c configs/ldm/lightningdit.yaml -c configs/ldm/$(RUN).yaml -c configs/data/latents.yaml \
+	  -c configs/trainer/$(TRAINER).yaml
+
+samples: install ## draw 50 000 samples from a trained LightningDiT: make samples RUN=epochs64 TRAINER=gpu|ddp8_ldm
+	$(LDM) predict -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/samples.yaml -c configs/trainer/$(TRAINER).yaml \
+	  --ckpt_path runs/ldm/$(RUN)/checkpoints/last.ckpt
 
 clean: ## remove caches and the demo's results, not other runs
 	rm -rf runs/demo build .pytest_cache .ruff_cache .import_linter_cache *.egg-info

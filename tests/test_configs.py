@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torchvision.models import vgg16
 
+from ldm.models.lightningdit import SIZES
+from ldm.module import DiffusionModule
 from vfm_vae.cli import CLI
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.module import TokenizerModule
@@ -27,12 +30,14 @@ class Build(CLI):
         pass
 
 
-def build(*configs: str | Path, options: list[str] = ()) -> Build:
-    arguments = ["fit"]
+def build(
+    *configs: str | Path, options: list[str] = (), module: type = TokenizerModule, command: str = "fit"
+) -> Build:
+    arguments = [command]
     for config in configs:
         arguments += ["--config", str(config if isinstance(config, Path) else CONFIGS / config)]
     plain = {"auto_configure_optimizers": False, "save_config_callback": None}
-    return Build(TokenizerModule, ImageNetDataModule, args=[*arguments, *options], **plain)
+    return Build(module, ImageNetDataModule, args=[*arguments, *options], **plain)
 
 
 @pytest.fixture
@@ -79,14 +84,80 @@ def test_demo_stages_build(stage, trainer):
     assert any(type(callback).__name__ == "Report" for callback in cli.trainer.callbacks)
 
 
+def callback(cli: Build, name: str) -> Callback:
+    (found,) = [callback for callback in cli.trainer.callbacks if type(callback).__name__ == name]
+    return found
+
+
+def build_ldm(*configs: str, options: list[str] = (), command: str = "fit") -> Build:
+    """A diffusion model without the tokenizer's checkpoint, which is a former command's."""
+    return build(*configs, options=["--model.tokenizer=null", *options], module=DiffusionModule, command=command)
+
+
+RUNS = {"epochs64": (80_000, "lognormal"), "epochs80": (100_000, "lognormal")}
+RUNS |= {"epochs560": (600_000, "lognormal"), "epochs560_uniform": (700_000, "uniform")}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("data", ["latents", "imagenet_centre"])
+def test_full_size_diffusion_runs_are_the_published_ones(run, data):
+    with torch.device("meta"):
+        cli = build_ldm("ldm/lightningdit.yaml", f"ldm/{run}.yaml", f"data/{data}.yaml", "trainer/cpu.yaml")
+    module = cli.model
+    assert count(module.model) + module.model.position.numel() == 675_260_768
+    assert (cli.trainer.max_steps, module.times) == RUNS[run]
+    optimizer = module.configure_optimizers()
+    (group,) = optimizer.param_groups
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (2e-4, (0.9, 0.95), 0)
+    assert cli.datamodule.batch_size == 1024
+    assert (module.sampler.steps, module.sampler.shift) == (250, 0.3)
+    assert (module.guidance.start, module.guidance.channels) == (0.125, 3)
+    assert callback(cli, "EMA").decay == 0.9999
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("b", 12), ("l", 24), ("1p0b", 24), ("1p6b", 28)])
+def test_sizes_of_diffusion_models(size, parameters):
+    with torch.device("meta"):
+        configs = ("ldm/lightningdit.yaml", "ldm/epochs64.yaml", f"ldm/size/{size}.yaml", "data/latents.yaml")
+        model = build_ldm(*configs, "trainer/cpu.yaml").model.model
+    assert len(model.blocks) == parameters == SIZES[size.replace("b", "B") if "1p" in size else size.upper()].depth
+
+
+def test_sampling_builds():
+    with torch.device("meta"):
+        configs = ("ldm/lightningdit.yaml", "ldm/epochs64.yaml", "ldm/samples.yaml", "trainer/cpu.yaml")
+        cli = build_ldm(*configs, options=["--data.root=unused"], command="predict")
+    assert cli.datamodule.num_samples == 50_000
+    assert callback(cli, "SampleWriter").npz
+
+
+@pytest.mark.parametrize(("overlay", "command"), [("ldm_train", "fit"), ("ldm_guided", "validate")])
+def test_demo_diffusion_builds(overlay, command):
+    cli = build_ldm("demo/ldm.yaml", f"demo/{overlay}.yaml", "trainer/cpu.yaml", command=command)
+    assert cli.model.guidance.scale == (2.0 if overlay == "ldm_guided" else 1.0)
+    assert callback(cli, "Report").path.name == "metrics.json"
+
+
+@pytest.mark.parametrize("name", ["demo/latents.yaml", "vfm_vae/latents.yaml"])
+def test_caches_build(name):
+    cli = build("demo/tokenizer.yaml", "demo/weak.yaml", name, "trainer/cpu.yaml", command="predict")
+    assert cli.model.predict == "latents" and cli.datamodule.predict == ("train", "val")
+    assert callback(cli, "LatentWriter").dtype == "float32"
+
+
 def test_every_config_is_covered_here():
     seen = {"data/imagenet.yaml", "data/photos.yaml", "demo/tokenizer.yaml", "demo/strong.yaml", "demo/weak.yaml"}
     seen |= {"vfm_vae/base.yaml", "vfm_vae/strong.yaml", "vfm_vae/weak.yaml", "vfm_vae/vfm/dinov2_large.yaml"}
-    seen |= {"trainer/cpu.yaml", "trainer/gpu.yaml", "trainer/ddp8.yaml"}
+    seen |= {"trainer/cpu.yaml", "trainer/gpu.yaml", "trainer/ddp8.yaml", "trainer/ddp8_ldm.yaml"}
+    seen |= {"ldm/lightningdit.yaml", "ldm/samples.yaml", *(f"ldm/{run}.yaml" for run in RUNS)}
+    seen |= {f"ldm/size/{size}.yaml" for size in ("b", "l", "1p0b", "1p6b")}
+    seen |= {"data/latents.yaml", "data/imagenet_centre.yaml", "demo/latents.yaml", "vfm_vae/latents.yaml"}
+    seen |= {"demo/ldm.yaml", "demo/ldm_train.yaml", "demo/ldm_guided.yaml"}
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == seen
 
 
-@pytest.mark.parametrize("name", ["gpu", "ddp8"])
+@pytest.mark.parametrize("name", ["gpu", "ddp8", "ddp8_ldm"])
 def test_gpu_trainers_parse(name):
     parser = build("demo/tokenizer.yaml", "demo/strong.yaml", "trainer/cpu.yaml").parser
     config = parser.parse_args(

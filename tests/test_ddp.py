@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from vfm_vae.data.latents import LatentDataset
 
 SCRIPT = """
 import sys
@@ -66,9 +69,82 @@ torch.save(result, out / f"{devices}_{trainer.global_rank}.pt")
 """
 
 
-def launch(folder: Path, photos: Path, devices: int) -> list[dict]:
+DIFFUSION = """
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+
+from callbacks.ema import EMA
+from callbacks.fid import FrechetDistanceCallback
+from callbacks.probe import ClassAccuracyCallback
+from callbacks.writers import LatentWriter, SampleWriter
+from ldm.guidance import Guidance
+from ldm.models.lightningdit import LightningDiT
+from ldm.module import DiffusionModule
+from ldm.samplers import Euler
+from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.discriminators.projected import ProjectedDiscriminator
+from vfm_vae.losses.objective import Objective
+from vfm_vae.module import TokenizerModule
+from vfm_vae.modules.adapter import Adapter
+from vfm_vae.modules.decoder import Decoder
+from vfm_vae.tokenizer import VFMVAE
+from vfm_vae.vfm import Frozen, FrozenVFM
+
+devices, photos, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+name = "vit_photos_patch8_64"
+
+
+def trainer(*callbacks, **kwargs):
+    return Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        callbacks=list(callbacks), **kwargs,
+    )
+
+
+class Tokenizer(Frozen):
+    def __init__(self, model):
+        super().__init__(model)
+        self.identity = model.latent_identity()
+
+    def decode(self, z):
+        return self.network.decode(z).image.clamp(-1, 1)
+
+
+torch.manual_seed(0)
+tokenizer = VFMVAE(Adapter([128], [8], 4, 1, 16, 128), Decoder(16, [16, 16, 16, 16, 8], [16], [], 0, w_channels=16),
+                   FrozenVFM(name))
+optimizer = partial(torch.optim.Adam, lr=1e-3)
+opponent = ProjectedDiscriminator(name, size=64, layers=(1,))
+encoder = TokenizerModule(tokenizer, opponent, Objective(), optimizer, optimizer, predict="latents")
+images = ImageNetDataModule(photos, image_size=64, val_batch_size=6, num_workers=0, predict=["train", "val"])
+cache = out / f"cache{devices}"
+trainer(LatentWriter(str(cache), shard_size=10)).predict(encoder, datamodule=images)
+
+torch.manual_seed(0)
+denoiser = LightningDiT(4, 8, 2, 2, 32, 2, num_classes=13)
+frozen = Tokenizer(tokenizer)
+module = DiffusionModule(denoiser, partial(torch.optim.AdamW, lr=1e-3), Euler(4), Guidance(2.0), frozen)
+data = ImageNetDataModule(cache, source="latents", batch_size=8, val_batch_size=6, num_workers=0, num_samples=11)
+watch = [FrechetDistanceCallback(FrozenVFM(name), 20, f"{photos}/val", 64)]
+watch += [ClassAccuracyCallback(FrozenVFM(name), f"{photos}/train", 64)]
+metrics = trainer(*watch).validate(module, datamodule=data, verbose=False)[0]
+samples = out / f"samples{devices}"
+trainer(SampleWriter(str(samples), npz=True)).predict(module, datamodule=data)
+run = trainer(EMA(decay=0.9), max_steps=3, limit_val_batches=0)
+run.fit(module, datamodule=data)
+result = {"metrics": metrics, "weights": dict(module.state_dict()), "images_seen": module.images_seen}
+torch.save(result, out / f"{devices}_{run.global_rank}.pt")
+"""
+
+
+def launch(folder: Path, photos: Path, devices: int, text: str = SCRIPT) -> list[dict]:
     script = folder / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(text)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     process = subprocess.run(
         [sys.executable, str(script), str(devices), str(photos), str(folder)],
@@ -95,3 +171,21 @@ def test_two_processes_validate_as_one_and_train_alike(tmp_path: Path, photos: P
     for name, tensor in first["weights"].items():
         if not name.endswith(local):
             assert torch.equal(tensor, second["weights"][name]), name
+
+
+def test_two_processes_cache_measure_and_sample_as_one(tmp_path: Path, photos: Path):
+    (one,) = launch(tmp_path, photos, 1, DIFFUSION)
+    first, second = launch(tmp_path, photos, 2, DIFFUSION)
+    for split, size in (("train", 52), ("val", 26)):
+        ours, theirs = (LatentDataset(tmp_path / f"cache{n}" / split, train=False) for n in (1, 2))
+        assert len(ours) == len(theirs) == size and (ours.labels == theirs.labels).all()
+        rows = [torch.stack([dataset[index][0] for index in range(size)]) for dataset in (ours, theirs)]
+        assert torch.allclose(*rows, atol=1e-4)
+    assert first["metrics"] == pytest.approx(one["metrics"], rel=1e-4, abs=1e-5)
+    assert first["metrics"]["val/loss"] == pytest.approx(one["metrics"]["val/loss"], rel=1e-5)
+    assert second["metrics"] == first["metrics"]
+    with np.load(tmp_path / "samples1.npz") as ours, np.load(tmp_path / "samples2.npz") as theirs:
+        assert np.abs(ours["arr_0"].astype(int) - theirs["arr_0"]).max() <= 1 and len(ours["arr_0"]) == 11
+        assert (ours["arr_1"] == theirs["arr_1"]).all()
+    assert first["images_seen"] == one["images_seen"] == 24
+    assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())

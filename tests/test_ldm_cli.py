@@ -1,0 +1,181 @@
+"""The chain of commands from images to samples, at toy size: tokenizer, latents, diffusion model, samples."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cli import DEMO, ENVIRONMENT, ROOT, SMALL, run
+
+LDM_DEMO = ["-c", str(ROOT / "configs/demo/ldm.yaml")]
+SMALL_LDM = """
+model:
+  model: {init_args: {in_channels: 4, depth: 2, width: 32, num_heads: 2}}
+  sampler: {init_args: {steps: 4}}
+  tokenizer: {init_args: {checkpoint: runs/small/checkpoints/last.ckpt}}
+data: {root: latents, batch_size: 8, val_batch_size: 10}
+trainer:
+  max_steps: 9
+  val_check_interval: 1.0
+  logger:
+    class_path: lightning.pytorch.loggers.TensorBoardLogger
+    init_args: {save_dir: runs, name: ldm, version: ""}
+  callbacks:
+  - class_path: callbacks.ema.EMA
+    init_args: {decay: 0.9}
+  - class_path: callbacks.fid.FrechetDistanceCallback
+    init_args:
+      vfm: {class_path: vfm_vae.vfm.FrozenVFM, init_args: {name: vit_photos_patch8_64}}
+      num_images: 10
+      reference: photos/train
+      image_size: 64
+  - class_path: callbacks.images.SampleImages
+    init_args: {classes: [0, 1], num_images: 2, guidance_scales: [1.0, 2.0]}
+  - class_path: callbacks.report.Report
+  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+    init_args: {save_last: true, every_n_train_steps: 1, enable_version_counter: false}
+"""
+LATENTS = """
+model: {predict: latents}
+data: {predict: [train, val]}
+trainer:
+  callbacks+:
+  - class_path: callbacks.writers.LatentWriter
+    init_args: {directory: latents, shard_size: 20}
+"""
+
+
+def ldm(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ldm", *arguments], cwd=folder, env=ENVIRONMENT, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def small_ldm(command: str, *options: str) -> list[str]:
+    return [command, *LDM_DEMO, "-c", "ldm.yaml", *options]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained tokenizer and its latents, by the command line."""
+    folder = tmp_path_factory.mktemp("chain")
+    for name, text in (("small", SMALL), ("ldm", SMALL_LDM), ("latents", LATENTS)):
+        (folder / f"{name}.yaml").write_text(text)
+    code, _, err = run(folder, "fit", *DEMO, "-c", "small.yaml", "--model.max_images=8")
+    assert code == 0, err
+    last = "runs/small/checkpoints/last.ckpt"
+    code, _, err = run(folder, "predict", "-c", "runs/small/config.yaml", "-c", "latents.yaml", "--ckpt_path", last)
+    assert code == 0, err
+    return folder
+
+
+def test_fit_validate_predict(chain: Path):
+    code, _, err = ldm(chain, *small_ldm("fit"))
+    assert code == 0, err
+    stored = torch.load(chain / "runs/ldm/checkpoints/last.ckpt", weights_only=True)
+    assert stored["images_seen"] == 72
+    assert stored["tokenizer"] == json.loads((chain / "latents/train/latents.json").read_text())["tokenizer"]
+    assert (chain / "runs/ldm/images/samples_guidance_2.png").is_file()
+
+    trained = ["-c", "runs/ldm/config.yaml", "--ckpt_path", "runs/ldm/checkpoints/last.ckpt"]
+    code, out, err = ldm(chain, "validate", *trained)
+    assert code == 0, err
+    metrics = json.loads((chain / "runs/ldm/metrics.json").read_text())["run"]["metrics"]
+    assert metrics["val/loss"] > 0 and metrics["val/fd_vit_photos_patch8_64"] > 0
+    assert "val/loss" in out
+
+    writer = "--trainer.callbacks+=callbacks.writers.SampleWriter"
+    options = ["--trainer.callbacks.npz=true", "--data.num_samples=13"]
+    for name, batch in (("a", 13), ("b", 4)):
+        where = [f"--trainer.callbacks.directory={name}", f"--data.val_batch_size={batch}"]
+        code, _, err = ldm(chain, "predict", *trained, writer, *where, *options)
+        assert code == 0, err
+    with np.load(chain / "a.npz") as a, np.load(chain / "b.npz") as b:
+        assert a["arr_0"].shape == (13, 64, 64, 3)
+        assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+        assert a["arr_1"].tolist() == b["arr_1"].tolist() == list(range(13))
+
+
+def test_killed_and_resumed_equals_uninterrupted(chain: Path):
+    quick = ["--trainer.callbacks", "null"]
+    checkpoints = ["--trainer.callbacks+=callbacks.ema.EMA", "--trainer.callbacks.decay=0.9"]
+    checkpoints += ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]
+    checkpoints += ["--trainer.callbacks.save_last=true", "--trainer.callbacks.every_n_train_steps=1"]
+    checkpoints += ["--trainer.callbacks.enable_version_counter=false", "--trainer.limit_val_batches=0"]
+    whole, killed = (
+        [*quick, *checkpoints, f"--trainer.logger.init_args.name={name}"] for name in ("whole", "killed")
+    )
+    code, _, err = ldm(chain, *small_ldm("fit", *whole))
+    assert code == 0, err
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ldm", *small_ldm("fit", *killed, "--trainer.max_steps=100000")], cwd=chain,
+        env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    last, deadline = chain / "runs/killed/checkpoints/last.ckpt", time.monotonic() + 200
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < torch.load(last, weights_only=True)["images_seen"] < 72
+    code, _, err = ldm(chain, *small_ldm("fit", *killed, "--ckpt_path=last"))
+    assert code == 0, err
+    theirs, ours = (
+        torch.load(chain / f"runs/{name}/checkpoints/last.ckpt", weights_only=True) for name in ("whole", "killed")
+    )
+    assert theirs["images_seen"] == ours["images_seen"] == 72
+    for a, b in ((theirs["state_dict"], ours["state_dict"]), (theirs["ema"]["weights"], ours["ema"]["weights"])):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+MISTAKES = {
+    "no such latents": (["--data.root=nowhere"], "root: no latents (*.safetensors) in 'nowhere/train'; make one with"),
+    "wrong channels": (
+        ["--model.tokenizer=null", "--model.model.init_args.in_channels=8"],
+        "are (4, 8, 8) (channels, rows, columns), but model.in_channels and input_size say (8, 8, 8)",
+    ),
+    "another tokenizer": (["--data.root=foreign"], "latents of two tokenizers can't be mixed"),
+    "no such tokenizer": (
+        ["--model.tokenizer.init_args.checkpoint=nowhere.ckpt"],
+        "checkpoint: there is no tokenizer at 'nowhere.ckpt'",
+    ),
+    "no tokenizer's checkpoint": (
+        ["--model.tokenizer.init_args.checkpoint=foreign/other.ckpt"],
+        "'foreign/other.ckpt' does not describe a tokenizer",
+    ),
+    "misspelt key": (["--model.cosine_wait=3"], "--model.cosine_wait"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_with_one_line(chain: Path, mistake: str):
+    foreign = chain / "foreign"
+    if not foreign.exists():
+        import shutil
+
+        shutil.copytree(chain / "latents", foreign)
+        file = foreign / "train/latents.json"
+        identity = json.loads(file.read_text())
+        identity["tokenizer"]["fingerprint"] = "0" * 64
+        file.write_text(json.dumps(identity))
+        torch.save({"state_dict": {}}, foreign / "other.ckpt")
+    options, message = MISTAKES[mistake]
+    code, _, err = ldm(chain, *small_ldm("fit", *options))
+    assert code == 2, err
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert message in line
+
+
+def test_help_shows_our_options(chain: Path):
+    code, out, _ = ldm(chain, "fit", "--help")
+    assert code == 0
+    assert "--model.label_drop" in out and "--data.num_samples" in out
+    assert "torchvision" not in out
