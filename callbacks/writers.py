@@ -50,9 +50,9 @@ class ReconstructionWriter(Callback):
 class LatentWriter(Callback):
     """Writes the latents of images as a cache for diffusion models, `<directory>/<split>/`.
 
-    Goes with `model.predict: latents` (or `moments`) and the splits of `data.predict`. Whole shards are written, each by
-    one rank; a cache that was begun is completed, also by another number of ranks. At the end come the statistics that
-    normalise latents, over the plain views.
+    Goes with `model.predict: latents` (or `moments`) and the splits of `data.predict`. Whole shards are written, each
+    by one rank; a cache that was begun is completed, also by another number of ranks. At the end come the statistics
+    that normalise latents, over the plain views.
 
     Args:
         directory: where to write; made if it is missing.
@@ -187,9 +187,7 @@ class SampleWriter(Callback):
             keep_settings(self.directory / "samples.json", pl_module.sampling_settings())
         trainer.strategy.barrier()
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Samples, *args: Any
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Samples, *args: Any) -> None:
         """Writes the batch."""
         if outputs.images is not None:
             write_images(self.directory, outputs.images, outputs.index)
@@ -231,11 +229,13 @@ def keep_settings(file: Path, settings: Mapping[str, Any]) -> None:
     differing = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
     if differing:
         changes = "; ".join(f"{key} was {found.get(key)!r}, now {settings.get(key)!r}" for key in differing)
-        raise ValueError(f"directory: {str(file.parent)!r} holds what was made otherwise: {changes}. Choose another one")
+        raise ValueError(
+            f"directory: {str(file.parent)!r} holds what was made otherwise: {changes}. Choose another one"
+        )
 
 
 def write_images(directory: Path, images: Tensor, index: Tensor) -> None:
-    """Writes images `[B, 3, H, W]` in [-1, 1] as PNG named by `index: [B]`, but for padding; each is whole or absent."""
+    """Writes images `[B, 3, H, W]` in [-1, 1] as PNG named by `index: [B]`, but for padding; none is half written."""
     pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
     for number, picture in zip(index.tolist(), pixels, strict=True):
         if number >= 0:

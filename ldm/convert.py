@@ -102,6 +102,7 @@ def _check_tables(model: LightningDiT, weights: dict[str, Tensor]) -> None:
         expected["feat_rope.freqs_sin"] = model.rotary_sin.repeat_interleave(2, dim=1)
     for name, table in expected.items():
         stored = weights.pop(name, None)
-        if stored is not None and not stored.is_meta:
-            if stored.shape != table.shape or not torch.allclose(stored.float(), table, atol=1e-4):
-                raise ValueError(f"{name}: the stored table is not the fixed one of input_size={model.input_size}")
+        if stored is None or stored.is_meta:
+            continue
+        if stored.shape != table.shape or not torch.allclose(stored.float(), table, atol=1e-4):
+            raise ValueError(f"{name}: the stored table is not the fixed one of input_size={model.input_size}")

@@ -300,7 +300,9 @@ class DiffusionModule(LightningModule):
         running, num_images = RunningStatistics(self.model.in_channels, self.device), 0
         for batch in self.trainer.datamodule.train_dataloader():
             batch = self.trainer.strategy.batch_to_device(batch, self.device)
-            running.add(self._latents(batch, IndexedNoise(self.seed, batch.index, self.device).normal(*self.model.latent_shape)))
+            running.add(
+                self._latents(batch, IndexedNoise(self.seed, batch.index, self.device).normal(*self.model.latent_shape))
+            )
             num_images += len(batch.index) * self.trainer.world_size
             if num_images >= self.statistics_images:
                 break

@@ -43,7 +43,9 @@ class LatentNormalization(nn.Module):
         """Whether statistics are clearly others, by more than a tenth of the standard deviation in any channel."""
         scale = self.std.clamp(min=1e-12)
         mean, std = (x.to(scale.device) for x in statistics)
-        return bool((((mean - self.mean) / scale).abs() > tolerance).any() or ((std / scale).log().abs() > tolerance).any())
+        return bool(
+            (((mean - self.mean) / scale).abs() > tolerance).any() or ((std / scale).log().abs() > tolerance).any()
+        )
 
     def forward(self, z: Tensor) -> Tensor:
         """Normalises latents `[B, C, h, w]`."""

@@ -30,9 +30,7 @@ class Build(CLI):
         pass
 
 
-def build(
-    *configs: str | Path, options: list[str] = (), module: type = TokenizerModule, command: str = "fit"
-) -> Build:
+def build(*configs: str | Path, options: list[str] = (), module: type = TokenizerModule, command: str = "fit") -> Build:
     arguments = [command]
     for config in configs:
         arguments += ["--config", str(config if isinstance(config, Path) else CONFIGS / config)]

@@ -21,7 +21,7 @@ model:
 data: {root: latents, batch_size: 8, val_batch_size: 10}
 trainer:
   max_steps: 9
-  val_check_interval: 1.0
+  val_check_interval: 5
   logger:
     class_path: lightning.pytorch.loggers.TensorBoardLogger
     init_args: {save_dir: runs, name: ldm, version: ""}
@@ -110,9 +110,7 @@ def test_killed_and_resumed_equals_uninterrupted(chain: Path):
     checkpoints += ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]
     checkpoints += ["--trainer.callbacks.save_last=true", "--trainer.callbacks.every_n_train_steps=1"]
     checkpoints += ["--trainer.callbacks.enable_version_counter=false", "--trainer.limit_val_batches=0"]
-    whole, killed = (
-        [*quick, *checkpoints, f"--trainer.logger.init_args.name={name}"] for name in ("whole", "killed")
-    )
+    whole, killed = ([*quick, *checkpoints, f"--trainer.logger.init_args.name={name}"] for name in ("whole", "killed"))
     code, _, err = ldm(chain, *small_ldm("fit", *whole))
     assert code == 0, err
     process = subprocess.Popen(

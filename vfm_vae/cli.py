@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -53,7 +54,7 @@ def run(module: type[LightningModule], datamodule: type[LightningDataModule]) ->
             # Rerunning a stage in its folder is how it is resumed.
             save_config_kwargs={"overwrite": True},
         )
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, MisconfigurationException, ValueError) as error:
         if os.environ.get(DEBUG):
             raise
         print(f"error: {' '.join(str(error).split())}\n({DEBUG}=1 shows the traceback)", file=sys.stderr)

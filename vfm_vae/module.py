@@ -264,7 +264,7 @@ class TokenizerModule(LightningModule):
             self.val_thumbnail.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Tensor] | Encoded:
-        """Reconstructions `[B, 3, H, W]` in [-1, 1] with the positions of their images, `[B]`, or what a cache holds."""
+        """Reconstructions `[B, 3, H, W]` in [-1, 1] and the positions of their images, `[B]`, or what a cache holds."""
         if self.predict == "reconstructions":
             return self.evaluation_images(batch)[1], batch.index
         images = from_uint8(batch.images)

@@ -90,7 +90,7 @@ class PatchEmbed(nn.Module):
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """Lays patches out as a map: `[B, N, p·p·C]`, each ordered (row, column, channel), to `[B, C, rows·p, columns·p]`."""
+    """Lays patches, each ordered (row, column, channel), out: `[B, N, p·p·C]` to `[B, C, rows·p, columns·p]`."""
     patches = tokens.unflatten(1, grid).unflatten(3, (patch_size, patch_size, -1))  # [B, rows, columns, p, p, C]
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 

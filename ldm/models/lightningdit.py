@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -165,7 +165,7 @@ def test_samples_as_latents(photos, tmp_path):
 
 
 def test_sampling_needs_a_number(painter, photos, tmp_path):
-    with pytest.raises(ValueError, match="data.num_samples: says how many"):
+    with pytest.raises(ValueError, match=r"data\.num_samples: says how many"):
         predict(painter, photos_data(photos), SampleWriter(str(tmp_path / "s")), folder=tmp_path)
 
 
@@ -204,7 +204,11 @@ def test_a_cache_holds_every_image_of_every_split(photos, tmp_path):
 def test_an_interrupted_cache_goes_on(photos, tmp_path):
     cache(photos, tmp_path / "z")
     before = {path: path.read_bytes() for path in (tmp_path / "z").glob("*/*")}
-    for name in ("train/latents_shard00002.safetensors", "train/latents_stats.pt", "val/latents_shard00000.safetensors"):
+    for name in (
+        "train/latents_shard00002.safetensors",
+        "train/latents_stats.pt",
+        "val/latents_shard00000.safetensors",
+    ):
         (tmp_path / "z" / name).unlink()
     kept = tmp_path / "z/train/latents_shard00001.safetensors"
     time = kept.stat().st_mtime_ns
@@ -220,7 +224,7 @@ def test_another_tokenizer_may_not_add_to_a_cache(photos, tmp_path):
     with pytest.raises(ValueError, match=r"holds what was made otherwise: tokenizer was"):
         cache(photos, tmp_path / "z", module)
     module.predict = "reconstructions"
-    with pytest.raises(ValueError, match="model.predict: a cache takes 'latents' or 'moments'"):
+    with pytest.raises(ValueError, match=r"model\.predict: a cache takes 'latents' or 'moments'"):
         cache(photos, tmp_path / "y", module)
 
 

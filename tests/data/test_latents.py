@@ -7,7 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vfm_vae.data.datamodule import ImageNetDataModule
-from vfm_vae.data.latents import LatentDataset, LatentStatistics, RunningStatistics, ShardPlan, finish_cache, write_shard
+from vfm_vae.data.latents import (
+    LatentDataset,
+    LatentStatistics,
+    RunningStatistics,
+    ShardPlan,
+    finish_cache,
+    write_shard,
+)
 from vfm_vae.data.sampling import Draw, IndexedNoise, seed_of
 from vfm_vae.types import LatentBatch
 
@@ -144,7 +151,7 @@ def test_a_flat_folder_is_training_data_without_validation(cache, tmp_path):
 
 def test_bad_caches_are_named(cache, tmp_path):
     (cache / "train/latents_stats.pt").unlink()
-    with pytest.raises(ValueError, match="has no latents_stats.pt, so the cache is unfinished"):
+    with pytest.raises(ValueError, match=r"has no latents_stats\.pt, so the cache is unfinished"):
         data(cache).setup("fit")
     with pytest.raises(ValueError, match=r"no latents \(\*.safetensors\) in"):
         data(tmp_path / "nowhere").setup("fit")

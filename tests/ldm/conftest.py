@@ -59,6 +59,8 @@ def diffusion() -> Callable[..., DiffusionModule]:
         torch.manual_seed(0)
         sizes = {"in_channels": 4, "input_size": 4, "depth": 2, "width": 32, "num_heads": 2, "num_classes": NUM_CLASSES}
         options = {"sampler": Euler(10), "predict": "latents", "seed": 1}
-        return DiffusionModule(LightningDiT(**sizes | (model or {})), partial(torch.optim.AdamW, lr=2e-3), **options | kwargs)
+        return DiffusionModule(
+            LightningDiT(**sizes | (model or {})), partial(torch.optim.AdamW, lr=2e-3), **options | kwargs
+        )
 
     return build

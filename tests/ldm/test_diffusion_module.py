@@ -233,11 +233,18 @@ def test_what_does_not_fit_is_named(diffusion, latents, trainer, tmp_path, inter
         fit(diffusion(model={"in_channels": 6}))
     with pytest.raises(ValueError, match=r"model.num_classes: .* labels up to 2, but the denoiser knows 2"):
         fit(diffusion(model={"num_classes": 2}))
-    with pytest.raises(ValueError, match=r"root: no latents .* in '.*/train'; make one with `python -m vfm_vae predict`"):
+    with pytest.raises(
+        ValueError, match=r"root: no latents .* in '.*/train'; make one with `python -m vfm_vae predict`"
+    ):
         fit(diffusion(), root=tmp_path)
-    with pytest.raises(ValueError, match="model.tokenizer: training on images needs one"):
-        fit(diffusion(model={"num_classes": 13}), source="photos", root=tmp_path / "p", photos={"train_per_class": 1, "val_per_class": 1})
-    with pytest.raises(ValueError, match="model.tokenizer: images need a tokenizer"):
+    with pytest.raises(ValueError, match=r"model\.tokenizer: training on images needs one"):
+        fit(
+            diffusion(model={"num_classes": 13}),
+            source="photos",
+            root=tmp_path / "p",
+            photos={"train_per_class": 1, "val_per_class": 1},
+        )
+    with pytest.raises(ValueError, match=r"model\.tokenizer: images need a tokenizer"):
         trainer().predict(diffusion(predict="images"), datamodule=latents(num_samples=2))
     with pytest.raises(ValueError, match="ckpt_path: only a trained model can sample"):
         trainer().predict(diffusion(), datamodule=latents(num_samples=2))

@@ -54,7 +54,9 @@ def test_rotary_attention_sees_relative_positions_alone():
     """The product of a turned query and a turned key depends on how far they lie apart, on either axis."""
     angles = rotary_angles((5, 6), 8)
     query, key = torch.randn(2, 8, dtype=torch.float64)
-    turned = [rotate(x.expand(1, 1, 30, 8), angles.cos(), angles.sin())[0, 0].unflatten(0, (5, 6)) for x in (query, key)]
+    turned = [
+        rotate(x.expand(1, 1, 30, 8), angles.cos(), angles.sin())[0, 0].unflatten(0, (5, 6)) for x in (query, key)
+    ]
     products = torch.einsum("abd,ijd->abij", *turned)
     assert torch.allclose(products[0, 0, 2, 3], products[1, 2, 3, 5])
     assert not torch.allclose(products[0, 0, 2, 3], products[0, 0, 3, 2])

@@ -83,7 +83,9 @@ def test_every_full_size_key_is_taken(variant):
     shapes = OFFICIAL["models"]["LightningDiT-XL/1"]["state_dict"]
     official = OFFICIAL["models"][f"LightningDiT-XL/1{variant}"]
     with torch.device("meta"):
-        weights = {name: torch.empty(shape) for name, (shape, _) in shapes.items() if not variant or "_norm." not in name}
+        weights = {
+            name: torch.empty(shape) for name, (shape, _) in shapes.items() if not variant or "_norm." not in name
+        }
         model = lightningdit_from_published(weights, official["config"])
     assert sum(p.numel() for p in model.parameters()) == official["trainable_params"]
     assert sum(p.numel() for p in model.parameters()) + model.position.numel() == official["total_params"]

@@ -179,10 +179,7 @@ class ImageNetDataModule(LightningDataModule):
 
     def _evaluation_loader(self, dataset: Any, indices: Sequence[int] | None = None) -> DataLoader:
         size, ranks = self._share("val_batch_size", self.val_batch_size)
-        if indices is None:
-            sampler = EvaluationSampler(dataset, size, **ranks)
-        else:
-            sampler = GivenOrder(dataset, indices)
+        sampler = EvaluationSampler(dataset, size, **ranks) if indices is None else GivenOrder(dataset, indices)
         return DataLoader(dataset, batch_size=size, sampler=sampler, **self._loading(dataset))
 
     def _folder(self, split: str, transform: Transform, **kwargs: Any) -> ImageFolderDataset:

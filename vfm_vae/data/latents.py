@@ -22,6 +22,7 @@ from vfm_vae.data.sampling import Draw, seed_of
 
 STATISTICS, IDENTITY = "latents_stats.pt", "latents.json"
 
+
 class LatentStatistics(NamedTuple):
     """Mean and standard deviation of each channel, over images and positions.
 
@@ -158,7 +159,7 @@ def split_folder(root: str | Path, split: str) -> Path | None:
         raise ValueError(f"root: no latents (*.safetensors) in {str(folder)!r}; {hint}")
     if not (folder / STATISTICS).is_file():
         raise ValueError(
-            f"root: {str(folder)!r} has no {STATISTICS}, so the cache is unfinished; run the command that makes it again"
+            f"root: {str(folder)!r} has no {STATISTICS}, so the cache is unfinished; run what makes it again"
         )
     return folder
 

@@ -171,9 +171,7 @@ class IndexedNoise:
 
     def __init__(self, seed: int, index: Tensor, device: torch.device | str = "cpu") -> None:
         self.device = device
-        self._streams = [
-            torch.Generator().manual_seed(seed_of(seed, max(number, -1) + 1)) for number in index.tolist()
-        ]
+        self._streams = [torch.Generator().manual_seed(seed_of(seed, max(number, -1) + 1)) for number in index.tolist()]
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers, float32 `[B, *shape]`."""
