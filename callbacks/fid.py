@@ -1,5 +1,7 @@
 """How far generated images lie from real ones as a distribution, watched during validation."""
 
+from pathlib import Path
+
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -16,7 +18,8 @@ class FrechetDistanceCallback(EvaluationCallback):
 
     The images are those of the module's `evaluation_images`, after 8 bits; the features are the VFM's pooled ones.
     Logged as `val/fd_<vfm>`, the VFM's name without the tag of its weights: it can't be compared with FID, which is
-    measured on Inception's features, nor with other numbers of images.
+    measured on Inception's features, nor with other numbers of images. With a folder as reference its name is added,
+    `val/fd_<vfm>/<folder>`, since the two kinds of numbers can't be compared either.
 
     Args:
         vfm: whose features are compared.
@@ -36,6 +39,8 @@ class FrechetDistanceCallback(EvaluationCallback):
         self.vfm = vfm
         self.name = f"fd_{vfm.name.split('.')[0]}"
         self.reference, self.image_size = reference, image_size
+        if reference is not None:
+            self.name += f"/{Path(reference).name}"
         self._reference_features: Tensor | None = None  # of this rank's part
         self._metric: FrechetDistance | None = None
 

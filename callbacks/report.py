@@ -79,7 +79,7 @@ class Report(Callback):
 
 
 def summary_table(entries: dict[str, Any], title: str | None = None) -> Table:
-    """Entries of a metrics file side by side: a row for each metric but those of training, a column for each entry."""
+    """Entries of a metrics file side by side: a row for each metric of validation or test, a column for each entry."""
     table = Table(title=title)
     table.add_column("metric")
     for name in entries:
@@ -88,7 +88,7 @@ def summary_table(entries: dict[str, Any], title: str | None = None) -> Table:
         table.add_row(setting, *(_cell(entry.get(setting)) for entry in entries.values()))
     table.add_section()
     names = dict.fromkeys(name for entry in entries.values() for name in entry["metrics"])
-    for name in sorted(name for name in names if not name.startswith("train/")):
+    for name in sorted(name for name in names if name.startswith(("val/", "test/"))):
         table.add_row(name, *(_cell(entry["metrics"].get(name)) for entry in entries.values()))
     return table
 

@@ -35,11 +35,11 @@ class LossByTime(Metric):
         """Means, float32 `[num_buckets]`; nan where nothing fell."""
         return (self.total / self.count).float()
 
-    def named(self, prefix: str) -> dict[str, Tensor]:
-        """The means that there are, by the start of their interval: `<prefix>_t0.30`."""
+    def named(self, stage: str) -> dict[str, Tensor]:
+        """The means that there are, by the start of their interval: `loss_by_time/<stage>_0.30`."""
         values = self.compute()
         return {
-            f"{prefix}_t{number / self.num_buckets:.2f}": value
+            f"loss_by_time/{stage}_{number / self.num_buckets:.2f}": value
             for number, value in enumerate(values)
             if value.isfinite()
         }

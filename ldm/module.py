@@ -145,7 +145,7 @@ class DiffusionModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Logs the losses by time."""
-        self.log_dict(self.train_loss_by_time.named("train/loss_mse"), rank_zero_only=False)
+        self.log_dict(self.train_loss_by_time.named("train"), rank_zero_only=False)
         self.train_loss_by_time.reset()
 
     # Evaluation
@@ -173,7 +173,7 @@ class DiffusionModule(LightningModule):
         self._log_losses("test")
 
     def _log_losses(self, stage: str) -> None:
-        values = {f"{stage}/loss": self.val_loss.compute()} | self.val_loss_by_time.named(f"{stage}/loss_mse")
+        values = {f"{stage}/loss": self.val_loss.compute()} | self.val_loss_by_time.named(stage)
         self.log_dict(values, rank_zero_only=False)
         with torch.inference_mode(False):  # or training after `validate` could not go on with these states
             self.val_loss.reset()
@@ -280,7 +280,7 @@ class DiffusionModule(LightningModule):
         _check_source(self.latent_source, dataset.tokenizer, f"data.root: the latents in {str(dataset.folder)!r} are")
         self.latent_source = self.latent_source or dataset.tokenizer
         if not self.normalization.is_known:
-            self.normalization.take(dataset.statistics)
+            self.normalization.take(self.trainer.datamodule.latent_statistics)
 
     def _meet_images(self, image_size: int) -> None:
         if self.tokenizer is None:

@@ -89,7 +89,7 @@ def test_fit_validate_predict(chain: Path):
     code, out, err = ldm(chain, "validate", *trained)
     assert code == 0, err
     metrics = json.loads((chain / "runs/ldm/metrics.json").read_text())["run"]["metrics"]
-    assert metrics["val/loss"] > 0 and metrics["val/fd_vit_photos_patch8_64"] > 0
+    assert metrics["val/loss"] > 0 and metrics["val/fd_vit_photos_patch8_64/train"] > 0
     assert "val/loss" in out
 
     writer = "--trainer.callbacks+=callbacks.writers.SampleWriter"

@@ -82,9 +82,9 @@ def test_distance_to_a_folder(painter, photos, trainer):
     fake = vfm(quantised(painter.draw(torch.tensor(chosen)).images)).pooled.double()
     real = folder_features(vfm, photos / "train", 64).features.double()
     by_hand = frechet_distance(real.mean(0), real.T.cov(), fake.mean(0), fake.T.cov()).item()
-    assert run.callback_metrics[f"val/fd_{VFM}"].item() == pytest.approx(by_hand, rel=1e-4)
+    assert run.callback_metrics[f"val/fd_{VFM}/train"].item() == pytest.approx(by_hand, rel=1e-4)
     run.validate(painter, photos_data(photos), verbose=False)  # the reference is not added twice
-    assert run.callback_metrics[f"val/fd_{VFM}"].item() == pytest.approx(by_hand, rel=1e-4)
+    assert run.callback_metrics[f"val/fd_{VFM}/train"].item() == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_parts_of_a_folder_make_the_whole(photos):

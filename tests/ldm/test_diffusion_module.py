@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.ema import EMA
 from ldm.guidance import Guidance
 from ldm.samplers import EulerMaruyama
+from vfm_vae.data.latents import LatentStatistics
+from vfm_vae.data.sampling import seed_of
 from vfm_vae.types import LatentBatch
 
 
@@ -47,8 +49,6 @@ def test_the_loss_is_that_of_the_paper(diffusion, latents, trainer):
             seen["metrics"] = dict(trainer.callback_metrics)
 
     trainer(max_steps=1, callbacks=[Watch()]).fit(module, datamodule=data)
-    from vfm_vae.data.sampling import seed_of
-
     torch.manual_seed(seed_of(1, 0, 0))
     x = (seen["z"] - module.normalization.mean) / module.normalization.std
     target = x - torch.randn_like(x)
@@ -139,7 +139,7 @@ def test_the_checkpoint_holds_the_statistics(diffusion, latents, trainer, interr
     data = latents()
     data.setup("fit")
     stored = torch.load(interrupted, weights_only=True)
-    statistics = data.train_set.statistics
+    statistics = data.latent_statistics
     assert torch.equal(stored["state_dict"]["normalization.mean"], statistics.mean)
     assert torch.equal(stored["state_dict"]["normalization.std"], statistics.std)
     z = torch.stack([data.train_set[i][0] for i in range(len(data.train_set))])
@@ -202,7 +202,7 @@ def test_validation_repeats_and_needs_the_whole_set(diffusion, latents, trainer)
         trainer().validate(module, datamodule=latents(val_batch_size=size), verbose=False)[0] for size in (5, 13)
     )
     assert small == pytest.approx(large, rel=1e-5)
-    buckets = [value for name, value in small.items() if name.startswith("val/loss_mse_t")]
+    buckets = [value for name, value in small.items() if name.startswith("loss_by_time/val_")]
     assert 3 <= len(buckets) <= 10 and all(math.isfinite(value) for value in buckets)
 
 
@@ -265,10 +265,19 @@ def test_padding_counts_nowhere(diffusion, latents, trainer):
     data = latents()
     data.setup("validate")
     batch = next(iter(data.val_dataloader()))
-    module.normalization.take(data.val_set.statistics)
+    module.normalization.take(data.latent_statistics)
     module.validation_step(batch, 0)
     alone = module.val_loss.compute()
     module.val_loss.reset()
     padding = LatentBatch(torch.full_like(batch.latents, 1e6), batch.labels, torch.full_like(batch.index, -1))
     module.validation_step(LatentBatch(*(torch.cat(pair) for pair in zip(batch, padding, strict=True))), 0)
     assert module.val_loss.compute().item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_validation_alone_takes_the_statistics_of_training(diffusion, latents, trainer, interrupted, cache):
+    """The validation latents' own would differ."""
+    module = diffusion()
+    trainer().validate(module, datamodule=latents(), verbose=False)
+    assert torch.equal(module.normalization.mean, LatentStatistics.read(cache / "train").mean)
+    assert not torch.allclose(module.normalization.mean, LatentStatistics.read(cache / "val").mean)
+    trainer().validate(diffusion(), datamodule=latents(), ckpt_path=interrupted, weights_only=True, verbose=False)

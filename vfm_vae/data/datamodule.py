@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vfm_vae.data.folder import ImageFolderDataset, list_classes, small_images
-from vfm_vae.data.latents import LatentDataset, split_folder
+from vfm_vae.data.latents import LatentDataset, LatentStatistics, split_folder
 from vfm_vae.data.sampling import Draw, EvaluationSampler, GivenOrder, ResumableLoader, TrainingSampler
 from vfm_vae.data.transforms import CentreCrop, RandomCrop, Transform
 from vfm_vae.embedded.photos import write_photos
@@ -135,6 +135,12 @@ class ImageNetDataModule(LightningDataModule):
         """One more than the largest label; None before the data was looked for, or where there is none."""
         sets = [s for s in (self.train_set, self.val_set) if s is not None]
         return max(int(s.labels.max()) for s in sets) + 1 if sets else None
+
+    @property
+    def latent_statistics(self) -> LatentStatistics | None:
+        """By which latents are normalised: the training split's; None where the data has none."""
+        folder = split_folder(self.root, "train") if self.source == "latents" else None
+        return None if folder is None else LatentStatistics.read(folder)
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, augmented; the same number of full batches on every rank."""

@@ -178,7 +178,6 @@ class LatentDataset(Dataset):
     Attributes:
         labels: class indices, int64 `[num_images]`.
         shape: (C, h, w) of a latent.
-        statistics: of the cache.
         tokenizer: what the cache says of its tokenizer; None where it says nothing.
 
     Raises:
@@ -196,7 +195,6 @@ class LatentDataset(Dataset):
         self.labels = np.concatenate([labels for *_, labels in shards])
         self._ends = np.cumsum([len(labels) for *_, labels in shards])
         self._open: dict[int, Any] = {}
-        self.statistics = LatentStatistics.read(self.folder)
         identity = self.folder / IDENTITY
         self.tokenizer = json.loads(identity.read_text()).get("tokenizer") if identity.is_file() else None
 
