@@ -1,6 +1,8 @@
 """DiffusionModule: how a denoiser is trained on a tokenizer's latents, and how it samples."""
 
+import math
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -265,11 +267,11 @@ class DiffusionModule(LightningModule):
                 f"model.num_classes: the data has labels up to {data.num_classes - 1}, but the denoiser knows "
                 f"{self.model.num_classes} classes"
             )
-        dataset = data.train_set or data.val_set
-        if isinstance(dataset, LatentDataset):
-            self._meet_latents(dataset)
-        else:
-            self._meet_images(data.image_size)
+        for dataset in filter(None, (data.train_set, data.val_set)):
+            if isinstance(dataset, LatentDataset):
+                self._meet_latents(dataset)
+            else:
+                self._meet_images(data.image_size)
 
     def _meet_latents(self, dataset: LatentDataset) -> None:
         if dataset.shape != self.model.latent_shape:
@@ -292,22 +294,23 @@ class DiffusionModule(LightningModule):
                 f"{self.model.input_size}"
             )
 
-    @torch.no_grad()
     def on_fit_start(self) -> None:
         """Measures the latents' statistics where neither a cache nor a checkpoint brought any."""
-        if self.normalization.is_known:
-            return
-        running, num_images = RunningStatistics(self.model.in_channels, self.device), 0
-        for batch in self.trainer.datamodule.train_dataloader():
+        if not self.normalization.is_known:
+            self.normalization.take(self._measure_latents())
+
+    @torch.no_grad()
+    def _measure_latents(self) -> LatentStatistics:
+        """Statistics of the first `statistics_images` training images over all ranks."""
+        running = RunningStatistics(self.model.in_channels, self.device)
+        loader = self.trainer.datamodule.train_dataloader()
+        num_batches = math.ceil(self.statistics_images / (loader.batch_size * self.trainer.world_size))
+        for batch in islice(loader, num_batches):
             batch = self.trainer.strategy.batch_to_device(batch, self.device)
-            running.add(
-                self._latents(batch, IndexedNoise(self.seed, batch.index, self.device).normal(*self.model.latent_shape))
-            )
-            num_images += len(batch.index) * self.trainer.world_size
-            if num_images >= self.statistics_images:
-                break
+            noise = IndexedNoise(self.seed, batch.index, self.device)
+            running.add(self._latents(batch, noise.normal(*self.model.latent_shape)))
         running.sums = self.trainer.strategy.reduce(running.sums, reduce_op="sum")
-        self.normalization.take(running.compute())
+        return running.compute()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the counters, and whose latents the weights belong to; their statistics are in the `state_dict`."""

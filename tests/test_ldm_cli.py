@@ -1,6 +1,7 @@
 """The chain of commands from images to samples, at toy size: tokenizer, latents, diffusion model, samples."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from test_cli import DEMO, ENVIRONMENT, ROOT, SMALL, run
+
+from vfm_vae.data.folder import ImageFolderDataset
+from vfm_vae.data.latents import LatentStatistics
+from vfm_vae.data.sampling import IndexedNoise
+from vfm_vae.data.transforms import CentreCrop
+from vfm_vae.metrics.reconstruction import from_uint8
+from vfm_vae.tokenizer import FrozenTokenizer
 
 LDM_DEMO = ["-c", str(ROOT / "configs/demo/ldm.yaml")]
 SMALL_LDM = """
@@ -156,8 +165,6 @@ MISTAKES = {
 def test_a_mistake_ends_with_one_line(chain: Path, mistake: str):
     foreign = chain / "foreign"
     if not foreign.exists():
-        import shutil
-
         shutil.copytree(chain / "latents", foreign)
         file = foreign / "train/latents.json"
         identity = json.loads(file.read_text())
@@ -177,3 +184,41 @@ def test_help_shows_our_options(chain: Path):
     assert code == 0
     assert "--model.label_drop" in out and "--data.num_samples" in out
     assert "torchvision" not in out
+
+
+def test_the_frozen_tokenizer_is_the_one_that_made_the_cache(chain: Path):
+    path = chain / "runs/small/checkpoints/last.ckpt"
+    tokenizer, stored = FrozenTokenizer(str(path)), torch.load(path, weights_only=True)
+    weights = tokenizer.network.state_dict()
+    assert all(torch.equal(weights[name.removeprefix("model.")], w) for name, w in stored["ema"]["weights"].items())
+    assert not list(tokenizer.parameters()) and not tokenizer.state_dict()
+    assert not any(p.requires_grad for p in tokenizer.network.parameters()) and not tokenizer.network.training
+    assert tokenizer.identity == json.loads((chain / "latents/train/latents.json").read_text())["tokenizer"]
+
+    photos = ImageFolderDataset(chain / "photos", "val", CentreCrop(64))
+    images, index = from_uint8(torch.stack([photos[i][0] for i in range(4)])), torch.arange(4)
+    noise = IndexedNoise(0, index)
+    z, mirrored = (tokenizer.encode(view).sample(noise.normal(4, 8, 8)) for view in (images, images.flip(3)))
+    cache = safe_open(chain / "latents/val/latents_shard00000.safetensors", "pt")
+    assert torch.allclose(z, cache.get_tensor("latents")[:4], atol=1e-4)
+    assert torch.allclose(mirrored, cache.get_tensor("latents_flip")[:4], atol=1e-4)
+    assert tokenizer.decode(z).shape == (4, 3, 64, 64) and tokenizer.decode(z).abs().max() <= 1
+
+
+def test_images_encoded_on_the_fly(chain: Path):
+    images = ["--data.root=photos", "--data.source=photos", "--data.image_size=64", "--data.crop=centre"]
+    images += ["--data.photos={size: 64, train_per_class: 4, val_per_class: 2}", "--trainer.callbacks=null"]
+    images += ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.dirpath=fly"]
+    images += ["--trainer.callbacks.every_n_train_steps=1", "--trainer.max_steps=2", "--trainer.logger=false"]
+    code, _, err = ldm(chain, *small_ldm("fit", *images))
+    assert code == 0, err
+    (path,) = (chain / "fly").glob("*.ckpt")
+    stored = torch.load(path, weights_only=True)
+    assert stored["images_seen"] == 16
+    cached = LatentStatistics.read(chain / "latents/train")
+    mean, std = (stored["state_dict"][f"normalization.{name}"] for name in ("mean", "std"))
+    assert torch.allclose(mean, cached.mean, atol=0.2 * cached.std.max())
+    assert torch.allclose(std, cached.std, rtol=0.2)
+    # A model that was trained on images takes the cache of the same tokenizer, too.
+    code, _, err = ldm(chain, *small_ldm("validate", "--trainer.callbacks=null", f"--ckpt_path={path}"))
+    assert code == 0, err

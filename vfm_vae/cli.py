@@ -49,7 +49,7 @@ def run(module: type[LightningModule], datamodule: type[LightningDataModule]) ->
             datamodule,
             auto_configure_optimizers=False,
             parser_kwargs={name: {"exit_on_error": False} for name in ("fit", "validate", "test", "predict")}
-            | {"exit_on_error": False},
+            | {"exit_on_error": False, "prog": f"python -m {module.__module__.partition('.')[0]}"},
             save_config_callback=SaveTrainingConfig,
             # Rerunning a stage in its folder is how it is resumed.
             save_config_kwargs={"overwrite": True},

@@ -145,6 +145,15 @@ class MLP(nn.Sequential):
         super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm with a gain (Zhang & Sennrich 2019), computed in float32 whatever the tokens' precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises `[..., D]`."""
+        # One fused kernel, which torch has for equal types of input and gain alone.
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Self-attention, with norms on queries and keys and a rotary embedding where asked for.
 
@@ -174,7 +183,7 @@ class Attention(nn.Module):
         query, key = self.query_norm(query), self.key_norm(key)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
-        out = F.scaled_dot_product_attention(query, key.to(query.dtype), value.to(query.dtype))
+        out = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value)
         return self.out(out.transpose(1, 2).flatten(2))
 
 

@@ -11,6 +11,7 @@ from ldm.models.layers import (
     MLP,
     Attention,
     PatchEmbed,
+    RMSNorm,
     SwiGLU,
     TimeEmbedding,
     modulate,
@@ -141,7 +142,7 @@ class LightningDiT(Denoiser):
         self.patch_size = patch_size
         self.grid = tuple(side // patch_size for side in self.input_size)
         if rms_norm:
-            norm = head_norm = partial(nn.RMSNorm, eps=1e-6)
+            norm = head_norm = partial(RMSNorm, eps=1e-6)
         else:
             norm, head_norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False), nn.LayerNorm
         self.patch_embed = PatchEmbed(in_channels, width, patch_size)
