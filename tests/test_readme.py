@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
@@ -13,10 +15,16 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_python_runs(tmp_path: Path):
-    (example,) = blocks("python")
-    example += "\nassert image.shape == (1, 3, 64, 64) and len(multiscale) == 4\n"
-    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, timeout=120)
+CHECKS = ["assert image.shape == (1, 3, 64, 64) and len(multiscale) == 4", "assert latents.shape == (2, 32, 16, 16)"]
+
+
+@pytest.mark.parametrize("number", range(len(CHECKS)))
+def test_python_runs(tmp_path: Path, number: int):
+    examples = blocks("python")
+    assert len(examples) == len(CHECKS)
+    subprocess.run(
+        [sys.executable, "-c", f"{examples[number]}\n{CHECKS[number]}\n"], cwd=tmp_path, check=True, timeout=120
+    )
 
 
 def test_make_targets_exist():
@@ -34,8 +42,8 @@ def test_files_exist():
 
 
 def test_package_is_ours_wherever_it_is_imported_from(tmp_path: Path):
-    code = "import vfm_vae, callbacks; print(vfm_vae.__file__); print(callbacks.__file__)"
+    code = "import vfm_vae, ldm, callbacks; print(vfm_vae.__file__, ldm.__file__, callbacks.__file__, sep='\\n')"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert [Path(line) for line in result.stdout.split()] == [
-        ROOT / f"{name}/__init__.py" for name in ("vfm_vae", "callbacks")
+        ROOT / f"{name}/__init__.py" for name in ("vfm_vae", "ldm", "callbacks")
     ]
