@@ -54,8 +54,9 @@ class Guidance:
         both = torch.cat([labels, torch.full_like(labels, null)])
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
-            times = t.to(x).expand(len(x))
-            if not self.acts_at(t.item()):
+            time = t.item()
+            times = x.new_full((len(x),), time)
+            if not self.acts_at(time):
                 return model(x, times, labels)
             conditional, unconditional = model(x.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
             direction = conditional - unconditional

@@ -71,5 +71,5 @@ def cosine_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _as_wide_as(x: Tensor, t: Tensor) -> Tensor:
-    """Times `[B]` or a scalar, with the trailing dimensions of `x`."""
-    return t.reshape(-1, *(1,) * (x.ndim - 1))
+    """Times `[B]` with the trailing dimensions of `x`; a scalar, which may be on another device, as it is."""
+    return t.reshape(-1, *(1,) * (x.ndim - 1)) if t.ndim else t

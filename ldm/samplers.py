@@ -88,7 +88,7 @@ class Euler(GridSampler):
         """Samples; nothing is stochastic."""
         x = noise
         for t, next_t in pairwise(self.times):
-            x = x + (next_t - t).to(x) * field(x, t)
+            x = x + (next_t - t) * field(x, t)
         return x
 
 
@@ -104,7 +104,7 @@ class Heun(GridSampler):
         """Samples; nothing is stochastic."""
         x = noise
         for t, next_t in pairwise(self.times):
-            step = (next_t - t).to(x)
+            step = next_t - t
             here = field(x, t)
             there = field(x + step * here, next_t)
             x = x + step / 2 * (here + there)

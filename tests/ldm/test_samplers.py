@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from ldm import path
+from ldm.guidance import Guidance
+from ldm.models.lightningdit import LightningDiT
 from ldm.samplers import Dopri5, Euler, EulerMaruyama, Heun, time_grid
 
 MEAN, STD = 1.5, 0.4
@@ -126,3 +128,14 @@ def test_shift_spends_steps_near_noise_or_near_data():
 def test_bad_options_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("sampler", [Euler(4, 0.3), Heun(4), EulerMaruyama(4)])
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(2.0, start=0.5, channels=3)])
+def test_the_state_stays_on_its_device(sampler, guidance):
+    """The meta device computes nothing, but refuses to meet another, as a GPU does."""
+    with torch.device("meta"):
+        model = LightningDiT(4, 4, 1, 2, 32, 2, num_classes=3)
+        noise, labels = torch.empty(2, 4, 4, 4), torch.zeros(2, dtype=torch.int64)
+    samples = sampler(guidance.field(model, labels, model.null_label), noise)
+    assert samples.device.type == "meta" and samples.dtype == torch.float32
