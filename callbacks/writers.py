@@ -81,8 +81,7 @@ class LatentWriter(Callback):
         for split, dataset in trainer.datamodule.predict_sets.items():
             plan = ShardPlan(self.directory / split, len(dataset), self.shard_size)
             shards = plan.missing(trainer.global_rank, trainer.world_size)
-            images = [image for shard in shards for image in plan.images(shard)]
-            trainer.datamodule.predict_indices[split] = _or_one(images, trainer)
+            trainer.datamodule.predict_indices[split] = [image for shard in shards for image in plan.images(shard)]
             self._streams.append(_ShardStream(plan, shards, getattr(torch, self.dtype)))
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -177,8 +176,7 @@ class SampleWriter(Callback):
             raise ValueError("data.num_samples: says how many samples a diffusion model is to draw; it is not set")
         present = self._present()
         missing = [number for number in range(len(trainer.datamodule.predict_sets["samples"])) if number not in present]
-        mine = missing[trainer.global_rank :: trainer.world_size]
-        trainer.datamodule.predict_indices["samples"] = _or_one(mine, trainer)
+        trainer.datamodule.predict_indices["samples"] = missing[trainer.global_rank :: trainer.world_size]
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes how they are drawn, and by which weights: averaged ones stand in for the others by now."""
@@ -258,8 +256,3 @@ def write_npz(path: Path, files: Iterable[Path], labels: np.ndarray) -> None:
         with archive.open("arr_1.npy", "w") as array:
             np.lib.format.write_array(array, labels)
     partial.replace(path)
-
-
-def _or_one(numbers: list[int], trainer: Trainer) -> list[int]:
-    """Where everything is there, one all the same on rank zero: without any, Lightning would skip all checks."""
-    return numbers or ([0] if trainer.is_global_zero else [])

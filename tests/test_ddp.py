@@ -129,11 +129,20 @@ torch.manual_seed(0)
 denoiser = LightningDiT(4, 8, 2, 2, 32, 2, num_classes=13)
 frozen = Tokenizer(tokenizer)
 module = DiffusionModule(denoiser, partial(torch.optim.AdamW, lr=1e-3), Euler(4), Guidance(2.0), frozen)
-data = ImageNetDataModule(cache, source="latents", batch_size=8, val_batch_size=6, num_workers=0, num_samples=11)
+data = ImageNetDataModule(cache, source="latents", batch_size=8, val_batch_size=6, num_workers=0, num_samples=10)
 watch = [FrechetDistanceCallback(FrozenVFM(name), 20, f"{photos}/val", 64)]
 watch += [ClassAccuracyCallback(FrozenVFM(name), f"{photos}/train", 64)]
 metrics = trainer(*watch).validate(module, datamodule=data, verbose=False)[0]
 samples = out / f"samples{devices}"
+trainer(SampleWriter(str(samples))).predict(module, datamodule=data)
+for cached in (3, 0):  # what is missing is less than there are ranks, then nothing
+    shard = cache / f"train/latents_shard{cached:05d}.safetensors"
+    if cached and module.global_rank == 0:
+        shard.unlink()
+    images.trainer = None
+    trainer(LatentWriter(str(cache), shard_size=10)).predict(encoder, datamodule=images)
+    assert shard.is_file()
+data.num_samples = 11  # one more than there are
 trainer(SampleWriter(str(samples), npz=True)).predict(module, datamodule=data)
 run = trainer(EMA(decay=0.9), max_steps=3, limit_val_batches=0)
 run.fit(module, datamodule=data)

@@ -57,8 +57,6 @@ class ImageNetDataModule(LightningDataModule):
         ValueError: the data set is missing or not in the layout; a batch size does not fit; too many damaged images.
     """
 
-    allow_zero_length_dataloader_with_multiple_devices = True  # a rank may find its predictions made already
-
     def __init__(
         self,
         root: str,

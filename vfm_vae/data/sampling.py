@@ -140,6 +140,9 @@ class ResumableLoader(DataLoader):
 class GivenOrder(DistributedSampler):
     """The samples that this rank was told to take, in that order; ranks may differ in number.
 
+    A rank without any gets one that is padding: without a batch, Lightning would skip the run's hooks on this rank
+    alone, and others would wait for it.
+
     Args:
         dataset: what is sampled; only its length is used.
         indices: positions in it.
@@ -151,11 +154,11 @@ class GivenOrder(DistributedSampler):
 
     def __iter__(self) -> Iterator[Draw]:
         """The draws of this rank."""
-        return iter([Draw(index) for index in self.indices])
+        return iter([Draw(index) for index in self.indices] or [Draw(0, padding=True)])
 
     def __len__(self) -> int:
         """Samples on this rank."""
-        return len(self.indices)
+        return max(len(self.indices), 1)
 
 
 class IndexedNoise:
