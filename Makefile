@@ -85,7 +85,8 @@ ldm: install ## train LightningDiT-XL/1 on cached latents: make ldm RUN=epochs64
 
 samples: install ## draw 50 000 samples from a trained LightningDiT: make samples RUN=epochs64 TRAINER=gpu|ddp8_ldm
 	$(LDM) predict -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/samples.yaml -c configs/trainer/$(TRAINER).yaml \
-	  --ckpt_path runs/ldm/$(RUN)/checkpoints/last.ckpt --trainer.callbacks.directory=runs/ldm/$(RUN)/samples
+	  --ckpt_path runs/ldm/$(RUN)/checkpoints/last.ckpt --trainer.precision=32-true \
+	  --trainer.callbacks.directory=runs/ldm/$(RUN)/samples
 
 clean: ## remove caches and the demo's results, not other runs
 	rm -rf runs/demo build .pytest_cache .ruff_cache .import_linter_cache *.egg-info

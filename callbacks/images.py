@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -91,7 +92,7 @@ class SampleImages(Callback):
 
     Drawn with the weights that validation uses, always from the same noise. Grids go to TensorBoard as
     `val/samples_guidance_<scale>`, and the latest to `<log_dir>/images/samples_guidance_<scale>.png`. Rank zero does it
-    alone.
+    alone. Nothing is drawn, after a warning, where the module has no tokenizer that decodes.
 
     Args:
         classes: the classes shown, in this order.
@@ -120,11 +121,15 @@ class SampleImages(Callback):
         """Learns where to write, on all ranks."""
         if not isinstance(pl_module, DrawsSamples):
             raise ValueError(f"{type(pl_module).__name__} draws no samples to show.")
+        if not pl_module.can_decode:
+            rank_zero_warn(
+                "SampleImages: model.tokenizer is null, so there is nothing to decode samples; none are shown."
+            )
         self._directory = Path(trainer.log_dir or trainer.default_root_dir) / "images"
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws."""
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking or not trainer.is_global_zero or not pl_module.can_decode:
             return
         labels = torch.tensor(self.classes).repeat_interleave(self.num_images)
         numbers = torch.arange(len(labels))

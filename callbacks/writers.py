@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, finish_cache, write_shard
@@ -94,12 +94,11 @@ class LatentWriter(Callback):
             "shard_size": self.shard_size,
             "dtype": self.dtype,
         }
-        for stream in self._streams if trainer.is_global_zero else ():
+        for stream in self._streams:
             file = stream.plan.folder / IDENTITY
             if not file.is_file() and any(stream.plan.folder.glob("*.safetensors")):
                 raise ValueError(f"directory: {str(file.parent)!r} holds safetensors of unknown origin; choose another")
-            keep_settings(file, settings | {"num_images": stream.plan.num_images})
-        trainer.strategy.barrier()
+            keep_settings(trainer, file, settings | {"num_images": stream.plan.num_images})
 
     def on_predict_batch_end(
         self,
@@ -181,9 +180,7 @@ class SampleWriter(Callback):
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes how they are drawn, and by which weights: averaged ones stand in for the others by now."""
         trainer.predict_loop.return_predictions = False
-        if trainer.is_global_zero:
-            keep_settings(self.directory / "samples.json", pl_module.sampling_settings())
-        trainer.strategy.barrier()
+        keep_settings(trainer, self.directory / "samples.json", pl_module.sampling_settings())
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Samples, *args: Any) -> None:
         """Writes the batch."""
@@ -207,21 +204,23 @@ class SampleWriter(Callback):
     def _present(self) -> set[int]:
         numbers = {int(file.stem) for file in self.directory.glob("*.png") if file.stem.isdigit()}
         for file in self.directory.glob("latents_*.safetensors"):
-            numbers.update(load_file(file)["index"].tolist())
+            with safe_open(file, "pt") as stored:
+                numbers.update(stored.get_tensor("index").tolist())
         return numbers
 
 
-def keep_settings(file: Path, settings: Mapping[str, Any]) -> None:
+def keep_settings(trainer: Trainer, file: Path, settings: Mapping[str, Any]) -> None:
     """Notes how the contents of a folder are made, or, where that is noted already, sees that it is the same.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not; on every rank, so that none waits for another.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.is_file():
+    if trainer.is_global_zero and not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{file.name}.partial")
         partial.write_text(json.dumps(settings, indent=2) + "\n")
         partial.replace(file)
+    trainer.strategy.barrier()
     found = json.loads(file.read_text())
     settings = json.loads(json.dumps(settings))
     differing = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))

@@ -27,6 +27,8 @@ class LossByTime(Metric):
             loss: One number for each, `[B]`.
             t: Their times in [0, 1], `[B]`.
         """
+        usable = loss.isfinite()  # the step of one that is not is left out, too
+        loss, t = loss[usable], t[usable]
         bucket = (t * self.num_buckets).long().clamp(0, self.num_buckets - 1)
         self.total.index_add_(0, bucket, loss.detach().double())
         self.count.index_add_(0, bucket, torch.ones_like(bucket))

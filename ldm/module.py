@@ -12,7 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 # Set while LightningCLI builds a module from its config; only then are the hyper-parameters plain data.
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ldm import path
 from ldm.guidance import Guidance
@@ -92,6 +92,7 @@ class DiffusionModule(LightningModule):
         self.train_loss_by_time, self.val_loss_by_time = LossByTime(), LossByTime()
         self.val_loss = MeanOverImages()
         self._drawn: Samples | None = None
+        self._grad_norm = torch.zeros(())
         if tokenizer is not None and tokenizer.identity["channels"] != model.in_channels:
             raise ValueError(
                 f"model.in_channels: the tokenizer's latents have {tokenizer.identity['channels']} channels, but the "
@@ -139,11 +140,18 @@ class DiffusionModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Leaves out a step whose gradients are not finite; all ranks have the same ones."""
-        norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        self.log("train/grad_norm", norm)
-        if not norm.isfinite():
+        self._grad_norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.log("train/grad_norm", self._grad_norm)
+        if not self._grad_norm.isfinite():
             self.skipped_steps += 1
             optimizer.zero_grad()  # without gradients, neither weights nor moments change
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any
+    ) -> None:
+        """Clips by the norm that is known already; Lightning's way would refuse fused optimisers under bf16-mixed."""
+        if gradient_clip_val is not None:
+            clip_grads_with_norm_(self.model.parameters(), gradient_clip_val, self._grad_norm)
 
     def on_train_epoch_end(self) -> None:
         """Logs the losses by time."""
@@ -154,7 +162,7 @@ class DiffusionModule(LightningModule):
 
     def validation_step(self, batch: Batch | LatentBatch, batch_idx: int) -> None:
         """Measures the loss at one time for each latent, always the same."""
-        noise = IndexedNoise(self.seed, batch.index, self.device)
+        noise = IndexedNoise("validation", self.seed, batch.index, self.device)
         shape = self.model.latent_shape
         t, noise_x = path.times(self.times, noise.normal()), noise.normal(*shape)
         x = self.normalization(self._latents(batch, noise.normal(*shape)))
@@ -195,36 +203,48 @@ class DiffusionModule(LightningModule):
 
     # Sampling
 
+    @property
+    def can_decode(self) -> bool:
+        """Whether samples can be had as images."""
+        return self.tokenizer is not None
+
     @torch.no_grad()
-    def draw(self, index: Tensor, labels: Tensor | None = None, guidance_scale: float | None = None) -> Samples:
+    def draw(
+        self,
+        index: Tensor,
+        labels: Tensor | None = None,
+        guidance_scale: float | None = None,
+        decode: bool = True,
+    ) -> Samples:
         """Draws samples; each depends on the seed, its number and its label alone.
 
         Args:
             index: Their numbers, int64 `[B]`.
             labels: Their classes, int64 `[B]`; by default those of `sample_labels`.
             guidance_scale: Instead of the module's.
+            decode: Whether images are wanted, or latents alone.
 
         Raises:
             ValueError: if images are wanted but there is no tokenizer, or the statistics of latents are not known.
         """
-        if self.predict == "images" and self.tokenizer is None:
+        if decode and not self.can_decode:
             raise ValueError("model.tokenizer: images need a tokenizer that decodes latents; or set predict: latents")
         if not self.normalization.is_known:
             raise ValueError("ckpt_path: only a trained model can sample; give its checkpoint")
         index = index.to(self.device)
-        noise, shape = IndexedNoise(self.seed, index, self.device), self.model.latent_shape
+        noise, shape = IndexedNoise("sample", self.seed, index, self.device), self.model.latent_shape
         chosen = self._choose_labels(noise, index)  # drawn in any case, so that the noise is the same
         labels = chosen if labels is None else labels.to(self.device)
         guidance = self.guidance if guidance_scale is None else self.guidance.with_scale(guidance_scale)
         field = guidance.field(self.model, labels, self.model.null_label)
         x = self.sampler(field, noise.normal(*shape), lambda: noise.normal(*shape))  # [B, C, h, w]
         latents = self.normalization.inverse(x.float())
-        images = self.tokenizer.decode(latents) if self.predict == "images" else None
+        images = self.tokenizer.decode(latents) if decode else None
         return Samples(images, latents, labels, index)
 
     def sample_labels(self, index: Tensor) -> Tensor:
         """Classes that samples are drawn for, by their numbers, int64 `[B]`."""
-        return self._choose_labels(IndexedNoise(self.seed, index, index.device), index)
+        return self._choose_labels(IndexedNoise("sample", self.seed, index, index.device), index)
 
     def _choose_labels(self, noise: IndexedNoise, index: Tensor) -> Tensor:
         random = noise.integers(self.model.num_classes)
@@ -239,13 +259,15 @@ class DiffusionModule(LightningModule):
             "seed": self.seed,
             "content": self.predict,
             "tokenizer": self.latent_source,
+            "decoder": self.tokenizer.fingerprint() if self.predict == "images" and self.can_decode else None,
+            "precision": self.trainer.precision,
             "images_seen": self.images_seen,
             "weights": sha256_of(self.model.state_dict()),
         }
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Samples:
         """Draws the samples that a batch numbers."""
-        return self.draw(batch.index)
+        return self.draw(batch.index, decode=self.predict == "images")
 
     # Optimiser, data, checkpoints
 
@@ -257,6 +279,8 @@ class DiffusionModule(LightningModule):
         """Looks whether data, tokenizer and denoiser fit each other, before anything is computed."""
         if stage == "fit" and self.trainer.precision == "16-mixed":
             raise ValueError("trainer.precision: 16-mixed is not supported, use bf16-mixed")
+        if self.trainer.gradient_clip_algorithm == "value":
+            raise ValueError("trainer.gradient_clip_algorithm: only 'norm' is supported")
         if stage == "fit" and self.torch_compile:
             self.model.compile()
         data = self.trainer.datamodule
@@ -287,6 +311,7 @@ class DiffusionModule(LightningModule):
     def _meet_images(self, image_size: int) -> None:
         if self.tokenizer is None:
             raise ValueError("model.tokenizer: training on images needs one; give its checkpoint, or cached latents")
+        self.tokenizer.network.check_image_size(image_size)
         sides = (image_size // self.tokenizer.identity["compression"],) * 2
         if sides != self.model.input_size:
             raise ValueError(
@@ -307,7 +332,7 @@ class DiffusionModule(LightningModule):
         num_batches = math.ceil(self.statistics_images / (loader.batch_size * self.trainer.world_size))
         for batch in islice(loader, num_batches):
             batch = self.trainer.strategy.batch_to_device(batch, self.device)
-            noise = IndexedNoise(self.seed, batch.index, self.device)
+            noise = IndexedNoise("posterior", self.seed, batch.index, self.device)
             running.add(self._latents(batch, noise.normal(*self.model.latent_shape)))
         running.sums = self.trainer.strategy.reduce(running.sums, reduce_op="sum")
         return running.compute()
@@ -328,6 +353,11 @@ class DiffusionModule(LightningModule):
             raise ValueError("ckpt_path: this is no checkpoint of a diffusion model")
         _check_source(checkpoint["tokenizer"], self.latent_source, "ckpt_path: data and tokenizer at hand are")
         stored = LatentStatistics(*(checkpoint["state_dict"][f"normalization.{name}"] for name in ("mean", "std")))
+        if stored.mean.shape != self.normalization.mean.shape:
+            raise ValueError(
+                f"ckpt_path: the checkpoint is for latents of {stored.mean.shape[1]} channels, but model.in_channels "
+                f"is {self.model.in_channels}"
+            )
         if self.normalization.is_known and self.normalization.differs_from(stored):
             raise ValueError(
                 "ckpt_path: the checkpoint was trained on latents with clearly other means or deviations than those at "

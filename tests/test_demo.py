@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "runs/demo"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3700)]  # the first test trains; `make clean` makes it do so anew
 
 
 @pytest.fixture(scope="module")
@@ -20,19 +21,15 @@ def metrics() -> dict[str, dict[str, float]]:
     return {name: entry["metrics"] for name, entry in json.loads((DEMO / "metrics.json").read_text()).items()}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3700)
 def test_reconstructions_beat_a_thumbnail(metrics):
     assert metrics["weak"]["val/psnr"] > metrics["weak"]["val/psnr_thumbnail"] + 1
 
 
-@pytest.mark.slow
 def test_guided_samples_show_their_classes(metrics):
     assert metrics["ldm_guided"]["val/class_accuracy"] >= 0.7
     assert metrics["ldm_guided"]["val/class_accuracy"] > metrics["ldm"]["val/class_accuracy"]
 
 
-@pytest.mark.slow
 def test_distance_of_samples_falls_along_training(metrics):
     events = EventAccumulator(str(DEMO / "ldm"))
     events.Reload()
@@ -40,7 +37,6 @@ def test_distance_of_samples_falls_along_training(metrics):
     assert len(distances) >= 4 and all(b < a for a, b in pairwise(distances))
 
 
-@pytest.mark.slow
 def test_samples_are_there(metrics):
     for scale in (1, 2):
         grid = Image.open(DEMO / f"ldm/images/samples_guidance_{scale}.png")

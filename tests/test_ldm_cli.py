@@ -197,7 +197,7 @@ def test_the_frozen_tokenizer_is_the_one_that_made_the_cache(chain: Path):
 
     photos = ImageFolderDataset(chain / "photos", "val", CentreCrop(64))
     images, index = from_uint8(torch.stack([photos[i][0] for i in range(4)])), torch.arange(4)
-    noise = IndexedNoise(0, index)
+    noise = IndexedNoise("posterior", 0, index)
     z, mirrored = (tokenizer.encode(view).sample(noise.normal(4, 8, 8)) for view in (images, images.flip(3)))
     cache = safe_open(chain / "latents/val/latents_shard00000.safetensors", "pt")
     assert torch.allclose(z, cache.get_tensor("latents")[:4], atol=1e-4)

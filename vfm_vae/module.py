@@ -271,7 +271,7 @@ class TokenizerModule(LightningModule):
         posterior = self.model.encode(images)
         if self.predict == "moments":
             return Encoded({"moments": posterior.moments()}, batch.labels, batch.index)
-        noise = IndexedNoise(self.seed, batch.index, self.device)
+        noise = IndexedNoise("posterior", self.seed, batch.index, self.device)
         views = {"latents": posterior, "latents_flip": self.model.encode(images.flip(3))}
         latents = {name: view.sample(noise.normal(*view.mean.shape[1:])) for name, view in views.items()}
         return Encoded(latents, batch.labels, batch.index)

@@ -169,7 +169,15 @@ class MakesLatents(Protocol):
 class DrawsSamples(Protocol):
     """A module that generates; what it draws depends on a sample's number alone, not on batches or ranks."""
 
-    def draw(self, index: Tensor, labels: Tensor | None = None, guidance_scale: float | None = None) -> Samples:
+    can_decode: bool
+
+    def draw(
+        self,
+        index: Tensor,
+        labels: Tensor | None = None,
+        guidance_scale: float | None = None,
+        decode: bool = True,
+    ) -> Samples:
         """Samples by their numbers `[B]`; labels and guidance scale are the module's where none are given."""
 
     def sample_labels(self, index: Tensor) -> Tensor:

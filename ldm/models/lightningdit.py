@@ -3,8 +3,10 @@
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.models.denoiser import Denoiser
 from ldm.models.layers import (
@@ -111,6 +113,8 @@ class LightningDiT(Denoiser):
         swiglu: Gated MLP instead of GELU.
         rotary: Rotary position embedding in attention, beside the fixed table.
         rms_norm: RMSNorm with a gain instead of LayerNorm without.
+        activation_checkpointing: Compute each block again in the backward pass instead of keeping what is in it: about
+            a third more time for a fraction of the memory.
 
     Raises:
         ValueError: if sizes do not divide.
@@ -133,6 +137,7 @@ class LightningDiT(Denoiser):
         swiglu: bool = True,
         rotary: bool = True,
         rms_norm: bool = True,
+        activation_checkpointing: bool = False,
     ):
         super().__init__(in_channels, input_size, num_classes)
         if width % (4 * num_heads):
@@ -140,6 +145,7 @@ class LightningDiT(Denoiser):
         if any(side % patch_size for side in self.input_size):
             raise ValueError(f"patch_size: {patch_size} does not divide the latent's sides {self.input_size}")
         self.patch_size = patch_size
+        self.activation_checkpointing = activation_checkpointing
         self.grid = tuple(side // patch_size for side in self.input_size)
         if rms_norm:
             norm = head_norm = partial(RMSNorm, eps=1e-6)
@@ -201,5 +207,8 @@ class LightningDiT(Denoiser):
         condition = F.silu(self.time_embed(t) + self.label_embed(y))  # [B, D]
         rotary = None if self.rotary_cos is None else (self.rotary_cos, self.rotary_sin)
         for block in self.blocks:
-            tokens = block(tokens, condition, rotary)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, condition, rotary, use_reentrant=False)
+            else:
+                tokens = block(tokens, condition, rotary)
         return unpatchify(self.final(tokens, condition), self.grid, self.patch_size)

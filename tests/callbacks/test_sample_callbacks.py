@@ -39,7 +39,9 @@ class Painter(LightningModule):
     def sample_labels(self, index):
         return index % NUM_CLASSES
 
-    def draw(self, index, labels=None, guidance_scale=None):
+    can_decode = True
+
+    def draw(self, index, labels=None, guidance_scale=None, decode=True):
         labels = self.sample_labels(index) if labels is None else labels
         self.guided.append(guidance_scale)
         self.drawn += len(index)
@@ -47,7 +49,7 @@ class Painter(LightningModule):
         names = sorted(path.name for path in (self.root / "train").iterdir())
         files = [sorted((self.root / "train" / names[label]).iterdir())[0] for label in shown.tolist()]
         images = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
-        latents = IndexedNoise(0, index).normal(2, 3, 3)
+        latents = IndexedNoise("test", 0, index).normal(2, 3, 3)
         return Samples(from_uint8(images) if self.predict == "images" else None, latents, labels, index)
 
     def evaluation_images(self, batch):
@@ -115,6 +117,10 @@ def test_sample_grids(painter, photos, trainer, tmp_path):
     corner = from_uint8(torch.from_numpy(picture[2:66, 2:66].copy()).permute(2, 0, 1))
     assert (corner - expected).abs().max() < 0.01
     assert painter.guided[:-1] == [1.0] * 3 + [2.5] * 3
+    painter.can_decode, painter.drawn = False, 0
+    with pytest.warns(UserWarning, match="nothing to decode samples"):
+        run.validate(painter, photos_data(photos), verbose=False)
+    assert painter.drawn == 0
     with pytest.raises(ValueError, match="give at least one"):
         SampleImages([])
 
@@ -156,6 +162,8 @@ def test_interrupted_sampling_goes_on(painter, photos, tmp_path):
 def test_samples_as_latents(photos, tmp_path):
     painter = Painter(photos, predict="latents")
     predict(painter, photos_data(photos, num_samples=12), SampleWriter(str(tmp_path / "z")), folder=tmp_path)
+    predict(painter, photos_data(photos, num_samples=12), SampleWriter(str(tmp_path / "z")), folder=tmp_path)
+    assert painter.drawn == 12 + 1  # the second time only padding
     files = sorted((tmp_path / "z").glob("*.safetensors"))
     stored = [load_file(file) for file in files]
     assert torch.cat([part["index"] for part in stored]).tolist() == list(range(12))
@@ -244,8 +252,8 @@ def test_a_damaged_image_is_left_out_of_a_cache(photos, tmp_path):
     assert torch.cat([shard["index"] for shard in shards]).tolist() == [i for i in range(52) if i != 17]
 
 
-def test_settings_are_kept_and_compared(tmp_path):
-    keep_settings(tmp_path / "a/settings.json", {"seed": 1, "size": (2, 3)})
-    keep_settings(tmp_path / "a/settings.json", {"seed": 1, "size": (2, 3)})
+def test_settings_are_kept_and_compared(tmp_path, trainer):
+    keep_settings(trainer(), tmp_path / "a/settings.json", {"seed": 1, "size": (2, 3)})
+    keep_settings(trainer(), tmp_path / "a/settings.json", {"seed": 1, "size": (2, 3)})
     with pytest.raises(ValueError, match="seed was 1, now 2"):
-        keep_settings(tmp_path / "a/settings.json", {"seed": 2, "size": (2, 3)})
+        keep_settings(trainer(), tmp_path / "a/settings.json", {"seed": 2, "size": (2, 3)})

@@ -178,13 +178,14 @@ def test_the_tokenizer_is_read_from_the_cache(cache):
 
 
 def test_noise_belongs_to_the_sample():
-    together = IndexedNoise(3, torch.arange(6))
+    together = IndexedNoise("test", 3, torch.arange(6))
     first, second, whole = together.normal(2, 2), together.normal(), together.integers(1000)
     for index in range(6):
-        alone = IndexedNoise(3, torch.tensor([index]))
+        alone = IndexedNoise("test", 3, torch.tensor([index]))
         assert torch.equal(alone.normal(2, 2)[0], first[index])
         assert torch.equal(alone.normal()[0], second[index])
         assert torch.equal(alone.integers(1000)[0], whole[index])
     assert len(first.flatten().unique()) == 24
-    assert not torch.equal(IndexedNoise(4, torch.arange(6)).normal(2, 2), first)
+    assert not torch.equal(IndexedNoise("test", 4, torch.arange(6)).normal(2, 2), first)
     assert seed_of(1, 2) != seed_of(2, 1)
+    assert not torch.equal(IndexedNoise("other", 3, torch.arange(6)).normal(2, 2), first)

@@ -98,6 +98,34 @@ def test_clipping(diffusion, latents, trainer):
     assert norms[0] > 1e-2 and moved.item() == pytest.approx(1e-3, rel=1e-2)
 
 
+def test_clipping_goes_with_a_fused_optimiser_in_bf16(diffusion, latents, trainer):
+    module = diffusion()
+    module.optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+    trainer(max_steps=2, gradient_clip_val=1.0, precision="bf16-mixed").fit(module, datamodule=latents())
+    with pytest.raises(ValueError, match="gradient_clip_algorithm: only 'norm'"):
+        options = {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}
+        trainer(max_steps=1, **options).fit(diffusion(), datamodule=latents())
+
+
+def test_checkpoints_come_without_validation_latents_too(diffusion, latents, trainer, cache, tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_top_k=1, every_n_train_steps=2)
+    saved = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            saved.append((tmp_path / "last.ckpt").is_file())
+
+    run = trainer(
+        max_steps=4,
+        enable_checkpointing=True,
+        callbacks=[checkpoint, Watch()],
+        check_val_every_n_epoch=None,
+        val_check_interval=2,
+    )
+    run.fit(diffusion(), datamodule=latents(root=cache / "train"))
+    assert saved == [False, False, True, True]  # seen from the step after
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(diffusion, latents, trainer):
     module = diffusion()
     trainer(max_steps=2).fit(module, datamodule=latents())
@@ -159,21 +187,21 @@ def test_sampling_needs_no_data_and_uses_the_average(diffusion, latents, trainer
     drawn = torch.cat([batch.latents for batch in batches])
     stored = torch.load(interrupted, weights_only=True)
     module.load_state_dict(stored["state_dict"] | stored["ema"]["weights"])
-    assert torch.allclose(drawn, module.draw(torch.arange(7)).latents, atol=1e-5)
+    assert torch.allclose(drawn, module.draw(torch.arange(7), decode=False).latents, atol=1e-5)
     module.load_state_dict(stored["state_dict"])
-    assert not torch.allclose(drawn, module.draw(torch.arange(7)).latents, atol=1e-5)
+    assert not torch.allclose(drawn, module.draw(torch.arange(7), decode=False).latents, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", [None, EulerMaruyama(6)])
 def test_samples_do_not_depend_on_the_batch(diffusion, latents, trainer, sampler):
     module = diffusion(guidance=Guidance(2.0), **({"sampler": sampler} if sampler else {}))
     trainer(max_steps=20).fit(module, datamodule=latents())
-    together = module.draw(torch.arange(9))
-    apart = [module.draw(part) for part in torch.arange(9).split([4, 1, 4])]
+    together = module.draw(torch.arange(9), decode=False)
+    apart = [module.draw(part, decode=False) for part in torch.arange(9).split([4, 1, 4])]
     assert torch.equal(together.labels, torch.cat([part.labels for part in apart]))
     assert torch.allclose(together.latents, torch.cat([part.latents for part in apart]), atol=1e-4)
     assert not torch.allclose(together.latents[0], together.latents[1], atol=0.1)
-    given = module.draw(torch.arange(9), labels=together.labels)
+    given = module.draw(torch.arange(9), labels=together.labels, decode=False)
     assert torch.equal(given.latents, together.latents)
 
 
@@ -190,7 +218,7 @@ def test_labels_are_random_or_balanced(diffusion):
 def test_samples_show_their_class_after_training(diffusion, latents, trainer):
     module = diffusion(guidance=Guidance(2.0))
     trainer(max_steps=500).fit(module, datamodule=latents(batch_size=32))
-    drawn = module.draw(torch.arange(30))
+    drawn = module.draw(torch.arange(30), decode=False)
     found = ((drawn.latents.mean((1, 2, 3)) - 0.375) / 2).round().long()
     assert (found == drawn.labels).float().mean() > 0.9
 
@@ -212,7 +240,7 @@ def test_bf16_mixed_keeps_loss_and_weights_finite(diffusion, latents, trainer):
     run.fit(module, datamodule=latents())
     assert module.skipped_steps == 0
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in module.parameters())
-    assert module.draw(torch.arange(2)).latents.dtype == torch.float32
+    assert module.draw(torch.arange(2), decode=False).latents.dtype == torch.float32
 
 
 @pytest.mark.slow
@@ -248,6 +276,9 @@ def test_what_does_not_fit_is_named(diffusion, latents, trainer, tmp_path, inter
         trainer().predict(diffusion(predict="images"), datamodule=latents(num_samples=2))
     with pytest.raises(ValueError, match="ckpt_path: only a trained model can sample"):
         trainer().predict(diffusion(), datamodule=latents(num_samples=2))
+    with pytest.raises(ValueError, match=r"for latents of 4 channels, but model\.in_channels is 6"):
+        options = {"datamodule": latents(num_samples=2), "ckpt_path": interrupted, "weights_only": True}
+        trainer().predict(diffusion(model={"in_channels": 6}), **options)
     other = diffusion()
     other.latent_source = {"vfm": "vit_other", "fingerprint": "0" * 64}
     stored = torch.load(interrupted, weights_only=True)

@@ -62,6 +62,19 @@ def test_rotary_attention_sees_relative_positions_alone():
     assert not torch.allclose(products[0, 0, 2, 3], products[0, 0, 3, 2])
 
 
+def test_activation_checkpointing_changes_no_gradient():
+    x, t, y = torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.7]), torch.tensor([1, 2])
+    gradients, calls = [], []
+    for value in (False, True):
+        torch.manual_seed(1)
+        model = randomised(small(activation_checkpointing=value))
+        model.blocks[0].register_forward_pre_hook(lambda *_, value=value: calls.append(value))
+        model(x, t, y).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+    assert calls == [False, True, True]
+
+
 def test_positions_are_all_different():
     table = position_table((8, 8), 32)
     distances = torch.cdist(table, table) + 9 * torch.eye(64)

@@ -224,7 +224,7 @@ class LatentDataset(Dataset):
         return self._open[shard].get_slice(name)[int(index - start)].float()
 
     def _noise(self, draw: Draw, shape: Sequence[int]) -> Tensor:
-        stream = torch.Generator().manual_seed(seed_of(self.seed, draw.epoch, draw.index))
+        stream = torch.Generator().manual_seed(seed_of(self.seed, draw.epoch, draw.index, *b"latents"))
         return torch.randn(shape, generator=stream)
 
 

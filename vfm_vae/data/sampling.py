@@ -162,19 +162,21 @@ class GivenOrder(DistributedSampler):
 
 
 class IndexedNoise:
-    """Random numbers that belong to single samples: functions of (seed, index), whatever the batch, rank or device.
+    """Random numbers that belong to single samples, whatever the batch, rank or device.
 
     Each sample has a stream of its own on the CPU, from which successive calls draw.
 
     Args:
+        purpose: a word for what they are needed for; each has streams of its own.
         seed: changes all streams.
         index: numbers of the samples, int64 `[B]`; negative ones, which mark padding, share a stream.
         device: where the numbers are wanted.
     """
 
-    def __init__(self, seed: int, index: Tensor, device: torch.device | str = "cpu") -> None:
+    def __init__(self, purpose: str, seed: int, index: Tensor, device: torch.device | str = "cpu") -> None:
         self.device = device
-        self._streams = [torch.Generator().manual_seed(seed_of(seed, max(number, -1) + 1)) for number in index.tolist()]
+        seeds = [seed_of(seed, max(number, -1) + 1, *purpose.encode()) for number in index.tolist()]
+        self._streams = [torch.Generator().manual_seed(number) for number in seeds]
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers, float32 `[B, *shape]`."""
