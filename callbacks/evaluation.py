@@ -34,6 +34,15 @@ class EvaluationCallback(Callback, ABC):
             return index >= 0
         return (index >= 0) & (index * self.num_images % self.num_samples < self.num_images)
 
+    def select(self, batch: Batch | LatentBatch) -> Batch | LatentBatch:
+        """The samples of a batch that take part, numbered anew, without gaps over the whole; the batch if all do."""
+        chosen = self.chosen(batch.index)
+        if chosen.all() and self.num_images is None:
+            return batch
+        part = type(batch)(*(tensor[chosen] for tensor in batch))
+        num_images = min(self.num_images or self.num_samples, self.num_samples)
+        return part._replace(index=part.index * num_images // self.num_samples)
+
     @abstractmethod
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepares for a pass over the data set."""
@@ -88,8 +97,3 @@ def _num_samples(loaders: Any) -> int:
     """Size of the (first) data loader's data set."""
     loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
     return len(loader.dataset)
-
-
-def select(batch: Batch | LatentBatch, chosen: Tensor) -> Batch | LatentBatch:
-    """The chosen samples, bool `[B]`, of a batch; the batch itself where all are."""
-    return batch if chosen.all() else type(batch)(*(tensor[chosen] for tensor in batch))

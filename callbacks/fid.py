@@ -5,7 +5,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.evaluation import EvaluationCallback, select
+from callbacks.evaluation import EvaluationCallback
 from vfm_vae.metrics.distribution import FrechetDistance
 from vfm_vae.metrics.reconstruction import quantised
 from vfm_vae.metrics.reference import folder_features
@@ -59,7 +59,7 @@ class FrechetDistanceCallback(EvaluationCallback):
 
     def update(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> None:
         """Adds the features of both kinds of images."""
-        batch = select(batch, self.chosen(batch.index))
+        batch = self.select(batch)
         if not len(batch.index):
             return
         real, generated = pl_module.evaluation_images(batch)

@@ -4,7 +4,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.evaluation import EvaluationCallback, select
+from callbacks.evaluation import EvaluationCallback
 from vfm_vae.metrics.probe import LinearProbe
 from vfm_vae.metrics.reconstruction import MeanOverImages, quantised
 from vfm_vae.metrics.reference import folder_features
@@ -44,7 +44,7 @@ class ClassAccuracyCallback(EvaluationCallback):
 
     def update(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> None:
         """Judges the samples of a batch."""
-        batch = select(batch, self.chosen(batch.index))
+        batch = self.select(batch)
         if len(batch.index):
             features = self.vfm(quantised(pl_module.evaluation_images(batch)[1])).pooled
             hits = self._probe.predict(features) == pl_module.sample_labels(batch.index)

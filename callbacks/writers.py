@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, finish_cache, write_shard
+from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, measure_shards, write_shard
 from vfm_vae.metrics.reconstruction import to_uint8
 from vfm_vae.types import DrawsSamples, Encoded, MakesLatents, Samples
 
@@ -93,6 +93,8 @@ class LatentWriter(Callback):
             "image_size": trainer.datamodule.image_size,
             "shard_size": self.shard_size,
             "dtype": self.dtype,
+            "precision": trainer.precision,
+            "seed": pl_module.seed,
         }
         for stream in self._streams:
             file = stream.plan.folder / IDENTITY
@@ -113,14 +115,20 @@ class LatentWriter(Callback):
         self._streams[dataloader_idx].add(outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Computes the statistics once all ranks are through."""
+        """Computes the statistics once all ranks are through; that file says that the cache is finished."""
         trainer.strategy.barrier()
-        for plan in [stream.plan for stream in self._streams] if trainer.is_global_zero else ():
-            if missing := plan.missing():
-                rank_zero_warn(f"{plan.folder}: {len(missing)} of {len(plan)} shards are missing; run again to go on")
-            elif not (plan.folder / STATISTICS).is_file():
-                finish_cache(plan)
-        trainer.strategy.barrier()
+        for plan in [stream.plan for stream in self._streams]:
+            file = plan.folder / STATISTICS
+            # All ranks have to agree, whatever each one's view of a shared file system is at the moment.
+            num_missing, is_finished = trainer.strategy.broadcast((len(plan.missing()), file.is_file()))
+            if num_missing:
+                rank_zero_warn(f"{plan.folder}: {num_missing} of {len(plan)} shards are missing; run again to go on")
+            if num_missing or is_finished:
+                continue
+            running = measure_shards(plan, trainer.global_rank, trainer.world_size)
+            running.sums = trainer.strategy.reduce(running.sums.to(pl_module.device), reduce_op="sum").cpu()
+            if trainer.is_global_zero:
+                running.compute().write(file)
 
 
 class _ShardStream:
@@ -173,6 +181,8 @@ class SampleWriter(Callback):
             return
         if not isinstance(pl_module, DrawsSamples) or "samples" not in trainer.datamodule.predict_sets:
             raise ValueError("data.num_samples: says how many samples a diffusion model is to draw; it is not set")
+        if self.npz and pl_module.predict == "latents":
+            raise ValueError("npz: holds images, but model.predict is 'latents'; leave one of them out")
         present = self._present()
         missing = [number for number in range(len(trainer.datamodule.predict_sets["samples"])) if number not in present]
         trainer.datamodule.predict_indices["samples"] = missing[trainer.global_rank :: trainer.world_size]

@@ -84,6 +84,8 @@ def _build(config: Mapping[str, Any]) -> LightningDiT:
         raise ValueError(f"config: {sorted({*unused, *unknown})} is not supported; known are {', '.join(OPTIONS)}")
     options = DEFAULTS | {OPTIONS[name]: value for name, value in config.items() if name in OPTIONS}
     if "registry_name" in config:
+        if sizes := config.keys() & {"depth", "hidden_size", "num_heads", "patch_size"}:
+            raise ValueError(f"config: registry_name says what {sorted(sizes)} are; leave one of them out")
         return LightningDiT.of_size(config["registry_name"].removeprefix("LightningDiT-"), **options)
     return LightningDiT(**options)
 

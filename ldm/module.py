@@ -27,6 +27,8 @@ from vfm_vae.tokenizer import FrozenTokenizer
 from vfm_vae.types import Batch, LatentBatch, Samples
 from vfm_vae.vfm import sha256_of
 
+MAX_SKIPPED_IN_A_ROW = 100
+
 
 class DiffusionModule(LightningModule):
     """Trains a denoiser by flow matching, on cached latents or on images that a frozen tokenizer encodes.
@@ -93,6 +95,7 @@ class DiffusionModule(LightningModule):
         self.val_loss = MeanOverImages()
         self._drawn: Samples | None = None
         self._grad_norm = torch.zeros(())
+        self._skipped_in_a_row = 0
         if tokenizer is not None and tokenizer.identity["channels"] != model.in_channels:
             raise ValueError(
                 f"model.in_channels: the tokenizer's latents have {tokenizer.identity['channels']} channels, but the "
@@ -142,15 +145,23 @@ class DiffusionModule(LightningModule):
         """Leaves out a step whose gradients are not finite; all ranks have the same ones."""
         self._grad_norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.log("train/grad_norm", self._grad_norm)
-        if not self._grad_norm.isfinite():
-            self.skipped_steps += 1
-            optimizer.zero_grad()  # without gradients, neither weights nor moments change
+        if self._grad_norm.isfinite():
+            self._skipped_in_a_row = 0
+            return
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise ValueError(
+                f"the gradients of {MAX_SKIPPED_IN_A_ROW} steps in a row were not finite: look at the data, or go on "
+                "from the last checkpoint with a lower learning rate"
+            )
+        optimizer.zero_grad()  # without gradients, neither weights nor moments change
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any
     ) -> None:
         """Clips by the norm that is known already; Lightning's way would refuse fused optimisers under bf16-mixed."""
-        if gradient_clip_val is not None:
+        if gradient_clip_val:  # 0 is off, too
             clip_grads_with_norm_(self.model.parameters(), gradient_clip_val, self._grad_norm)
 
     def on_train_epoch_end(self) -> None:
@@ -159,6 +170,17 @@ class DiffusionModule(LightningModule):
         self.train_loss_by_time.reset()
 
     # Evaluation
+
+    def on_validation_start(self) -> None:
+        """Sees that latents can be normalised.
+
+        Raises:
+            ValueError: if neither data nor a checkpoint brought their statistics.
+        """
+        if not self.normalization.is_known:
+            raise ValueError("ckpt_path: without a checkpoint the statistics of latents are not known; give one")
+
+    on_test_start = on_validation_start
 
     def validation_step(self, batch: Batch | LatentBatch, batch_idx: int) -> None:
         """Measures the loss at one time for each latent, always the same."""
@@ -305,8 +327,9 @@ class DiffusionModule(LightningModule):
             )
         _check_source(self.latent_source, dataset.tokenizer, f"data.root: the latents in {str(dataset.folder)!r} are")
         self.latent_source = self.latent_source or dataset.tokenizer
-        if not self.normalization.is_known:
-            self.normalization.take(self.trainer.datamodule.latent_statistics)
+        statistics = self.trainer.datamodule.latent_statistics
+        if statistics is not None and not self.normalization.is_known:
+            self.normalization.take(statistics)
 
     def _meet_images(self, image_size: int) -> None:
         if self.tokenizer is None:

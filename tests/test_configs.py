@@ -114,6 +114,7 @@ def test_full_size_diffusion_runs_are_the_published_ones(run, data):
     assert (module.sampler.steps, module.sampler.shift) == (250, 0.3)
     assert (module.guidance.start, module.guidance.channels) == (0.125, 3)
     assert callback(cli, "EMA").decay == 0.9999
+    assert callback(cli, "ModelCheckpoint")._save_on_train_epoch_end  # also where there are no validation latents
 
 
 @pytest.mark.parametrize(("size", "parameters"), [("b", 12), ("l", 24), ("1p0b", 24), ("1p6b", 28)])

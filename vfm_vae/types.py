@@ -160,6 +160,7 @@ class MakesLatents(Protocol):
     """A module whose `predict_step` may return `Encoded`."""
 
     predict: str
+    seed: int
 
     def latent_identity(self) -> Mapping[str, str | int]:
         """What tells the tokenizer's latents from others'."""
@@ -169,6 +170,7 @@ class MakesLatents(Protocol):
 class DrawsSamples(Protocol):
     """A module that generates; what it draws depends on a sample's number alone, not on batches or ranks."""
 
+    predict: str
     can_decode: bool
 
     def draw(

@@ -305,5 +305,6 @@ def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any]) -> None:
     if stored["fingerprint"] != vfm.fingerprint():
         raise ValueError(
             f"the checkpoint was trained on other weights of '{vfm.name}' (sha256 {stored['fingerprint'][:12]}…) than "
-            f"those at hand ({vfm.fingerprint()[:12]}…); set model.vfm.weights to the file that it was trained on"
+            f"those at hand ({vfm.fingerprint()[:12]}…); give the right file as the "
+            "VFM's `weights` (a frozen tokenizer's `vfm_weights`)"
         )

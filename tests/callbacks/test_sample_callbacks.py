@@ -21,7 +21,7 @@ from vfm_vae.data.sampling import IndexedNoise
 from vfm_vae.metrics.distribution import frechet_distance
 from vfm_vae.metrics.reconstruction import from_uint8, quantised
 from vfm_vae.metrics.reference import folder_features
-from vfm_vae.types import Encoded, Samples
+from vfm_vae.types import Encoded, LatentBatch, Samples
 from vfm_vae.vfm import FrozenVFM
 
 VFM = "vit_photos_patch8_64"
@@ -80,13 +80,22 @@ def test_distance_to_a_folder(painter, photos, trainer):
     run = trainer(callback)
     run.validate(painter, photos_data(photos), verbose=False)
     assert painter.drawn == 20
-    chosen = [i for i in range(26) if i * 20 % 26 < 20]
-    fake = vfm(quantised(painter.draw(torch.tensor(chosen)).images)).pooled.double()
+    fake = vfm(quantised(painter.draw(torch.arange(20)).images)).pooled.double()
     real = folder_features(vfm, photos / "train", 64).features.double()
     by_hand = frechet_distance(real.mean(0), real.T.cov(), fake.mean(0), fake.T.cov()).item()
     assert run.callback_metrics[f"val/fd_{VFM}/train"].item() == pytest.approx(by_hand, rel=1e-4)
     run.validate(painter, photos_data(photos), verbose=False)  # the reference is not added twice
     assert run.callback_metrics[f"val/fd_{VFM}/train"].item() == pytest.approx(by_hand, rel=1e-4)
+
+
+@pytest.mark.parametrize(("num_images", "num_samples"), [(20, 26), (13, 26), (7, 10), (None, 26)])
+def test_chosen_samples_are_numbered_without_gaps(num_images, num_samples):
+    """Whatever is chosen, balanced labels stay balanced."""
+    callback = FrechetDistanceCallback(FrozenVFM(VFM), num_images)
+    callback.num_samples = num_samples
+    index = torch.cat([torch.arange(num_samples), torch.tensor([-1])])
+    parts = [callback.select(LatentBatch(part, part, part)) for part in index.split(4)]
+    assert torch.cat([part.index for part in parts]).tolist() == list(range(num_images or num_samples))
 
 
 def test_parts_of_a_folder_make_the_whole(photos):
@@ -133,6 +142,9 @@ def predict(module, data, *callbacks, folder):
 def test_samples_as_png_and_npz(painter, photos, tmp_path):
     folder = tmp_path / "out" / "samples"
     predict(painter, photos_data(photos, num_samples=12), SampleWriter(str(folder), npz=True), folder=tmp_path)
+    with pytest.raises(ValueError, match="npz: holds images"):
+        latents = Painter(photos, predict="latents")
+        predict(latents, photos_data(photos, num_samples=12), SampleWriter("z", npz=True), folder=tmp_path)
     assert sorted(path.name for path in folder.glob("*.png")) == [f"{i:08d}.png" for i in range(12)]
     with np.load(folder.with_suffix(".npz")) as arrays:
         images, labels = arrays["arr_0"], arrays["arr_1"]
@@ -180,7 +192,7 @@ def test_sampling_needs_a_number(painter, photos, tmp_path):
 class Encoder(LightningModule):
     """Encodes an image to its mean colour."""
 
-    predict, fingerprint = "latents", "f" * 64
+    predict, fingerprint, seed = "latents", "f" * 64, 0
 
     def latent_identity(self):
         return {"vfm": "none", "fingerprint": self.fingerprint}

@@ -8,11 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import (
+    STATISTICS,
     LatentDataset,
     LatentStatistics,
     RunningStatistics,
     ShardPlan,
-    finish_cache,
+    measure_shards,
     write_shard,
 )
 from vfm_vae.data.sampling import Draw, IndexedNoise, seed_of
@@ -32,7 +33,7 @@ def write(folder, size=10, shard_size=4, moments=False):
             latents = 5 + 2 * torch.randn(count, 2, 3, 3, generator=generator)
             tensors = {"latents": latents, "latents_flip": -latents}
         write_shard(plan.path(shard), tensors | {"labels": labels})
-    finish_cache(plan, chunk=3)
+    measure_shards(plan, chunk=3).compute().write(folder / STATISTICS)
     return plan
 
 
@@ -53,6 +54,12 @@ def test_rows_labels_and_statistics(tmp_path):
     statistics = LatentStatistics.read(tmp_path)
     assert torch.allclose(statistics.mean.flatten().double(), by_channel.mean(1), atol=1e-6)
     assert torch.allclose(statistics.std.flatten().double(), by_channel.std(1), atol=1e-6)
+
+
+def test_parts_of_ranks_add_up(tmp_path):
+    plan = write(tmp_path)
+    parts = [measure_shards(plan, rank, 4) for rank in range(4)]  # three shards: the last rank has none
+    assert torch.allclose(sum(part.sums for part in parts), measure_shards(plan).sums)
 
 
 def test_statistics_stay_exact_far_from_zero():
@@ -104,7 +111,7 @@ def test_half_precision_is_read_as_float32(tmp_path, dtype):
     plan = ShardPlan(tmp_path, 4, 4)
     latents = torch.randn(4, 2, 3, 3)
     write_shard(plan.path(0), {"latents": latents.to(dtype), "labels": torch.zeros(4).long()})
-    finish_cache(plan)
+    measure_shards(plan).compute().write(tmp_path / STATISTICS)
     row = LatentDataset(tmp_path, train=True)[2][0]
     assert row.dtype == torch.float32 and torch.equal(row, latents[2].to(dtype).float())
 
@@ -147,6 +154,9 @@ def test_a_flat_folder_is_training_data_without_validation(cache, tmp_path):
     module = data(cache / "train")
     module.setup("fit")
     assert len(module.train_set) == 40 and module.val_dataloader() == []
+    for root in (cache / "train", tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="there are no validation latents in"):
+            data(root).setup("validate")
 
 
 def test_bad_caches_are_named(cache, tmp_path):

@@ -12,7 +12,7 @@ from ldm.models.lightningdit import LightningDiT
 from ldm.module import DiffusionModule
 from ldm.samplers import Euler
 from vfm_vae.data.datamodule import ImageNetDataModule
-from vfm_vae.data.latents import ShardPlan, finish_cache
+from vfm_vae.data.latents import STATISTICS, ShardPlan, measure_shards
 
 NUM_TRAIN, NUM_VAL, NUM_CLASSES = 50, 13, 3
 
@@ -28,7 +28,7 @@ def write_split(folder: Path, size: int, channels: int = 4, side: int = 4) -> No
         latents += 2 * labels[:, None, None, None] + torch.arange(side) / side
         tensors = {"latents": latents, "latents_flip": latents.flip(3).contiguous(), "labels": labels}
         save_file(tensors, plan.path(shard))
-    finish_cache(plan)
+    measure_shards(plan).compute().write(folder / STATISTICS)
 
 
 @pytest.fixture(scope="session")

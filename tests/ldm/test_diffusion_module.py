@@ -1,6 +1,8 @@
 """Training of denoisers: what a step does, that it goes on where it was, and that sampling is reproducible."""
 
+import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -35,24 +37,28 @@ def test_one_batch_overfits(diffusion, latents, trainer):
 
 
 def test_the_loss_is_that_of_the_paper(diffusion, latents, trainer):
-    """Recomputed by hand from the same draws; an untrained network predicts zero."""
-    module, data, seen = diffusion(cosine_weight=0.5), latents(), {}
+    """Recomputed by hand from the same draws, with weights that let no argument go unnoticed."""
+    module, seen = diffusion(cosine_weight=0.5, label_drop=0.0), {}
+    for parameter in module.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model = copy.deepcopy(module.model)
 
     class Watch(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            seen["z"] = batch.latents
-
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            seen["loss"] = outputs["loss"]
+            seen["batch"], seen["loss"] = batch, outputs["loss"]
 
-        def on_after_backward(self, trainer, pl_module):
-            seen["metrics"] = dict(trainer.callback_metrics)
-
-    trainer(max_steps=1, callbacks=[Watch()]).fit(module, datamodule=data)
+    trainer(max_steps=1, callbacks=[Watch()]).fit(module, datamodule=latents())
+    z, labels, _ = seen["batch"]
     torch.manual_seed(seed_of(1, 0, 0))
-    x = (seen["z"] - module.normalization.mean) / module.normalization.std
-    target = x - torch.randn_like(x)
-    assert seen["loss"].item() == pytest.approx(target.square().mean().item() + 0.5, rel=1e-5)  # a zero's cosine is 0
+    x = (z - module.normalization.mean) / module.normalization.std
+    noise, t = torch.randn_like(x), torch.randn(len(x)).sigmoid()
+    t_wide = t[:, None, None, None]
+    with torch.no_grad():
+        prediction = model(t_wide * x + (1 - t_wide) * noise, t, labels)
+    target = x - noise
+    cosine = torch.nn.functional.cosine_similarity(prediction, target, dim=1)
+    expected = (prediction - target).square().mean() + 0.5 * (1 - cosine).mean()
+    assert seen["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_label_drop_uses_the_null_label(diffusion, latents, trainer):
@@ -83,19 +89,20 @@ def test_steps_images_and_one_average_per_step(diffusion, latents, trainer):
         assert torch.allclose(tensor, expected[name.removeprefix("model.")], atol=1e-6)
 
 
-def test_clipping(diffusion, latents, trainer):
+@pytest.mark.parametrize("limit", [1e-3, 0, None])
+def test_clipping(diffusion, latents, trainer, limit):
     module, norms = diffusion(), []
 
     class Watch(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             norms.append(trainer.callback_metrics["train/grad_norm"].item())
 
-    step = weights(module.model)
-    run = trainer(max_steps=1, gradient_clip_val=1e-3, callbacks=[Watch()])
+    before = weights(module.model)
+    run = trainer(max_steps=1, gradient_clip_val=limit, callbacks=[Watch()])
     module.optimizer = lambda parameters: torch.optim.SGD(parameters, lr=1.0)
     run.fit(module, datamodule=latents())
-    moved = torch.stack([(p - step[n]).norm() for n, p in module.model.state_dict().items()]).norm()
-    assert norms[0] > 1e-2 and moved.item() == pytest.approx(1e-3, rel=1e-2)
+    moved = torch.stack([(p - before[n]).norm() for n, p in module.model.state_dict().items()]).norm()
+    assert norms[0] > 1e-2 and moved.item() == pytest.approx(limit or norms[0], rel=1e-2)
 
 
 def test_clipping_goes_with_a_fused_optimiser_in_bf16(diffusion, latents, trainer):
@@ -108,22 +115,27 @@ def test_clipping_goes_with_a_fused_optimiser_in_bf16(diffusion, latents, traine
 
 
 def test_checkpoints_come_without_validation_latents_too(diffusion, latents, trainer, cache, tmp_path):
-    checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_top_k=1, every_n_train_steps=2)
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_top_k=1, save_on_train_epoch_end=True)
     saved = []
 
     class Watch(Callback):
         def on_train_batch_end(self, trainer, *_):
             saved.append((tmp_path / "last.ckpt").is_file())
 
-    run = trainer(
-        max_steps=4,
-        enable_checkpointing=True,
-        callbacks=[checkpoint, Watch()],
-        check_val_every_n_epoch=None,
-        val_check_interval=2,
-    )
+    validation = {"check_val_every_n_epoch": None, "val_check_interval": 2}
+    run = trainer(max_steps=8, enable_checkpointing=True, callbacks=[checkpoint, Watch()], **validation)
     run.fit(diffusion(), datamodule=latents(root=cache / "train"))
-    assert saved == [False, False, True, True]  # seen from the step after
+    assert saved == [False] * 6 + [True] * 2  # an epoch has six batches
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["images_seen"] == 64
+
+
+def test_training_that_can_not_go_on_stops(diffusion, latents, trainer, monkeypatch):
+    monkeypatch.setattr("ldm.module.MAX_SKIPPED_IN_A_ROW", 3)
+    module = diffusion()
+    module.model.final.out.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(ValueError, match="gradients of 3 steps in a row were not finite"):
+        trainer(max_steps=9).fit(module, datamodule=latents())
+    assert module.skipped_steps == 3
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(diffusion, latents, trainer):
@@ -312,3 +324,15 @@ def test_validation_alone_takes_the_statistics_of_training(diffusion, latents, t
     assert torch.equal(module.normalization.mean, LatentStatistics.read(cache / "train").mean)
     assert not torch.allclose(module.normalization.mean, LatentStatistics.read(cache / "val").mean)
     trainer().validate(diffusion(), datamodule=latents(), ckpt_path=interrupted, weights_only=True, verbose=False)
+
+
+def test_a_checkpoint_is_validated_on_validation_latents_alone(
+    diffusion, latents, trainer, interrupted, cache, tmp_path
+):
+    shutil.copytree(cache / "val", tmp_path / "alone/val")
+    data = latents(root=tmp_path / "alone")
+    options = {"ckpt_path": interrupted, "weights_only": True, "verbose": False}
+    alone = trainer().validate(diffusion(), datamodule=data, **options)[0]
+    assert alone == trainer().validate(diffusion(), datamodule=latents(), **options)[0]
+    with pytest.raises(ValueError, match="ckpt_path: without a checkpoint the statistics"):
+        trainer().validate(diffusion(), datamodule=latents(root=tmp_path / "alone"), verbose=False)

@@ -116,12 +116,14 @@ class ImageNetDataModule(LightningDataModule):
         """
         if stage == "predict":
             names = self.predict if self.num_samples is None else ("samples",)
-            self.predict_sets = {name: self._predicted(name) for name in names}
+            self.predict_sets, self.predict_indices = {name: self._predicted(name) for name in names}, {}
             return
         if stage in ("fit", None) and self.train_set is None:
             self.train_set = self._training_set()
         if self.val_set is None:
             self.val_set = self._evaluated("val")
+        if stage in ("validate", "test") and self.val_set is None:
+            raise ValueError(f"root: there are no validation latents in {str(self.root)!r}, which has no folder 'val'")
 
     @property
     def classes(self) -> list[str]:
@@ -137,8 +139,10 @@ class ImageNetDataModule(LightningDataModule):
     @property
     def latent_statistics(self) -> LatentStatistics | None:
         """By which latents are normalised: the training split's; None where the data has none."""
-        folder = split_folder(self.root, "train") if self.source == "latents" else None
-        return None if folder is None else LatentStatistics.read(folder)
+        if self.source != "latents":
+            return None
+        folder = self.root if any(self.root.glob("*.safetensors")) else self.root / "train"
+        return LatentStatistics.read(folder) if folder.is_dir() else None
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, augmented; the same number of full batches on every rank."""

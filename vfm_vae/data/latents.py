@@ -120,24 +120,25 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     partial.replace(path)
 
 
-def finish_cache(plan: ShardPlan, chunk: int = 1024) -> None:
-    """Computes the statistics of a cache whose shards are all there; that file says that it is finished.
+def measure_shards(plan: ShardPlan, rank: int = 0, num_ranks: int = 1, chunk: int = 1024) -> RunningStatistics:
+    """Adds up the plain views, or the moments, of one rank's part of the shards.
 
     Args:
-        plan: the shards.
+        plan: the shards, all of which are there.
+        rank: takes each `num_ranks`-th shard from this one on.
+        num_ranks: whose sums together are those of the whole.
         chunk: rows read at a time.
     """
-    running = None
-    for shard in range(len(plan)):
+    names, shape, _ = _look_into(plan.path(0))
+    name = "moments" if "moments" in names else "latents"
+    running = RunningStatistics(shape[0] // 2 if name == "moments" else shape[0])
+    for shard in range(rank, len(plan), num_ranks):
         with safe_open(plan.path(shard), "pt") as file:
-            has_moments = "moments" in file.keys()  # noqa: SIM118  safe_open is no mapping
-            rows = file.get_slice("moments" if has_moments else "latents")
-            size, width = rows.get_shape()[:2]
-            running = running or RunningStatistics(width // 2 if has_moments else width)
-            for start in range(0, size, chunk):
+            rows = file.get_slice(name)
+            for start in range(0, rows.get_shape()[0], chunk):
                 values = rows[start : start + chunk]
-                running.add(*(values.chunk(2, dim=1) if has_moments else (values,)))
-    running.compute().write(plan.folder / STATISTICS)
+                running.add(*(values.chunk(2, dim=1) if name == "moments" else (values,)))
+    return running
 
 
 def split_folder(root: str | Path, split: str) -> Path | None:
