@@ -17,7 +17,7 @@ FIT := $(TOKENIZER) fit
 DEMO_LDM := -c configs/demo/ldm.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format bench tensorboard embedded-vfm strong weak latents ldm samples clean
+.PHONY: help install demo test test-all lint format bench tensorboard embedded-vfm strong weak latents ldm samples evaluate-tokenizer evaluate-ldm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -33,6 +33,8 @@ demo: install ## train tokenizer and diffusion model on the embedded photographs
 	$(FIT) -c configs/demo/tokenizer.yaml -c configs/demo/strong.yaml
 	$(FIT) -c configs/demo/tokenizer.yaml -c configs/demo/weak.yaml
 	$(TOKENIZER) predict -c runs/demo/weak/config.yaml -c configs/demo/latents.yaml \
+	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt
+	$(TOKENIZER) test -c runs/demo/weak/config.yaml -c configs/demo/weak_test.yaml \
 	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt
 	$(LDM) fit $(DEMO_LDM) -c configs/demo/ldm_train.yaml
 	$(LDM) validate $(DEMO_LDM) -c configs/demo/ldm_guided.yaml
@@ -60,6 +62,8 @@ bench: install ## measure what is claimed to be fast, as ratios within one run
 	$(TUNED) $(BIN)/python tests/bench/modulated.py
 	$(TUNED) $(BIN)/python tests/bench/step.py
 	$(BIN)/python tests/bench/guidance.py
+	$(BIN)/python tests/bench/cknna.py
+	$(BIN)/python tests/bench/evaluation.py
 
 tensorboard: install ## show the runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir runs
@@ -87,6 +91,14 @@ samples: install ## draw 50 000 samples from a trained LightningDiT: make sample
 	$(LDM) predict -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/samples.yaml -c configs/trainer/$(TRAINER).yaml \
 	  --ckpt_path runs/ldm/$(RUN)/checkpoints/last.ckpt --trainer.precision=32-true \
 	  --trainer.callbacks.directory=runs/ldm/$(RUN)/samples
+
+evaluate-tokenizer: install ## measure a trained tokenizer: make evaluate-tokenizer STAGE=weak TRAINER=gpu
+	$(TOKENIZER) test -c runs/$(STAGE)/config.yaml -c configs/vfm_vae/test.yaml -c configs/trainer/$(TRAINER).yaml \
+	  --ckpt_path runs/$(STAGE)/checkpoints/last.ckpt --trainer.precision=32-true
+
+evaluate-ldm: install ## gFID and its kin of a trained LightningDiT: make evaluate-ldm RUN=epochs64 TRAINER=gpu|ddp8_ldm
+	$(LDM) test -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/test.yaml -c configs/trainer/$(TRAINER).yaml \
+	  --ckpt_path runs/ldm/$(RUN)/checkpoints/last.ckpt --trainer.precision=32-true
 
 clean: ## remove caches and the demo's results, not other runs
 	rm -rf runs/demo build .pytest_cache .ruff_cache .import_linter_cache *.egg-info

@@ -1,35 +1,72 @@
-"""Alignment with vision foundation models, watched during validation."""
+"""Alignment with vision foundation models, watched along training: of a latent, or of a denoiser's every block."""
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from callbacks.evaluation import EvaluationCallback
-from vfm_vae.metrics.alignment import CKNNA
+from callbacks.heatmap import block_heat_map
+from callbacks.images import show
+from vfm_vae.data.folder import ImageFolderDataset
+from vfm_vae.data.transforms import CentreCrop
+from vfm_vae.metrics.alignment import cknna_of_neighbours, prepare_features
+from vfm_vae.metrics.features import FeatureStore
+from vfm_vae.metrics.neighbours import Neighbours, nearest_neighbours
 from vfm_vae.metrics.reconstruction import from_uint8
-from vfm_vae.types import AlignmentFeatures, Batch
+from vfm_vae.metrics.semantic import latent_transformations, names_of, transformed
+from vfm_vae.types import AlignmentFeatures, Batch, EncodesImages, LatentBatch
 from vfm_vae.vfm import FrozenVFM
 
 
 class CKNNACallback(EvaluationCallback):
     """Logs CKNNA between the module's features and those of reference VFMs on validation (and test) images.
 
-    The module's features are what its `alignment_features` names, such as the latent averaged over positions; a VFM's
-    are its final patch tokens, averaged. Logged as `val/cknna/<feature>`, and with several VFMs as
-    `val/cknna/<feature>/<vfm>`.
+    The module's features are what its `alignment_features` names: the latent averaged over positions, or a denoiser's
+    patch tokens averaged after every block. A VFM's are its final patch tokens, averaged. Logged as
+    `val/cknna/<feature>`; with several times as `val/cknna/<feature>/t<time>`, and with several VFMs followed by
+    `/<vfm>`. Values of blocks are also drawn as a heat map, block by training progress, in TensorBoard and as
+    `<log_dir>/images/cknna_<vfm>.png`.
+
+    SE-CKNNA (semantic-equivariant CKNNA) compares features of transformed images with the VFM's of the clean ones, as
+    `val/se_cknna/<feature>/<transformation>`. `each` measures noise, scales and rotations one by one, and their mean,
+    which is ours: the published code never aggregates; and scales and rotations of the latent itself, as
+    `val/se_cknna/<feature>_transformed/…`. `published` measures noise, and `equivariance`, for which each image is
+    turned and scaled by one draw; the published numbers are of sampled latents (`model.evaluate: sample`) on 10 000
+    images.
 
     Args:
         vfms: the references.
-        num_images: compare on so many images, spread evenly over the data set; null for all.
+        num_images: compare on so many images, spread evenly over the data set and always the same; null for all.
         k: number of neighbours.
+        times: of the diffusion, where the module is a denoiser: 1 is data, 0 is noise; null for 0.5.
+        images: folder with the images that cached latents were made of, `<images>/<class>/*`.
+        image_size: side in pixels of their centre crops.
+        se_cknna: null for none, `each` or `published`.
+        every_n_images: measure at the first validation after so many training images; null at every validation.
 
     Raises:
         ValueError: if there is no VFM, or two of the same name; when validation starts, if the module has no
-            `alignment_features`.
+            `alignment_features`, or there are no images to compare with.
     """
 
-    def __init__(self, vfms: Sequence[FrozenVFM], num_images: int | None = None, k: int = 10) -> None:
+    def __init__(
+        self,
+        vfms: Sequence[FrozenVFM],
+        num_images: int | None = None,
+        k: int = 10,
+        times: Sequence[float] | None = None,
+        images: str | None = None,
+        image_size: int = 256,
+        se_cknna: Literal["each", "published"] | None = None,
+        every_n_images: int | None = None,
+    ) -> None:
         if not vfms:
             raise ValueError("vfms: at least one is needed to compare with; got none.")
         if num_images is not None and num_images <= k:
@@ -37,37 +74,170 @@ class CKNNACallback(EvaluationCallback):
         self.vfms = {vfm.name: vfm for vfm in vfms}
         if len(self.vfms) < len(vfms):
             raise ValueError(f"vfms: each may be given once; got {[vfm.name for vfm in vfms]}.")
+        if times is not None and not all(0 <= time <= 1 for time in times):
+            raise ValueError(f"times: each lies in [0, 1], 0 being noise; got {list(times)}.")
         super().__init__(num_images)
         self.k = k
-        self._metrics: dict[tuple[str, str], CKNNA] = {}  # by feature and VFM
+        self.times: list[float | None] = list(times) if times else [None]
+        self.se_cknna, self.every_n_images = se_cknna, every_n_images
+        self._images = None
+        if images is not None:
+            folder = Path(images)
+            self._images = ImageFolderDataset(folder.parent, folder.name, CentreCrop(image_size), max_bad_fraction=0)
+        self._active = True
+        self._stores: dict[str, FeatureStore] = {}
+        self._references: dict[str, FeatureStore] = {}
+        self._history: list[dict[str, Any]] = []
+
+    @property
+    def state_key(self) -> str:
+        """Tells the memory of several such callbacks apart in a checkpoint."""
+        return self._generate_state_key(vfms=list(self.vfms), times=self.times)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values of the blocks so far, which the heat map shows."""
+        return {"history": self._history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them back."""
+        self._history = list(state_dict["history"])
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves the VFMs to the module's device."""
+        """Moves the VFMs to the module's device; leaves a validation out that comes too soon."""
         if not isinstance(pl_module, AlignmentFeatures):
             raise ValueError(f"{type(pl_module).__name__} has no alignment_features to compare with a VFM's.")
-        self._metrics = {}
+        if self.se_cknna and not isinstance(pl_module, EncodesImages):
+            raise ValueError(f"se_cknna: {type(pl_module).__name__} encodes no images that could be transformed.")
+        if self._images is not None and len(self._images) != self.num_samples:
+            raise ValueError(
+                f"images: {str(self._images.folder)!r} holds {len(self._images)} images, but the data "
+                f"{self.num_samples} samples; give the images that the latents were made of"
+            )
+        self._stores, self._references = {}, {}
+        last = self._history[-1]["images_seen"] if self._history else None
+        too_soon = last is not None and _progress(trainer, pl_module) < last + (self.every_n_images or 0)
+        self._active = trainer.state.fn != "fit" or not too_soon
         for vfm in self.vfms.values():
             vfm.to(pl_module.device)
 
-    def update(self, pl_module: LightningModule, batch: Batch) -> None:
+    def update(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> None:
         """Extracts the features of the chosen images."""
+        is_numbers_alone = isinstance(batch, Batch) and not batch.has_images
         chosen = self.chosen(batch.index)
-        if self._metrics and not chosen.any():
+        if not self._active or is_numbers_alone or (self._stores and not chosen.any()):
             return  # but on a rank's first batch: it must know the features' names all the same
-        # The whole batch, because the module may have its features at hand from validation.
-        features = pl_module.alignment_features(batch)
-        images, index = from_uint8(batch.images[chosen]), batch.index[chosen]
+        index = batch.index[chosen]
+        for time in self.times:
+            # The whole batch, because the module may have its features at hand from validation.
+            features = pl_module.alignment_features(batch, time)
+            suffix = "" if len(self.times) == 1 else f"/t{time:g}"
+            self._add({f"cknna/{name}{suffix}": values[chosen] for name, values in features.items()}, index)
+        images = self._clean_images(batch, chosen)  # [b, 3, H, W]
         for name, vfm in self.vfms.items():
             # Without images there is nothing to extract, but the width still has to agree over ranks.
-            reference = vfm(images).tokens.mean(1) if len(index) else images.new_zeros(0, vfm.width)  # [B, C]
-            for feature, values in features.items():
-                metric = self._metrics.setdefault((feature, name), CKNNA(self.k).to(pl_module.device))
-                metric.update(values[chosen], reference, index)
+            empty = torch.zeros(0, vfm.width, device=pl_module.device)
+            tokens = vfm(from_uint8(images)).tokens.mean(1) if len(index) else empty  # [b, C]
+            self._references.setdefault(name, FeatureStore().to(pl_module.device)).update(tokens, index)
+        if self.se_cknna:
+            self._add_transformed(pl_module, batch, chosen)
+
+    def _add(self, features: Mapping[str, Tensor], index: Tensor) -> None:
+        for name, values in features.items():
+            self._stores.setdefault(name, FeatureStore().to(values.device)).update(values, index)
+
+    def _clean_images(self, batch: Batch | LatentBatch, chosen: Tensor) -> Tensor:
+        """The images of the chosen samples, uint8 `[b, 3, H, W]`."""
+        if isinstance(batch, Batch):
+            return batch.images[chosen]
+        if self._images is None:
+            raise ValueError("images: the data holds latents; give the folder of the images that they were made of")
+        numbers = batch.index[chosen].tolist()
+        if any(
+            self._images.labels[i] != label for i, label in zip(numbers, batch.labels[chosen].tolist(), strict=True)
+        ):
+            raise ValueError(
+                f"images: those in {str(self._images.folder)!r} have other classes than the latents; give the images "
+                "that the latents were made of"
+            )
+        samples = [self._images[i][0] for i in numbers]
+        return torch.stack(samples).to(batch.index.device) if samples else torch.zeros(0, 3, 1, 1).byte()
+
+    def _add_transformed(self, pl_module: LightningModule, batch: Batch, chosen: Tensor) -> None:
+        """Adds the features of transformed images, and of transformed latents."""
+        part = Batch(batch.images[chosen], batch.labels[chosen], batch.index[chosen])
+        latent = pl_module.latents(batch)[chosen]  # [b, C, h, w]
+        parts = transformed(self.se_cknna, part.images, part.index) if len(part.index) else {}
+        for name in names_of(self.se_cknna):  # a rank without images has to know them, too
+            features = latent.new_zeros(len(latent), latent.shape[1])
+            for rows, images in parts.get(name, ()):
+                piece = Batch(images, part.labels[rows], part.index[rows])
+                features[rows] = pl_module.latents(piece).mean(dim=(2, 3))
+            self._add({f"se_cknna/latent/{name}": features}, part.index)
+        if self.se_cknna == "each":
+            for name, turn in latent_transformations().items():
+                self._add({f"se_cknna/latent_transformed/{name}": turn(latent).mean(dim=(2, 3))}, part.index)
 
     def results(self) -> dict[str, Tensor]:
-        """One value for each feature and VFM."""
-        single = len(self.vfms) == 1
-        return {
-            f"cknna/{feature}" if single else f"cknna/{feature}/{name}": metric.compute()
-            for (feature, name), metric in self._metrics.items()
-        }
+        """One value for each feature and VFM; means over transformations."""
+        references = {name: self._neighbours(store) for name, store in self._references.items()}
+        values: dict[str, Tensor] = {}
+        for feature, store in self._stores.items():
+            ours = self._neighbours(store)
+            for name, theirs in references.items():
+                value = torch.tensor(math.nan) if ours is None else cknna_of_neighbours(ours, theirs)
+                key = feature if len(self.vfms) == 1 else f"{feature}/{name}"
+                values[key] = value.to(store.device)
+        for mean, parts in self._means(values).items():
+            values[mean] = torch.stack(parts).mean()
+        return values
+
+    def _neighbours(self, store: FeatureStore) -> Neighbours | None:
+        features = store.compute()
+        if len(features) <= max(self.k, 3):
+            rank_zero_warn(f"CKNNA is not defined here: k = {self.k} needs more images than {len(features)}")
+            return None
+        return nearest_neighbours(prepare_features(features), self.k)
+
+    def _means(self, values: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """What is averaged: the single transformations of the image."""
+        if self.se_cknna != "each":
+            return {}
+        prefix, means = "se_cknna/latent/", {}
+        for key, value in values.items():
+            if key.startswith(prefix):
+                _, slash, vfm = key.removeprefix(prefix).partition("/")
+                means.setdefault(f"{prefix}mean{slash}{vfm}", []).append(value)
+        return means
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs; along training, draws the heat map of blocks."""
+        if trainer.sanity_checking or not self._active:
+            return
+        values = {name: float(value) for name, value in self.log_results(trainer).items()}
+        if trainer.state.fn == "fit":
+            self._history.append({"images_seen": _progress(trainer, pl_module), "values": values})
+            if trainer.is_global_zero:
+                self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
+        """One heat map for each VFM and time, of all that was measured so far."""
+        blocks = [key for key in self._history[-1]["values"] if "/block_" in key]
+        directory = Path(trainer.log_dir or trainer.default_root_dir) / "images"
+        for kind in dict.fromkeys(re.sub(r"/block_\d+", "", key) for key in blocks):
+            rows = [key for key in blocks if re.sub(r"/block_\d+", "", key) == kind]
+            table = torch.tensor([[entry["values"].get(key, math.nan) for entry in self._history] for key in rows])
+            title = "CKNNA" + kind.removeprefix("cknna").replace("/", ", ") + f", {', '.join(self.vfms)}"
+            picture = block_heat_map(table, [entry["images_seen"] for entry in self._history], title)
+            name = kind.replace("/", "_")
+            show(trainer, picture, directory / f"{name}_blocks.png", f"val/{kind}_blocks")
+
+    def settings(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        weights = {name: vfm.fingerprint() for name, vfm in self.vfms.items()}
+        times = [0.5 if time is None else time for time in self.times]
+        return super().settings() | {"k": self.k, "references": weights, "times": times, "se_cknna": self.se_cknna}
+
+
+def _progress(trainer: Trainer, pl_module: LightningModule) -> int:
+    """Images seen in training, or steps where the module doesn't count images."""
+    return getattr(pl_module, "images_seen", trainer.global_step)

@@ -28,6 +28,15 @@ class EvaluationCallback(Callback, ABC):
         self.num_images = num_images
         self.num_samples = 0
 
+    @property
+    def num_measured(self) -> int:
+        """Images that take part, over all ranks."""
+        return min(self.num_images or self.num_samples, self.num_samples)
+
+    def settings(self) -> dict[str, Any]:
+        """What the numbers depend on, as JSON has it."""
+        return {"num_images": self.num_measured}
+
     def chosen(self, index: Tensor) -> Tensor:
         """Which samples of a batch take part, bool `[B]`: `num_images` of all, evenly spread, whoever has them."""
         if self.num_images is None or self.num_images >= self.num_samples:
@@ -40,8 +49,7 @@ class EvaluationCallback(Callback, ABC):
         if chosen.all() and self.num_images is None:
             return batch
         part = type(batch)(*(tensor[chosen] for tensor in batch))
-        num_images = min(self.num_images or self.num_samples, self.num_samples)
-        return part._replace(index=part.index * num_images // self.num_samples)
+        return part._replace(index=part.index * self.num_measured // self.num_samples)
 
     @abstractmethod
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,11 +94,18 @@ class EvaluationCallback(Callback, ABC):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs."""
         if not trainer.sanity_checking:
-            prefix = "test" if trainer.testing else "val"
-            values = {f"{prefix}/{name}": value for name, value in self.results().items()}
-            self.log_dict(values, sync_dist=True)  # equal on every rank already; this only says so
+            self.log_results(trainer)
 
-    on_test_epoch_end = on_validation_epoch_end
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs."""
+        self.log_results(trainer)
+
+    def log_results(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Logs the results, and returns them."""
+        prefix, values = "test" if trainer.testing else "val", self.results()
+        # Equal on every rank already; sync_dist only says so.
+        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, sync_dist=True)
+        return values
 
 
 def _num_samples(loaders: Any) -> int:

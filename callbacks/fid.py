@@ -1,61 +1,73 @@
-"""How far generated images lie from real ones as a distribution, watched during validation."""
+"""How far generated images lie from real ones as a distribution: rFID and its kin, the gFID suite, FD on VFMs."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.evaluation import EvaluationCallback
-from vfm_vae.metrics.distribution import FrechetDistance
-from vfm_vae.metrics.reconstruction import quantised
-from vfm_vae.metrics.reference import folder_features
+from vfm_vae.metrics.inception import Inception
+from vfm_vae.metrics.reconstruction import to_uint8
+from vfm_vae.metrics.reference import Reference, ReferenceImages, name_of
+from vfm_vae.metrics.suite import DistributionSuite
 from vfm_vae.types import Batch, EvaluationImages, LatentBatch
-from vfm_vae.vfm import FrozenVFM
+from vfm_vae.vfm import Frozen, FrozenVFM
 
 
-class FrechetDistanceCallback(EvaluationCallback):
-    """Logs the Fréchet distance between real and generated images on the features of a VFM.
+class DistributionCallback(EvaluationCallback):
+    """Logs Fréchet distances, Inception Score, precision and recall of the module's `evaluation_images`, after 8 bits.
 
-    The images are those of the module's `evaluation_images`, after 8 bits; the features are the VFM's pooled ones.
-    Logged as `val/fd_<vfm>`, the VFM's name without the tag of its weights: it can't be compared with FID, which is
-    measured on Inception's features, nor with other numbers of images. With a folder as reference its name is added,
-    `val/fd_<vfm>/<folder>`, since the two kinds of numbers can't be compared either.
+    With Inception as network and a reference, as for samples: `val/gfid`, `sfid`, `inception_score`, `precision`,
+    `recall`. Without a reference, as for reconstructions, which are compared with the very images they are of:
+    `val/rfid`, `rsfid`, `ris`. With a VFM as network: `val/fd_<vfm>`, the name without the tag of its weights, and
+    behind a reference's name `val/fd_<vfm>/<reference>`; such numbers are no FID. None can be compared with those of
+    another number of images.
 
     Args:
-        vfm: whose features are compared.
+        network: whose features are compared: `vfm_vae.metrics.inception.Inception` or `vfm_vae.vfm.FrozenVFM`.
         num_images: generate so many images, numbered evenly over the data set; null for as many as it has.
-        reference: folder of real images, `<reference>/<class>/*`, centre-cropped to `image_size`; null takes those of
-            the data that is validated.
-        image_size: side of the reference images in pixels.
+        reference: real images: an `.npz` such as ADM's, or a folder, `<reference>/<class>/*`, which is measured once;
+            null takes the images of the data that is validated.
+        image_size: side in pixels of the centre crops of a folder's images.
+        statistics: where to save what is measured of a folder; null for a file beside it.
+        precision_recall: measure these two; null does so on Inception's features with a reference.
 
     Raises:
-        ValueError: when validation starts, if the module has no `evaluation_images`, or gives no real ones.
+        ValueError: if the reference is missing; when validation starts, if the module has no `evaluation_images`, or
+            gives no real ones where there is no reference.
     """
 
     def __init__(
-        self, vfm: FrozenVFM, num_images: int | None = None, reference: str | None = None, image_size: int = 256
+        self,
+        network: Frozen,
+        num_images: int | None = None,
+        reference: str | None = None,
+        image_size: int = 256,
+        statistics: str | None = None,
+        precision_recall: bool | None = None,
     ) -> None:
         super().__init__(num_images)
-        self.vfm = vfm
-        self.name = f"fd_{vfm.name.split('.')[0]}"
-        self.reference, self.image_size = reference, image_size
-        if reference is not None:
-            self.name += f"/{Path(reference).name}"
-        self._reference_features: Tensor | None = None  # of this rank's part
-        self._metric: FrechetDistance | None = None
+        if not isinstance(network, Inception | FrozenVFM):
+            raise ValueError(f"network: Inception or a FrozenVFM; given {type(network).__name__}.")
+        self.network = network
+        self.reference = reference
+        self.precision_recall = precision_recall
+        if precision_recall is None:
+            self.precision_recall = reference is not None and isinstance(network, Inception)
+        self._images = ReferenceImages(reference, image_size, statistics) if reference else None
+        self._measured: Reference | None = None
+        self._suite: DistributionSuite | None = None
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves the VFM to the module's device; looks at the reference images, the first time."""
+        """Moves the network to the module's device; measures the reference, the first time."""
         if not isinstance(pl_module, EvaluationImages):
             raise ValueError(f"{type(pl_module).__name__} has no evaluation_images to measure.")
-        self.vfm.to(pl_module.device)
-        self._metric = FrechetDistance(self.vfm.width).to(pl_module.device)
-        if self.reference is None:
-            return
-        if self._reference_features is None:
-            part = (trainer.global_rank, trainer.world_size)
-            self._reference_features = folder_features(self.vfm, self.reference, self.image_size, part).features
-        self._metric.update(self._reference_features, real=True)
+        self.network.to(pl_module.device)
+        if self._images is not None and self._measured is None:
+            self._measured = self._images.load(self.network, self.precision_recall)
+        suite = DistributionSuite(self.network, self.num_measured, self._measured, self.precision_recall)
+        self._suite = suite.to(pl_module.device)
 
     def update(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> None:
         """Adds the features of both kinds of images."""
@@ -63,15 +75,27 @@ class FrechetDistanceCallback(EvaluationCallback):
         if not len(batch.index):
             return
         real, generated = pl_module.evaluation_images(batch)
-        self._metric.update(self.vfm(quantised(generated)).pooled, real=False)
-        if self.reference is not None:
-            return
-        if real is None:
-            raise ValueError(
-                f"reference: {type(pl_module).__name__} on this data has no real images to compare with; give a folder"
-            )
-        self._metric.update(self.vfm(quantised(real)).pooled, real=True)
+        self._suite.update(to_uint8(generated), batch.index)
+        if self._images is None:
+            if real is None:
+                raise ValueError(
+                    f"reference: {type(pl_module).__name__} on this data has no real images to compare with; give an "
+                    ".npz or a folder"
+                )
+            self._suite.update(to_uint8(real), batch.index, real=True)
 
     def results(self) -> dict[str, Tensor]:
-        """The distance."""
-        return {self.name: self._metric.compute()}
+        """Every number by its name."""
+        values = self._suite.compute()
+        if isinstance(self.network, Inception) or self.reference is None:
+            return values
+        return {f"{name}/{Path(self.reference).stem}": value for name, value in values.items()}
+
+    def settings(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        return {
+            "network": name_of(self.network),
+            "network_weights": self.network.fingerprint(),
+            "num_images": self.num_measured,
+            "reference": self.reference or "the images themselves",
+        }

@@ -1,14 +1,18 @@
-"""Whether samples show the classes that they were drawn for."""
+"""What a linear probe reads: the classes of samples, and what a model's features know of real images' classes."""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from callbacks.evaluation import EvaluationCallback
+from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.probe import LinearProbe
-from vfm_vae.metrics.reconstruction import MeanOverImages, quantised
+from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8, quantised
 from vfm_vae.metrics.reference import folder_features
-from vfm_vae.types import Batch, DrawsSamples, EvaluationImages, LatentBatch
+from vfm_vae.types import AlignmentFeatures, Batch, DrawsSamples, EvaluationImages, LatentBatch
 from vfm_vae.vfm import FrozenVFM
 
 
@@ -53,3 +57,84 @@ class ClassAccuracyCallback(EvaluationCallback):
     def results(self) -> dict[str, Tensor]:
         """The share of hits."""
         return {"class_accuracy": self._hits.compute()}
+
+
+class LinearProbeCallback(EvaluationCallback):
+    """Logs how well a linear classifier tells classes by features, as `val/probe/<feature>`: what does a model know?
+
+    The features are those of the module's `alignment_features` (a latent averaged over positions, a denoiser's blocks),
+    and the averaged patch tokens of VFMs beside them. For each a classifier is fitted to the training split without
+    augmentation, anew at every evaluation, and its top-1 accuracy is on validation images.
+
+    Args:
+        vfms: VFMs to compare with; they need images, not cached latents.
+        num_train_images: fit to so many images, spread evenly over the training split; null for all.
+        num_images: measure on so many images; null for all.
+        time: of the diffusion, where the module is a denoiser; null for 0.5.
+
+    Raises:
+        ValueError: when validation starts, if the module has no `alignment_features`, or VFMs have no images to see.
+    """
+
+    def __init__(
+        self,
+        vfms: Sequence[FrozenVFM] = (),
+        num_train_images: int | None = None,
+        num_images: int | None = None,
+        time: float | None = None,
+    ) -> None:
+        super().__init__(num_images)
+        if num_train_images is not None and num_train_images < 2:
+            raise ValueError(f"num_train_images: at least 2, or null for all; got {num_train_images}.")
+        self.vfms, self.num_train_images, self.time = list(vfms), num_train_images, time
+        self._train: DataLoader | None = None
+        self._probes: dict[str, LinearProbe] = {}
+        self._hits: dict[str, MeanOverImages] = {}
+
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the training images; nothing is fitted before all callbacks have started, averaged weights included."""
+        if not isinstance(pl_module, AlignmentFeatures):
+            raise ValueError(f"{type(pl_module).__name__} has no alignment_features to probe.")
+        self._probes, self._hits = {}, {}
+        self._train = trainer.datamodule.evaluation_dataloader("train")
+        for vfm in self.vfms:
+            vfm.to(pl_module.device)
+
+    def update(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> None:
+        """Judges a batch; fits before the first one."""
+        if not self._probes:
+            self._fit(pl_module)
+        chosen = self.chosen(batch.index)
+        for name, features in self._features(pl_module, batch).items():
+            hits = self._probes[name].predict(features[chosen]) == batch.labels[chosen]
+            self._hits[name].update(hits.float())
+
+    def _fit(self, pl_module: LightningModule) -> None:
+        """Fits to the training features of all ranks; every rank comes to the same classifiers."""
+        stores: dict[str, FeatureStore] = {}
+        wanted, size = self.num_train_images, len(self._train.dataset)
+        for batch in self._train:
+            batch = pl_module.trainer.strategy.batch_to_device(batch, pl_module.device)
+            chosen = batch.index >= 0
+            if wanted is not None:
+                chosen &= batch.index * min(wanted, size) % size < min(wanted, size)
+            named = self._features(pl_module, batch) | {"labels": batch.labels[:, None]}
+            for name, values in named.items():
+                store = stores.setdefault(name, FeatureStore().to(pl_module.device))
+                store.update(values[chosen], batch.index[chosen])
+        labels = stores.pop("labels").compute()[:, 0].long()
+        for name, store in stores.items():
+            self._probes[name] = LinearProbe(store.compute(), labels)
+            self._hits[name] = MeanOverImages().to(pl_module.device)
+
+    def _features(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> Mapping[str, Tensor]:
+        features = dict(pl_module.alignment_features(batch, self.time))
+        for vfm in self.vfms:
+            if not isinstance(batch, Batch):
+                raise ValueError("vfms: the data holds latents, so VFMs have no images to see; leave them out.")
+            features[vfm.name.split(".")[0]] = vfm(from_uint8(batch.images)).tokens.mean(1)  # [B, C]
+        return features
+
+    def results(self) -> dict[str, Tensor]:
+        """The accuracies."""
+        return {f"probe/{name}": hits.compute() for name, hits in self._hits.items()}

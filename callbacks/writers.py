@@ -4,8 +4,7 @@ Every rank writes its own part and nothing is kept in memory. Caches and samples
 """
 
 import json
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+from vfm_vae.data.archive import write_archive
 from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, measure_shards, write_shard
 from vfm_vae.metrics.reconstruction import to_uint8
 from vfm_vae.types import DrawsSamples, Encoded, MakesLatents, Samples
@@ -190,7 +190,7 @@ class SampleWriter(Callback):
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes how they are drawn, and by which weights: averaged ones stand in for the others by now."""
         trainer.predict_loop.return_predictions = False
-        keep_settings(trainer, self.directory / "samples.json", pl_module.sampling_settings())
+        keep_settings(trainer, self.directory / "samples.json", pl_module.evaluation_settings())
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Samples, *args: Any) -> None:
         """Writes the batch."""
@@ -208,7 +208,7 @@ class SampleWriter(Callback):
         if self.npz and trainer.is_global_zero and all(file.is_file() for file in files):
             labels = pl_module.sample_labels(torch.arange(num_samples))
             path = self.directory.with_name(f"{self.directory.name}.npz")
-            write_npz(path, files, labels.cpu().numpy())
+            write_archive(path, (np.asarray(Image.open(f)) for f in files), num_samples, arr_1=labels.cpu().numpy())
             rank_zero_info(f"{path}: {num_samples} samples")
 
     def _present(self) -> set[int]:
@@ -249,19 +249,3 @@ def write_images(directory: Path, images: Tensor, index: Tensor) -> None:
             partial = directory / f"{number:08d}.png.partial"
             Image.fromarray(picture).save(partial, format="png")
             partial.replace(partial.with_suffix(""))
-
-
-def write_npz(path: Path, files: Iterable[Path], labels: np.ndarray) -> None:
-    """Writes images of equal size as `arr_0`, uint8 `[N, H, W, 3]`, one at a time, and labels `[N]` as `arr_1`."""
-    files = list(files)
-    width, height = Image.open(files[0]).size
-    partial = path.with_name(f"{path.name}.partial")
-    with zipfile.ZipFile(partial, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), height, width, 3)}
-            np.lib.format.write_array_header_1_0(array, header)
-            for file in files:
-                array.write(np.asarray(Image.open(file)).tobytes())
-        with archive.open("arr_1.npy", "w") as array:
-            np.lib.format.write_array(array, labels)
-    partial.replace(path)

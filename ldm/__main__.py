@@ -1,8 +1,15 @@
 """`python -m ldm fit|validate|test|predict`: the diffusion models' command line."""
 
+import sys
+
+from ldm.evaluate import asks_for_files, main
 from ldm.module import DiffusionModule
-from vfm_vae.cli import run
+from vfm_vae.cli import run, short_errors
 from vfm_vae.data.datamodule import ImageNetDataModule
 
 if __name__ == "__main__":
-    run(DiffusionModule, ImageNetDataModule)
+    if asks_for_files(sys.argv[1:]):
+        with short_errors():
+            main()
+    else:
+        run(DiffusionModule, ImageNetDataModule)

@@ -18,7 +18,7 @@ from ldm import path
 from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
 from ldm.models.denoiser import Denoiser
-from ldm.normalization import LatentNormalization
+from ldm.normalization import LatentNormalization, check_tokenizer
 from ldm.samplers import Euler, Sampler
 from vfm_vae.data.latents import LatentDataset, LatentStatistics, RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
@@ -197,25 +197,45 @@ class DiffusionModule(LightningModule):
         self._log_losses("val")
 
     def test_step(self, batch: Batch | LatentBatch, batch_idx: int) -> None:
-        """Measures the loss."""
-        self.validation_step(batch, batch_idx)
+        """Measures the loss, but where the batch only numbers samples, which the callbacks look at."""
+        if isinstance(batch, LatentBatch) or batch.has_images:
+            self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         """Logs over all ranks."""
         self._log_losses("test")
 
     def _log_losses(self, stage: str) -> None:
+        if self.trainer.testing and self.trainer.datamodule.num_samples is not None:
+            return  # there was nothing but numbers of samples
         values = {f"{stage}/loss": self.val_loss.compute()} | self.val_loss_by_time.named(stage)
         self.log_dict(values, rank_zero_only=False)
         with torch.inference_mode(False):  # or training after `validate` could not go on with these states
             self.val_loss.reset()
             self.val_loss_by_time.reset()
 
+    @torch.no_grad()
+    def alignment_features(self, batch: Batch | LatentBatch, time: float | None = None) -> dict[str, Tensor]:
+        """Patch tokens after every block, averaged, `[B, D]`, as `block_01`, `block_02` and so on.
+
+        Args:
+            batch: Latents or images.
+            time: Of the noisy latents, which the denoiser sees without a label; 0.5 if not given.
+        """
+        noise = IndexedNoise("alignment", self.seed, batch.index, self.device)
+        shape = self.model.latent_shape
+        x = self.normalization(self._latents(batch, noise.normal(*shape)))
+        t = x.new_full((len(x),), 0.5 if time is None else time)
+        labels = torch.full_like(batch.labels, self.model.null_label)
+        features = self.model.block_features(path.interpolate(x, noise.normal(*shape), t), t, labels)
+        return {f"block_{number:02d}": values for number, values in enumerate(features, start=1)}
+
     def evaluation_images(self, batch: Batch | LatentBatch) -> tuple[Tensor | None, Tensor]:
         """Samples `[B, 3, H, W]` in [-1, 1], numbered like the batch, beside its images where it holds any."""
         if self._drawn is None or not torch.equal(self._drawn.index, batch.index):
             self._drawn = self.draw(batch.index)
-        return None if isinstance(batch, LatentBatch) else from_uint8(batch.images), self._drawn.images
+        has_images = isinstance(batch, Batch) and batch.has_images
+        return from_uint8(batch.images) if has_images else None, self._drawn.images
 
     def on_validation_batch_end(self, *_: Any) -> None:
         """Forgets the samples, after the callbacks have asked for them."""
@@ -272,7 +292,7 @@ class DiffusionModule(LightningModule):
         random = noise.integers(self.model.num_classes)
         return random if self.label_mode == "random" else index % self.model.num_classes
 
-    def sampling_settings(self) -> dict[str, Any]:
+    def evaluation_settings(self) -> dict[str, Any]:
         """All that samples depend on."""
         return {
             "sampler": {"class": type(self.sampler).__name__, **vars(self.sampler)},
@@ -325,7 +345,7 @@ class DiffusionModule(LightningModule):
                 f"data.root: the latents in {str(dataset.folder)!r} are {dataset.shape} (channels, rows, columns), but "
                 f"model.in_channels and input_size say {self.model.latent_shape}"
             )
-        _check_source(self.latent_source, dataset.tokenizer, f"data.root: the latents in {str(dataset.folder)!r} are")
+        check_tokenizer(self.latent_source, dataset.tokenizer, f"data.root: the latents in {str(dataset.folder)!r} are")
         self.latent_source = self.latent_source or dataset.tokenizer
         statistics = self.trainer.datamodule.latent_statistics
         if statistics is not None and not self.normalization.is_known:
@@ -374,7 +394,7 @@ class DiffusionModule(LightningModule):
         """
         if "tokenizer" not in checkpoint:
             raise ValueError("ckpt_path: this is no checkpoint of a diffusion model")
-        _check_source(checkpoint["tokenizer"], self.latent_source, "ckpt_path: data and tokenizer at hand are")
+        check_tokenizer(checkpoint["tokenizer"], self.latent_source, "ckpt_path: data and tokenizer at hand are")
         stored = LatentStatistics(*(checkpoint["state_dict"][f"normalization.{name}"] for name in ("mean", "std")))
         if stored.mean.shape != self.normalization.mean.shape:
             raise ValueError(
@@ -389,13 +409,3 @@ class DiffusionModule(LightningModule):
         self.images_seen = checkpoint["images_seen"]
         self.skipped_steps = checkpoint["skipped_steps"]
         self.latent_source = self.latent_source or checkpoint["tokenizer"]
-
-
-def _check_source(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None, what: str) -> None:
-    """Compares two tokenizers by what makes their latents; nothing is said of one that is not known."""
-    if expected is None or found is None or expected["fingerprint"] == found["fingerprint"]:
-        return
-    raise ValueError(
-        f"{what} of another tokenizer ({found['vfm']}, {found['fingerprint'][:12]}…) than was expected "
-        f"({expected['vfm']}, {expected['fingerprint'][:12]}…); latents of two tokenizers can't be mixed"
-    )

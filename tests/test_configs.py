@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -11,8 +12,11 @@ from ldm.models.lightningdit import SIZES
 from ldm.module import DiffusionModule
 from vfm_vae.cli import CLI
 from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.data.transforms import CentreCrop, ResizeAndCrop
+from vfm_vae.metrics.inception import Inception, InceptionNetwork
 from vfm_vae.module import TokenizerModule
 from vfm_vae.types import Batch
+from vfm_vae.vfm import create_vit
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -147,6 +151,63 @@ def test_caches_build(name):
     assert callback(cli, "LatentWriter").dtype == "float32"
 
 
+@pytest.fixture
+def offline_networks(monkeypatch):
+    """Measuring networks with random weights; what they are asked for is noted."""
+    asked = []
+
+    def random_vit(name, *, weights=None, pretrained=True, **kwargs):
+        asked.append(name)
+        return create_vit(name, pretrained=False, **kwargs)
+
+    monkeypatch.setattr("vfm_vae.vfm.create_vit", random_vit)
+    monkeypatch.setattr("vfm_vae.metrics.inception._load", lambda weights: (InceptionNetwork(), "random"))
+    return asked
+
+
+@pytest.mark.parametrize("name", ["test", "test_published"])
+def test_evaluation_of_tokenizers_builds(name, vgg, offline_networks):
+    configs = ("vfm_vae/base.yaml", "vfm_vae/weak.yaml", f"vfm_vae/{name}.yaml", "data/imagenet.yaml")
+    with torch.device("meta"):
+        cli = build(*configs, "trainer/cpu.yaml", options=[*OFFLINE, *vgg], command="test")
+    distribution, cknna = callback(cli, "DistributionCallback"), callback(cli, "CKNNACallback")
+    assert isinstance(distribution.network, Inception) and distribution.reference is None
+    assert any("dinov2" in name for name in offline_networks) and cknna.num_images == 10_000
+    published = name == "test_published"
+    assert cknna.se_cknna == ("published" if published else "each")
+    assert (cli.model.evaluate, cli.model.rounding) == (("sample", "truncate") if published else ("mode", "round"))
+    assert isinstance(cli.datamodule.evaluation_transform, ResizeAndCrop if published else CentreCrop)
+    assert callback(cli, "EMA") and callback(cli, "Report").name == name
+
+
+def test_evaluation_of_diffusion_models_builds(offline_networks, tmp_path):
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
+    config = (CONFIGS / "ldm/test.yaml").read_text().replace("data/VIRTUAL_imagenet256_labeled.npz", str(reference))
+    (tmp_path / "test.yaml").write_text(config)
+    configs = ("ldm/lightningdit.yaml", "ldm/epochs64.yaml", tmp_path / "test.yaml", "data/latents.yaml")
+    with torch.device("meta"):
+        cli = build_ldm(*configs, "trainer/cpu.yaml", command="test")
+    assert cli.datamodule.num_samples == 50_000
+    assert callback(cli, "DistributionCallback").precision_recall
+    with torch.device("meta"), pytest.raises(ValueError, match="reference: nothing at 'data/VIRTUAL_imagenet256"):
+        build_ldm("ldm/lightningdit.yaml", "ldm/epochs64.yaml", "ldm/test.yaml", "data/latents.yaml", command="test")
+
+
+def test_alignment_of_blocks_builds(offline_networks, photos, tmp_path):
+    config = (CONFIGS / "ldm/cknna.yaml").read_text().replace("data/imagenet/val", str(photos / "val"))
+    (tmp_path / "cknna.yaml").write_text(config)
+    size = "ldm/size/b.yaml"  # a folder of images can't be on the meta device
+    cli = build_ldm("ldm/lightningdit.yaml", "ldm/epochs64.yaml", size, "data/latents.yaml", tmp_path / "cknna.yaml")
+    assert callback(cli, "CKNNACallback").times == [0.5] and callback(cli, "SampleImages")
+
+
+def test_evaluation_of_the_demo_builds():
+    cli = build("demo/tokenizer.yaml", "demo/weak.yaml", "demo/weak_test.yaml", "trainer/cpu.yaml", command="test")
+    assert callback(cli, "CKNNACallback").se_cknna == "each"
+    assert callback(cli, "LinearProbeCallback") and callback(cli, "RobustnessCallback")
+
+
 def test_every_config_is_covered_here():
     seen = {"data/imagenet.yaml", "data/photos.yaml", "demo/tokenizer.yaml", "demo/strong.yaml", "demo/weak.yaml"}
     seen |= {"vfm_vae/base.yaml", "vfm_vae/strong.yaml", "vfm_vae/weak.yaml", "vfm_vae/vfm/dinov2_large.yaml"}
@@ -154,7 +215,8 @@ def test_every_config_is_covered_here():
     seen |= {"ldm/lightningdit.yaml", "ldm/samples.yaml", *(f"ldm/{run}.yaml" for run in RUNS)}
     seen |= {f"ldm/size/{size}.yaml" for size in ("b", "l", "1p0b", "1p6b")}
     seen |= {"data/latents.yaml", "data/imagenet_centre.yaml", "demo/latents.yaml", "vfm_vae/latents.yaml"}
-    seen |= {"demo/ldm.yaml", "demo/ldm_train.yaml", "demo/ldm_guided.yaml"}
+    seen |= {"demo/ldm.yaml", "demo/ldm_train.yaml", "demo/ldm_guided.yaml", "demo/weak_test.yaml"}
+    seen |= {"vfm_vae/test.yaml", "vfm_vae/test_published.yaml", "ldm/test.yaml", "ldm/cknna.yaml"}
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == seen
 
 

@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 
 from callbacks.cknna import CKNNACallback
 from callbacks.ema import EMA
-from callbacks.fid import FrechetDistanceCallback
+from callbacks.fid import DistributionCallback
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.losses.objective import Objective
@@ -58,7 +58,7 @@ trainer = Trainer(
     enable_model_summary=False,
     num_sanity_val_steps=0,
     limit_val_batches=1.0,
-    callbacks=[EMA(), CKNNACallback([FrozenVFM(name)], k=5), FrechetDistanceCallback(FrozenVFM(name))],
+    callbacks=[EMA(), CKNNACallback([FrozenVFM(name)], k=5), DistributionCallback(FrozenVFM(name))],
 )
 data = ImageNetDataModule(photos, image_size=64, batch_size=8, val_batch_size=6, num_workers=0)
 metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
@@ -78,7 +78,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from callbacks.ema import EMA
-from callbacks.fid import FrechetDistanceCallback
+from callbacks.fid import DistributionCallback
 from callbacks.probe import ClassAccuracyCallback
 from callbacks.writers import LatentWriter, SampleWriter
 from ldm.guidance import Guidance
@@ -130,7 +130,7 @@ denoiser = LightningDiT(4, 8, 2, 2, 32, 2, num_classes=13)
 frozen = Tokenizer(tokenizer)
 module = DiffusionModule(denoiser, partial(torch.optim.AdamW, lr=1e-3), Euler(4), Guidance(2.0), frozen)
 data = ImageNetDataModule(cache, source="latents", batch_size=8, val_batch_size=6, num_workers=0, num_samples=10)
-watch = [FrechetDistanceCallback(FrozenVFM(name), 20, f"{photos}/val", 64)]
+watch = [DistributionCallback(FrozenVFM(name), 20, f"{photos}/val", 64)]
 watch += [ClassAccuracyCallback(FrozenVFM(name), f"{photos}/train", 64)]
 metrics = trainer(*watch).validate(module, datamodule=data, verbose=False)[0]
 samples = out / f"samples{devices}"

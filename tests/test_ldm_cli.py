@@ -37,9 +37,9 @@ trainer:
   callbacks:
   - class_path: callbacks.ema.EMA
     init_args: {decay: 0.9}
-  - class_path: callbacks.fid.FrechetDistanceCallback
+  - class_path: callbacks.fid.DistributionCallback
     init_args:
-      vfm: {class_path: vfm_vae.vfm.FrozenVFM, init_args: {name: vit_photos_patch8_64}}
+      network: {class_path: vfm_vae.vfm.FrozenVFM, init_args: {name: vit_photos_patch8_64}}
       num_images: 10
       reference: photos/train
       image_size: 64

@@ -2,6 +2,9 @@
 
 import os
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jsonargparse import ArgumentError
@@ -10,6 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 DEBUG = "VFM_VAE_DEBUG"
+PACKAGES = ("vfm_vae", "ldm", "callbacks")
 
 
 class SaveTrainingConfig(SaveConfigCallback):
@@ -34,16 +38,13 @@ class CLI(LightningCLI):
 
 
 def run(module: type[LightningModule], datamodule: type[LightningDataModule]) -> None:
-    """Runs `fit`, `validate`, `test` or `predict` from the command line.
-
-    Mistakes in configs and data end with one line on stderr and exit code 2; the environment variable `VFM_VAE_DEBUG`
-    brings the traceback back.
+    """Runs `fit`, `validate`, `test` or `predict` from the command line, with `short_errors`.
 
     Args:
         module: The LightningModule that the configs fill in.
         datamodule: The LightningDataModule that they fill in.
     """
-    try:
+    with short_errors():
         CLI(
             module,
             datamodule,
@@ -54,8 +55,30 @@ def run(module: type[LightningModule], datamodule: type[LightningDataModule]) ->
             # Rerunning a stage in its folder is how it is resumed.
             save_config_kwargs={"overwrite": True},
         )
+
+
+@contextmanager
+def short_errors() -> Iterator[None]:
+    """Ends mistakes in options and data with one line on stderr and exit code 2.
+
+    The environment variable `VFM_VAE_DEBUG` brings the traceback back.
+    """
+    try:
+        yield
     except (ArgumentError, MisconfigurationException, ValueError) as error:
         if os.environ.get(DEBUG):
             raise
-        print(f"error: {' '.join(str(error).split())}\n({DEBUG}=1 shows the traceback)", file=sys.stderr)
+        print(f"error: {' '.join(str(_named_by_us(error)).split())}\n({DEBUG}=1 shows the traceback)", file=sys.stderr)
         sys.exit(2)
+
+
+def _named_by_us(error: BaseException) -> BaseException:
+    """The mistake that one of our parts found, without what the parser, which called it, says around it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = list(traceback.walk_tb(cause.__traceback__))
+        raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+        if raised_in.partition(".")[0] in PACKAGES:
+            return cause
+        cause = cause.__cause__
+    return error

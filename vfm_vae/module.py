@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -19,21 +19,13 @@ from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.losses.objective import Objective
-from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics, from_uint8
+from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics, Rounding, from_uint8, quantised
 from vfm_vae.modules.equivariance import EquivarianceRegularizer
 from vfm_vae.modules.resize import resize
 from vfm_vae.stages import read_stage
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Batch, Decoded, Encoded, WeightAverage
-from vfm_vae.vfm import check_vfm, vfm_identity
-
-
-class Evaluation(NamedTuple):
-    """What one evaluated batch is asked for, more than once."""
-
-    images: Tensor
-    latent: Tensor
-    decoded: Decoded
+from vfm_vae.vfm import check_vfm, sha256_of, vfm_identity
 
 
 class TokenizerModule(LightningModule):
@@ -51,6 +43,8 @@ class TokenizerModule(LightningModule):
         init_from: Checkpoint of the former stage: weights, discriminator, averages and the image counter are carried
             over, optimisers start fresh.
         evaluate: Which latent is decoded in evaluation: the posterior's mode, or a sample as published numbers do.
+        rounding: How reconstructions become 8-bit images before they are measured: `round`, or `truncate` as in
+            published numbers.
         predict: What prediction returns: `reconstructions`; or, for a cache, `latents`, a posterior sample of each
             image and of its mirror image; or the `moments` of the posterior, mean then standard deviation.
         seed: Of every step's randomness.
@@ -75,6 +69,7 @@ class TokenizerModule(LightningModule):
         max_images: int = -1,
         init_from: str | None = None,
         evaluate: Literal["mode", "sample"] = "mode",
+        rounding: Rounding = "round",
         predict: Literal["reconstructions", "latents", "moments"] = "reconstructions",
         seed: int = 0,
         accumulate_grad_batches: int = 1,
@@ -96,7 +91,7 @@ class TokenizerModule(LightningModule):
         self.guard = guard or NonFiniteGuard()
         self.max_images = max_images
         self.init_from = init_from
-        self.evaluate = evaluate
+        self.evaluate, self.rounding = evaluate, rounding
         self.predict = predict
         self.seed = seed
         self.accumulate_grad_batches = accumulate_grad_batches
@@ -105,7 +100,8 @@ class TokenizerModule(LightningModule):
         self.images_seen = 0
         self._refused = False
         self._average: Mapping[str, Any] | None = None
-        self._evaluated: tuple[Batch, Evaluation] | None = None
+        self._evaluated: tuple[Batch, Tensor] | None = None  # reconstructions of the batch at hand
+        self._encoded: tuple[Batch, Tensor] | None = None
         perceptual = objective.perceptual_loss
         self.val_metrics = ReconstructionMetrics({perceptual.name: perceptual} if perceptual is not None else None)
         self.val_thumbnail = PSNR()
@@ -211,24 +207,39 @@ class TokenizerModule(LightningModule):
         with torch.no_grad():
             return self.model.decode(self.model.encode(from_uint8(batch.images)).mode())
 
+    @torch.no_grad()
+    def latents(self, batch: Batch) -> Tensor:
+        """The latents that evaluation looks at, `[B, C, h, w]`; encodes a batch once, however many ask for it."""
+        if self._encoded is None or self._encoded[0] is not batch:
+            posterior = self.model.encode(from_uint8(batch.images))
+            noise = IndexedNoise("evaluation", self.seed, batch.index, self.device)
+            sampled = self.evaluate == "sample"
+            latents = posterior.sample(noise.normal(*posterior.mean.shape[1:])) if sampled else posterior.mode()
+            self._encoded = batch, latents
+        return self._encoded[1]
+
     def alignment_features(self, batch: Batch, time: float | None = None) -> dict[str, Tensor]:
         """The latent, averaged over positions, `[B, C]`; `time` is for diffusion models."""
-        return {"latent": self._evaluation(batch).latent.mean(dim=(2, 3))}
-
-    def evaluation_images(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Images and their reconstructions, `[B, 3, H, W]` in [-1, 1]."""
-        evaluation = self._evaluation(batch)
-        return evaluation.images, evaluation.decoded.image.clamp(-1, 1)
+        return {"latent": self.latents(batch).mean(dim=(2, 3))}
 
     @torch.no_grad()
-    def _evaluation(self, batch: Batch) -> Evaluation:
-        """Encodes and decodes a batch once, however many ask for it."""
+    def evaluation_images(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images and their reconstructions after 8 bits, `[B, 3, H, W]` in [-1, 1]; decodes a batch once."""
         if self._evaluated is None or self._evaluated[0] is not batch:
-            images = from_uint8(batch.images)
-            posterior = self.model.encode(images)
-            latent = posterior.mode() if self.evaluate == "mode" else posterior.sample()
-            self._evaluated = batch, Evaluation(images, latent, self.model.decode(latent))
-        return self._evaluated[1]
+            self._evaluated = batch, quantised(self.model.decode(self.latents(batch)).image, self.rounding)
+        return from_uint8(batch.images), self._evaluated[1]
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """All that measured numbers depend on."""
+        return {
+            "latent": self.evaluate,
+            "rounding": self.rounding,
+            "seed": self.seed,
+            "tokenizer": self.latent_identity(),
+            "precision": self.trainer.precision,
+            "images_seen": self.images_seen,
+            "weights": sha256_of(self.model.state_dict()),
+        }
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measures reconstructions."""
@@ -240,7 +251,7 @@ class TokenizerModule(LightningModule):
 
     def on_validation_batch_end(self, *_: Any) -> None:
         """Forgets the batch, after the callbacks have asked for it."""
-        self._evaluated = None
+        self._evaluated = self._encoded = None
 
     on_test_batch_end = on_validation_batch_end
 

@@ -25,6 +25,11 @@ class Batch(NamedTuple):
         """Which samples are no padding, bool `[B]`."""
         return self.index >= 0
 
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images, or only the numbers of samples that are to be drawn (images are then empty)."""
+        return self.images.shape[-1] > 0
+
 
 class LatentBatch(NamedTuple):
     """What the DataModule yields where the images were encoded beforehand.
@@ -148,6 +153,14 @@ class EvaluationImages(Protocol):
 
 
 @runtime_checkable
+class EncodesImages(Protocol):
+    """A module that encodes images of several sizes, deterministically for each image's index."""
+
+    def latents(self, batch: Batch) -> Tensor:
+        """Latents of a batch, as evaluation uses them, `[B, C, h, w]`."""
+
+
+@runtime_checkable
 class Reconstructs(Protocol):
     """A module that encodes and decodes images."""
 
@@ -185,8 +198,16 @@ class DrawsSamples(Protocol):
     def sample_labels(self, index: Tensor) -> Tensor:
         """The classes that the module chooses for samples, `[B]`."""
 
-    def sampling_settings(self) -> Mapping[str, Any]:
+    def evaluation_settings(self) -> Mapping[str, Any]:
         """All that samples depend on, as JSON has it."""
+
+
+@runtime_checkable
+class HasEvaluationSettings(Protocol):
+    """A module that can say under what conditions it is measured."""
+
+    def evaluation_settings(self) -> Mapping[str, Any]:
+        """All that measured numbers depend on, as JSON has it."""
 
 
 @runtime_checkable

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 
@@ -12,7 +13,14 @@ class Denoiser(nn.Module, ABC):
         in_channels: Channels C of the latent.
         input_size: Sides (h, w) of the latent, or one number for a square.
         num_classes: Labels; one more, `null_label`, stands for no label.
+
+    Attributes:
+        blocks: The transformer's blocks, each from tokens to tokens `[B, prefix + N, D]`; subclasses make them.
+        num_prefix_tokens: Tokens in front of those of patches.
     """
+
+    blocks: nn.ModuleList
+    num_prefix_tokens = 0
 
     def __init__(self, in_channels: int, input_size: int | tuple[int, int], num_classes: int):
         super().__init__()
@@ -33,3 +41,19 @@ class Denoiser(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity `[B, C, h, w]` of `x: [B, C, h, w]` at times `t: [B]` in [0, 1] for labels `y`, int64 `[B]`."""
+
+    @torch.no_grad()
+    def block_features(self, x: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:
+        """Patch tokens after every block, averaged, float32 `[B, D]` each; arguments as of `forward`."""
+        features: list[Tensor] = []
+
+        def keep(block: nn.Module, args: tuple[Tensor, ...], tokens: Tensor) -> None:
+            features.append(tokens[:, self.num_prefix_tokens :].float().mean(1))
+
+        hooks = [block.register_forward_hook(keep) for block in self.blocks]
+        try:
+            self.forward(x, t, y)  # not a compiled form, which may not know of hooks
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return features

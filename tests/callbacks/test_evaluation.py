@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from callbacks.cknna import CKNNACallback
-from callbacks.fid import FrechetDistanceCallback
+from callbacks.fid import DistributionCallback
 from vfm_vae.metrics.alignment import cknna, prepare_features
 from vfm_vae.metrics.distribution import frechet_distance
 from vfm_vae.metrics.reconstruction import from_uint8, quantised
@@ -68,14 +68,14 @@ def test_features_are_named_even_where_no_image_is_chosen(module, data, trainer)
     skipped = [i for i in range(5) if i * 6 % 13 >= 6]
     with torch.no_grad():
         callback.update(module, type(batch)(*(field[skipped] for field in batch)))
-    assert {feature for feature, _ in callback._metrics} == {"latent", "pixels"}
-    with pytest.warns(UserWarning, match="got 0 samples"):
+    assert set(callback._stores) == {"cknna/latent", "cknna/pixels"}
+    with pytest.warns(UserWarning, match="more images than 0"):
         assert callback.results()["cknna/latent"].isnan()
 
 
 def test_frechet_distance_is_logged_by_the_vfms_name(module, padded_data, trainer, expected):
     vfm = small_vfm()
-    run = trainer(FrechetDistanceCallback(vfm))
+    run = trainer(DistributionCallback(vfm))
     run.validate(module, padded_data, verbose=False)
     real, fake = (vfm(quantised(expected[key])).pooled.double() for key in ("images", "fake"))
     by_hand = frechet_distance(real.mean(0), real.T.cov(), fake.mean(0), fake.T.cov()).item()
@@ -83,7 +83,7 @@ def test_frechet_distance_is_logged_by_the_vfms_name(module, padded_data, traine
 
 
 def test_the_check_before_training_measures_nothing(module, data, trainer):
-    run = trainer(CKNNACallback([small_vfm()], k=4), FrechetDistanceCallback(small_vfm()), num_sanity_val_steps=1)
+    run = trainer(CKNNACallback([small_vfm()], k=4), DistributionCallback(small_vfm()), num_sanity_val_steps=1)
     run.fit(module, data)
     assert "val/cknna/latent" not in run.callback_metrics
     run = trainer(CKNNACallback([small_vfm()], k=4), num_sanity_val_steps=1, val_check_interval=3, max_steps=3)
@@ -92,7 +92,7 @@ def test_the_check_before_training_measures_nothing(module, data, trainer):
 
 
 def test_measuring_stays_out_of_checkpoints(module, data, trainer, tmp_path):
-    run = trainer(CKNNACallback([small_vfm()], k=4), FrechetDistanceCallback(small_vfm()), val_check_interval=3)
+    run = trainer(CKNNACallback([small_vfm()], k=4), DistributionCallback(small_vfm()), val_check_interval=3)
     run.fit(module, data)
     run.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -114,7 +114,7 @@ def test_what_is_missing_is_named(module, data, trainer):
             return None, batch.images / 127.5 - 1
 
     with pytest.raises(ValueError, match="has no real images"):
-        trainer(FrechetDistanceCallback(small_vfm())).validate(Samples(), data, verbose=False)
+        trainer(DistributionCallback(small_vfm())).validate(Samples(), data, verbose=False)
 
 
 def test_configuration_files_can_name_the_references():
@@ -128,6 +128,6 @@ def test_configuration_files_can_name_the_references():
         "class_path": "vfm_vae.vfm.FrozenVFM",
         "init_args": {"name": "vit_tiny_patch16_224", "pretrained": False, "model_args": {"depth": 1}},
     }
-    for path, arguments in (("cknna.CKNNACallback", {"vfms": [vfm]}), ("fid.FrechetDistanceCallback", {"vfm": vfm})):
+    for path, arguments in (("cknna.CKNNACallback", {"vfms": [vfm]}), ("fid.DistributionCallback", {"network": vfm})):
         config = parser.parse_object({"callback": {"class_path": f"callbacks.{path}", "init_args": arguments}})
         assert isinstance(parser.instantiate(config).callback, EvaluationCallback)

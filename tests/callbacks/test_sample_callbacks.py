@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from safetensors.torch import load_file
 
-from callbacks.fid import FrechetDistanceCallback
+from callbacks.fid import DistributionCallback
 from callbacks.images import SampleImages
 from callbacks.probe import ClassAccuracyCallback
 from callbacks.writers import LatentWriter, SampleWriter, keep_settings
@@ -55,7 +55,7 @@ class Painter(LightningModule):
     def evaluation_images(self, batch):
         return None, self.draw(batch.index).images
 
-    def sampling_settings(self):
+    def evaluation_settings(self):
         return {"seed": 0, "weights": self.bias.item()}
 
     def validation_step(self, batch, batch_idx):
@@ -76,7 +76,7 @@ def photos_data(photos, **kwargs):
 
 def test_distance_to_a_folder(painter, photos, trainer):
     vfm = FrozenVFM(VFM)
-    callback = FrechetDistanceCallback(vfm, num_images=20, reference=str(photos / "train"), image_size=64)
+    callback = DistributionCallback(vfm, num_images=20, reference=str(photos / "train"), image_size=64)
     run = trainer(callback)
     run.validate(painter, photos_data(photos), verbose=False)
     assert painter.drawn == 20
@@ -91,7 +91,7 @@ def test_distance_to_a_folder(painter, photos, trainer):
 @pytest.mark.parametrize(("num_images", "num_samples"), [(20, 26), (13, 26), (7, 10), (None, 26)])
 def test_chosen_samples_are_numbered_without_gaps(num_images, num_samples):
     """Whatever is chosen, balanced labels stay balanced."""
-    callback = FrechetDistanceCallback(FrozenVFM(VFM), num_images)
+    callback = DistributionCallback(FrozenVFM(VFM), num_images)
     callback.num_samples = num_samples
     index = torch.cat([torch.arange(num_samples), torch.tensor([-1])])
     parts = [callback.select(LatentBatch(part, part, part)) for part in index.split(4)]

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vfm_vae.data.transforms import CentreCrop, RandomCrop, to_rgb, to_tensor
+from vfm_vae.data.transforms import CentreCrop, RandomCrop, ResizeAndCrop, to_rgb, to_tensor
 
 
 def ramp(width, height):
@@ -86,3 +86,12 @@ def test_bad_arguments_are_refused():
         RandomCrop(16, min_crop=0)
     with pytest.raises(ValueError, match="resampling: lanczos or bicubic, given 'nearest'"):
         RandomCrop(16, resampling="nearest")
+
+
+@pytest.mark.parametrize("size", [(40, 30), (21, 50), (16, 16)])
+def test_the_published_crop_is_torchvisions(size):
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    theirs = Compose([Resize(16, InterpolationMode.BILINEAR), CenterCrop(16)])(Image.fromarray(pixels))
+    assert torch.equal(ResizeAndCrop(16)(Image.fromarray(pixels)), to_tensor(theirs))

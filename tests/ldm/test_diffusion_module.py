@@ -336,3 +336,48 @@ def test_a_checkpoint_is_validated_on_validation_latents_alone(
     assert alone == trainer().validate(diffusion(), datamodule=latents(), **options)[0]
     with pytest.raises(ValueError, match="ckpt_path: without a checkpoint the statistics"):
         trainer().validate(diffusion(), datamodule=latents(root=tmp_path / "alone"), verbose=False)
+
+
+def test_block_features_are_patch_averages_at_a_fixed_noise(diffusion, latents, trainer, cache):
+    module, data = diffusion(), latents()
+    for parameter in module.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    trainer(max_steps=1).fit(module, datamodule=data)
+    module.eval()
+    batch = next(iter(data.val_dataloader()))
+    features = module.alignment_features(batch, 0.7)
+    assert list(features) == ["block_01", "block_02"] and features["block_02"].shape == (5, 32)
+    alone = module.alignment_features(LatentBatch(*(tensor[3:4] for tensor in batch)), 0.7)
+    torch.testing.assert_close(alone["block_02"], features["block_02"][3:4], rtol=1e-4, atol=1e-5)
+    half = module.alignment_features(batch)
+    assert torch.equal(half["block_01"], module.alignment_features(batch, 0.5)["block_01"])
+    assert not torch.equal(half["block_01"], features["block_01"])
+    unlabelled = module.alignment_features(batch._replace(labels=batch.labels * 0), 0.7)
+    assert torch.equal(unlabelled["block_02"], features["block_02"])
+    # At t = 1 there is no noise: the first block's tokens, by hand.
+    z = module.normalization(batch.latents)
+    model, t = module.model, torch.ones(5)
+    with torch.no_grad():
+        condition = torch.nn.functional.silu(model.time_embed(t) + model.label_embed(torch.full((5,), 3)))
+        tokens = model.blocks[0](model.patch_embed(z) + model.position, condition, (model.rotary_cos, model.rotary_sin))
+    torch.testing.assert_close(module.alignment_features(batch, 1.0)["block_01"], tokens.mean(1))
+    assert not model.blocks[0]._forward_hooks
+
+
+def test_a_test_of_samples_draws_as_many_as_asked_for(diffusion, latents, trainer, interrupted):
+    module = diffusion()
+    drawn = []
+
+    class Watch(Callback):
+        def on_test_batch_end(self, trainer, pl_module, outputs, batch, *_):
+            assert not batch.has_images
+            drawn.extend(pl_module.draw(batch.index[batch.real], decode=False).index.tolist())
+
+    run = trainer(callbacks=[EMA(decay=0.9), Watch()])
+    (metrics,) = run.test(module, datamodule=latents(num_samples=17), ckpt_path=interrupted, verbose=False) or [{}]
+    assert drawn == list(range(17))
+    assert "test/loss" not in metrics  # there are no latents to measure it on
+    (metrics,) = trainer(callbacks=[EMA(decay=0.9)]).test(
+        module, datamodule=latents(), ckpt_path=interrupted, verbose=False
+    )
+    assert metrics["test/loss"] > 0

@@ -1,12 +1,23 @@
-"""CKNNA against its definition, written down with full matrices."""
+"""CKNNA, mutual neighbours and CKA against their definitions, written down with full matrices."""
 
 import math
 
 import pytest
 import torch
+from torch import distributed, multiprocessing
 
-from vfm_vae.metrics import alignment
-from vfm_vae.metrics.alignment import CKNNA, cknna, prepare_features
+from vfm_vae.metrics import alignment, neighbours
+from vfm_vae.metrics.alignment import (
+    CKNNA,
+    FeatureStore,
+    cka,
+    cknna,
+    cknna_of_neighbours,
+    hsic,
+    mutual_knn,
+    prepare_features,
+)
+from vfm_vae.metrics.neighbours import nearest_neighbours
 
 
 def dense_cknna(a, b, k, unbiased):
@@ -36,6 +47,25 @@ def dense_cknna(a, b, k, unbiased):
     return align(kernel_a, kernel_b) / ((align(kernel_a, kernel_a) * align(kernel_b, kernel_b)).sqrt() + 1e-6)
 
 
+def dense_mutual_knn(a, b, k):
+    near = []
+    for x in (a.double(), b.double()):
+        order = (x @ x.T).fill_diagonal_(-math.inf).sort(dim=1, descending=True, stable=True).indices
+        near.append([set(row) for row in order[:, :k].tolist()])
+    return sum(len(one & other) for one, other in zip(*near, strict=True)) / (len(a) * k)
+
+
+def dense_hsic(a, b, unbiased):
+    n = len(a)
+    kernel_a, kernel_b = (x.double() @ x.double().T for x in (a, b))
+    if not unbiased:
+        h = torch.eye(n, dtype=torch.float64) - 1 / n
+        return torch.trace(kernel_a @ h @ kernel_b @ h)
+    kernel_a, kernel_b = (kernel.fill_diagonal_(0) for kernel in (kernel_a, kernel_b))
+    sums = kernel_a.sum() * kernel_b.sum() / ((n - 1) * (n - 2)) - 2 * (kernel_a @ kernel_b).sum() / (n - 2)
+    return ((kernel_a * kernel_b).sum() + sums) / (n * (n - 3))
+
+
 def related_features(n=120, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(n, 8, generator=generator)
@@ -48,7 +78,7 @@ def related_features(n=120, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("n, k", [(120, 10), (120, 1), (33, 32), (4, 3)])
 @pytest.mark.parametrize("rows", [512, 7])
 def test_equals_the_definition(monkeypatch, n, k, unbiased, rows):
-    monkeypatch.setattr(alignment, "_BLOCK_ROWS", rows)
+    monkeypatch.setattr(neighbours, "_TILE_ROWS", rows)
     a, b = related_features(n)
     expected = dense_cknna(a, b, k, unbiased).item()
     assert cknna(a, b, k, unbiased).item() == pytest.approx(expected, abs=1e-5, nan_ok=True)
@@ -64,7 +94,7 @@ def test_bfloat16_features_are_compared_in_float32():
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("rows", [512, 16])
 def test_of_equally_near_neighbours_the_first_are_taken(monkeypatch, unbiased, rows):
-    monkeypatch.setattr(alignment, "_BLOCK_ROWS", rows)
+    monkeypatch.setattr(neighbours, "_TILE_ROWS", rows)
     generator = torch.Generator().manual_seed(0)
     # Small integers: inner products are exact, and hardly a row is without ties.
     a, b = (torch.randint(-2, 3, (90, 4), generator=generator).float() for _ in range(2))
@@ -79,10 +109,62 @@ def test_same_features_align_perfectly_and_unrelated_ones_do_not():
     assert abs(cknna(a, related_features(300, seed=5)[1]).item()) < 0.1
 
 
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_neighbours_are_searched_once_for_many_comparisons(unbiased):
+    a, b = related_features()
+    near_a, near_b = (nearest_neighbours(x, 10, exclude_self=unbiased) for x in (a, b))
+    assert torch.equal(cknna_of_neighbours(near_a, near_b, unbiased), cknna(a, b, 10, unbiased))
+    assert torch.equal(cknna_of_neighbours(near_b, near_a, unbiased), cknna(b, a, 10, unbiased))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mutual_neighbours_equal_the_definition(dtype):
+    a, b = (x.to(dtype) for x in related_features())
+    for k in (1, 10, 119):
+        share = mutual_knn(a, b, k)
+        assert share.dtype == torch.float32 and share.shape == ()
+        assert share.item() == pytest.approx(dense_mutual_knn(a, b, k), rel=1e-6)
+    assert mutual_knn(a, a) == 1
+    assert mutual_knn(a, b, 119) == 1
+
+
+def test_mutual_neighbours_of_equally_near_ones_are_the_first():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-2, 3, (90, 4), generator=generator).float() for _ in range(2))
+    assert mutual_knn(a, b).item() == pytest.approx(dense_mutual_knn(a, b, 10), rel=1e-6)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [4096, 7])
+def test_cka_equals_the_definition(monkeypatch, dtype, unbiased, rows):
+    monkeypatch.setattr(alignment, "_PART_ROWS", rows)
+    # Far from the origin, and of more channels than samples.
+    a, b = (x[:20].to(dtype) * 3 + 5 for x in related_features())
+    b = b.repeat(1, 2)
+    expected = dense_hsic(a, b, unbiased)
+    assert hsic(a, b, unbiased).item() == pytest.approx(expected.item(), rel=1e-9)
+    expected /= (dense_hsic(a, a, unbiased) * dense_hsic(b, b, unbiased)).sqrt()
+    value = cka(a, b, unbiased)
+    assert value.dtype == torch.float32 and value.shape == ()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_cka_of_same_unrelated_and_constant_features():
+    a, b = torch.randn(2, 2000, 8, generator=torch.Generator().manual_seed(0))
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1))).Q
+    for unbiased in (True, False):
+        assert cka(a, 3 * a @ rotation + 1, unbiased).item() == pytest.approx(1, abs=1e-5)
+        assert abs(cka(a, b, unbiased).item()) < 0.01
+    assert cka(a, torch.ones_like(b)) == 0
+
+
 def test_features_that_are_not_finite_give_nan():
     a, b = related_features()
     a[3, 2] = math.nan
-    assert cknna(a, b).isnan()
+    assert cknna(a, b).isnan() and cknna(b, a, unbiased=False).isnan()
+    assert mutual_knn(a, b).isnan() and mutual_knn(b, a).isnan()
+    assert cka(a, b).isnan() and cka(a, b, unbiased=True).isnan()
 
 
 def test_bad_arguments_are_named():
@@ -94,8 +176,21 @@ def test_bad_arguments_are_named():
         cknna(a, b[:-1])
     with pytest.raises(ValueError, match="matrix"):
         prepare_features(torch.rand(3))
-    with pytest.raises(ValueError, match=r"quantile.*got 95"):
-        prepare_features(torch.rand(3, 3), quantile=95)
+    with pytest.raises(ValueError, match=r"q must lie.*got 95"):
+        prepare_features(torch.rand(3, 3), q=95)
+    near = nearest_neighbours(a, 5)
+    with pytest.raises(ValueError, match=r"near_a: unbiased=False needs.*exclude_self=False"):
+        cknna_of_neighbours(near, near, unbiased=False)
+    with pytest.raises(ValueError, match="got 5 of 11 and 4 of 11"):
+        cknna_of_neighbours(near, nearest_neighbours(a, 4))
+    with pytest.raises(ValueError, match="same samples"):
+        mutual_knn(a, b[:-1])
+    with pytest.raises(ValueError, match="at least 12 samples; got 11"):
+        mutual_knn(a, b, k=11)
+    with pytest.raises(ValueError, match="same samples"):
+        cka(a, b[:-1])
+    with pytest.raises(ValueError, match="at least 4 samples; got 3"):
+        cka(a[:3], b[:3], unbiased=True)
 
 
 def test_preparing_clamps_at_the_quantile():
@@ -133,3 +228,56 @@ def test_metric_on_too_few_samples_says_why_it_is_nan():
     metric.update(torch.rand(10, 3), torch.rand(10, 3), torch.arange(10))
     with pytest.warns(UserWarning, match="at least 11 samples; got 10"):
         assert metric.compute().isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_store_keeps_features_in_the_order_of_their_index(dtype):
+    features = torch.randn(30, 4).to(dtype)
+    store = FeatureStore()
+    index = torch.cat((torch.randperm(30), torch.tensor([3, 7])))
+    for part in index.split(9):
+        store.update(features[part], part)
+    store.update(torch.full((2, 4), 1e6), torch.tensor([-1, -1]))
+    assert store.features[0].dtype == (dtype if dtype == torch.bfloat16 else torch.float32)
+    assert torch.equal(store.compute(), features.float())
+    store.reset()
+    store.update(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    assert store.compute().shape == (0, 4)
+
+
+def test_store_merges_ranks_of_which_one_is_empty():
+    features = torch.randn(9, 4)
+    stores = [FeatureStore() for _ in range(3)]
+    stores[0].update(features[1::2], torch.arange(9)[1::2])
+    stores[1].update(features[:0], torch.arange(0))
+    stores[2].update(features[::2], torch.arange(9)[::2])
+    for other in stores[1:]:
+        stores[0].merge_state(other)
+    assert torch.equal(stores[0].compute(), features)
+
+
+def test_store_names_bad_arguments():
+    for features, index in ((torch.rand(3), torch.arange(3)), (torch.rand(3, 2), torch.arange(2))):
+        with pytest.raises(ValueError, match=r"features must be \[samples, channels\] and index"):
+            FeatureStore().update(features, index)
+
+
+def _store_on_rank(rank, path):
+    torch.set_num_threads(1)  # a forked process has none of the threads that its parent may have started
+    distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    whole = torch.arange(20.0).reshape(5, 4).bfloat16()
+    index = torch.arange(5)
+    shared, lonely, mixed = (FeatureStore() for _ in range(3))
+    shared.update(whole[rank::2], index[rank::2])
+    # The rank without samples says nothing about their type.
+    lonely.update(whole if rank else torch.zeros(0, 4), index if rank else index[:0])
+    mixed.update(whole[rank::2] if rank else whole[rank::2].float(), index[rank::2])
+    kept = [store.compute() for store in (shared, lonely, mixed)]
+    torch.save([torch.equal(features, whole.float()) for features in kept], f"{path}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_store_gathers_over_processes(tmp_path):
+    multiprocessing.start_processes(_store_on_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt") == [True, True, True]

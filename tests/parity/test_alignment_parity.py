@@ -1,4 +1,4 @@
-"""CKNNA against published reference tensors."""
+"""CKNNA, mutual neighbours, CKA and HSIC against published reference values in float64."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from vfm_vae.metrics.alignment import CKNNA, cknna, prepare_features
+from vfm_vae.metrics.alignment import CKNNA, cka, cknna, hsic, mutual_knn, prepare_features
 
 DATA = Path(__file__).parent / "data"
 VALUES = json.loads((DATA / "alignment.json").read_text())
@@ -19,19 +19,31 @@ PREPARE = {
 }
 
 
+MEASURES = {
+    "cknna.unbiased_true": lambda a, b, k: cknna(a, b, k),
+    "cknna.unbiased_false": lambda a, b, k: cknna(a, b, k, unbiased=False),
+    "mutual_knn": mutual_knn,
+    "cka": lambda a, b, k: cka(a, b),
+    "unbiased_cka": lambda a, b, k: cka(a, b, unbiased=True),
+    "hsic_biased": lambda a, b, k: hsic(a, b),
+    "hsic_unbiased": lambda a, b, k: hsic(a, b, unbiased=True),
+}
+
+
 @pytest.fixture(scope="module")
 def reference():
     return load_file(DATA / "alignment.safetensors")
 
 
-@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("variant", PREPARE)
 @pytest.mark.parametrize("case", VALUES)
-def test_cknna_equals_the_reference(reference, case, variant, unbiased):
+def test_values_equal_the_reference(reference, case, variant, measure):
     expected = VALUES[case][variant]
+    assert set(expected) == {"topk", *MEASURES}
     a, b = (PREPARE[variant](reference[f"input/{case}/{side}"]) for side in "AB")
-    value = cknna(a, b, k=expected["topk"], unbiased=unbiased).item()
-    assert value == pytest.approx(expected[f"unbiased_{str(unbiased).lower()}"], abs=1e-6)
+    value = MEASURES[measure](a, b, expected["topk"]).item()
+    assert value == pytest.approx(expected[measure], rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("side", "AB")
@@ -50,4 +62,4 @@ def test_the_metric_prepares_and_measures(reference, case):
     metric = CKNNA(k=expected["topk"])
     for part in torch.randperm(len(a)).split(17):
         metric.update(a[part], b[part], part)
-    assert metric.compute().item() == pytest.approx(expected["unbiased_true"], abs=1e-6)
+    assert metric.compute().item() == pytest.approx(expected["cknna.unbiased_true"], rel=1e-5, abs=0)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from vfm_vae.data.folder import ImageFolderDataset, list_classes, small_images
 from vfm_vae.data.latents import LatentDataset, LatentStatistics, split_folder
 from vfm_vae.data.sampling import Draw, EvaluationSampler, GivenOrder, ResumableLoader, TrainingSampler
-from vfm_vae.data.transforms import CentreCrop, RandomCrop, Transform
+from vfm_vae.data.transforms import CentreCrop, RandomCrop, ResizeAndCrop, Transform
 from vfm_vae.embedded.photos import write_photos
 from vfm_vae.types import Batch, LatentBatch
 
@@ -25,8 +25,9 @@ class ImageNetDataModule(LightningDataModule):
 
     Yields `Batch` (uint8 images, labels, and positions in the data set), or `LatentBatch` from cached latents. Training
     batches depend on the seed and the epoch alone, not on workers or the number of ranks, and a run resumed from a
-    checkpoint goes on with the next batch of its epoch. Validation and test see the `val` images once, in order;
-    prediction sees the splits that `predict` names, or the numbers of `num_samples` samples that are to be drawn.
+    checkpoint goes on with the next batch of its epoch. Validation sees the `val` images once, in order, and so does
+    test; prediction sees the splits that `predict` names. With `num_samples`, test and prediction see the numbers of
+    the samples that are to be drawn instead.
 
     Args:
         root: folder of the data set; with `source: photos`, where it is written; with `source: latents`, of the cache.
@@ -42,11 +43,13 @@ class ImageNetDataModule(LightningDataModule):
             image where it is missing. By default `<root>/train_under_<min_size>px.txt`.
         crop: how training images are cropped: `random`, for tokenizers, or `centre` as in evaluation and mirrored half
             of the time, for diffusion models.
+        evaluation_crop: how images are cropped where nothing is random: `adm` as ADM's reference images are, or
+            `torchvision`, a bilinear resize, as in the published reconstruction numbers.
         min_crop: smallest side of the random square crop in training, as a fraction of the short side.
         resampling: filter that resizes training crops, `lanczos` or `bicubic`.
         max_bad_fraction: share of the images that may be damaged: those are left out, more stops the run.
         predict: splits that prediction sees, one after the other, as evaluation does.
-        num_samples: instead, prediction asks a diffusion model for so many samples, which needs no data set.
+        num_samples: instead, test and prediction ask a diffusion model for so many samples, which needs no data set.
         seed: of the order and the augmentation.
 
     Attributes:
@@ -69,6 +72,7 @@ class ImageNetDataModule(LightningDataModule):
         min_size: int = 0,
         small_list: str | None = None,
         crop: Literal["random", "centre"] = "random",
+        evaluation_crop: Literal["adm", "torchvision"] = "adm",
         min_crop: float = 0.5,
         resampling: Literal["lanczos", "bicubic"] = "lanczos",
         max_bad_fraction: float = 0.01,
@@ -79,6 +83,7 @@ class ImageNetDataModule(LightningDataModule):
         super().__init__()
         _check_choice("source", source, "folder", "photos", "latents")
         _check_choice("crop", crop, "random", "centre")
+        _check_choice("evaluation_crop", evaluation_crop, "adm", "torchvision")
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"num_samples: at least 1, given {num_samples}")
         self.root = Path(root)
@@ -93,6 +98,7 @@ class ImageNetDataModule(LightningDataModule):
         self.train_transform: Transform = RandomCrop(image_size, min_crop, resampling)
         if crop == "centre":
             self.train_transform = CentreCrop(image_size, flip=True)
+        self.evaluation_transform = (CentreCrop if evaluation_crop == "adm" else ResizeAndCrop)(image_size)
         self.max_bad_fraction = max_bad_fraction
         self.predict, self.num_samples = tuple(predict), num_samples
         self.seed = seed
@@ -117,6 +123,8 @@ class ImageNetDataModule(LightningDataModule):
         if stage == "predict":
             names = self.predict if self.num_samples is None else ("samples",)
             self.predict_sets, self.predict_indices = {name: self._predicted(name) for name in names}, {}
+            return
+        if stage == "test" and self.num_samples is not None:
             return
         if stage in ("fit", None) and self.train_set is None:
             self.train_set = self._training_set()
@@ -154,7 +162,15 @@ class ImageNetDataModule(LightningDataModule):
         """Every validation image once, in order; padding that makes ranks equal has index -1. Nothing without any."""
         return [] if self.val_set is None else self._evaluation_loader(self.val_set)
 
-    test_dataloader = val_dataloader
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        """The validation images, or the numbers of `num_samples` samples."""
+        if self.num_samples is not None:
+            return self._evaluation_loader(SampleNumbers(self.num_samples))
+        return self.val_dataloader()
+
+    def evaluation_dataloader(self, split: Split) -> DataLoader:
+        """A split once, in order and without randomness, divided over the ranks as in validation."""
+        return self._evaluation_loader(self._predicted(split))
 
     def predict_dataloader(self) -> list[DataLoader]:
         """A loader for each of the `predict_sets`."""
@@ -175,14 +191,14 @@ class ImageNetDataModule(LightningDataModule):
     def _evaluated(self, split: str) -> ImageFolderDataset | LatentDataset | None:
         """A split without randomness; None for a cache of latents that lacks it."""
         if self.source != "latents":
-            return self._folder(split, CentreCrop(self.image_size), replace_damaged=False)
+            return self._folder(split, self.evaluation_transform, replace_damaged=False)
         folder = split_folder(self.root, split)
         return None if folder is None else LatentDataset(folder, train=False, seed=self.seed)
 
     def _predicted(self, name: str) -> "ImageFolderDataset | LatentDataset | SampleNumbers":
         dataset = SampleNumbers(self.num_samples) if name == "samples" else self._evaluated(name)
         if dataset is None:
-            raise ValueError(f"predict: the latents in {str(self.root)!r} have no split {name!r}")
+            raise ValueError(f"root: the latents in {str(self.root)!r} have no split {name!r}")
         return dataset
 
     def _evaluation_loader(self, dataset: Any, indices: Sequence[int] | None = None) -> DataLoader:

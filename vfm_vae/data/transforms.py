@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
 RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
 
@@ -75,6 +76,22 @@ class CentreCrop:
         if self.flip and generator.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(image)
+
+
+class ResizeAndCrop:
+    """Evaluation transform of much public code: the short side resized bilinearly with antialias, then the centre.
+
+    Args:
+        image_size: side of the result in pixels.
+    """
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator | None = None) -> Tensor:
+        """Returns uint8 `[3, image_size, image_size]`."""
+        image = resize(image, self.image_size, InterpolationMode.BILINEAR)
+        return to_tensor(center_crop(image, self.image_size))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,14 +1,14 @@
-"""How alike two feature spaces arrange the same samples: CKNNA, exact and at any number of samples.
+"""How alike two feature spaces arrange the same samples: CKNNA, mutual nearest neighbours, and CKA.
 
-Centred kernel nearest-neighbour alignment is from Huh et al. 2024, "The Platonic Representation Hypothesis". Its usual
-form builds several `n x n` matrices and multiplies two of them. Here the kernels are only ever seen in blocks, from
-which each sample's nearest neighbours are kept; all that follows is sums over at most `n * k` non-zeros.
+Centred kernel nearest-neighbour alignment is from Huh et al. 2024, "The Platonic Representation Hypothesis". The usual
+forms build several `n x n` matrices and multiply two of them. Here each sample's nearest neighbours are searched, and
+all that follows is sums over at most `n * k` non-zeros; linear CKA comes from products of channels by channels. All
+are exact, at any number of samples.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,32 +16,35 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.distributed import gather_all_tensors
 
-_BLOCK_ROWS = 512  # of a kernel held at a time: 100 MB at 50 000 samples
+from vfm_vae.metrics.neighbours import Neighbours, check_count, intersect, nearest_neighbours
+
+_PART_ROWS = 4096  # of float64 features held at a time
 
 
-def prepare_features(features: Tensor, quantile: float = 0.95) -> Tensor:
+def prepare_features(features: Tensor, q: float = 0.95) -> Tensor:
     """Tames outliers, then brings every sample to unit length, as is done before CKNNA is measured.
 
-    All values are clamped to `[-q, q]`, where `q` is the entry `int(quantile * numel)` of the sorted absolute values
-    of the whole matrix; then each row is L2-normalised.
+    All values are clamped to `[-limit, limit]`, where `limit` is the entry `int(q * numel)` of the sorted absolute
+    values of the whole matrix; then each row is L2-normalised.
 
     Args:
         features: `[n, d]`, any floating-point type.
-        quantile: the fraction of absolute values that stays as it is, in [0, 1].
+        q: the fraction of absolute values that stays as it is, in [0, 1].
 
     Returns:
         `[n, d]` in float32.
 
     Raises:
-        ValueError: if `features` is no matrix, or `quantile` lies outside of [0, 1].
+        ValueError: if `features` is no matrix, or `q` lies outside of [0, 1].
     """
     if features.ndim != 2 or not features.numel():
         raise ValueError(f"features must be a matrix [samples, channels] with entries; got {tuple(features.shape)}.")
-    if not 0 <= quantile <= 1:
-        raise ValueError(f"quantile must lie in [0, 1]; got {quantile}.")
+    if not 0 <= q <= 1:
+        raise ValueError(f"q must lie in [0, 1]; got {q}.")
     features = features.float()
-    rank = min(int(quantile * features.numel()), features.numel() - 1)
+    rank = min(int(q * features.numel()), features.numel() - 1)
     limit = features.abs().flatten().kthvalue(rank + 1).values
     return F.normalize(features.clamp(-limit, limit), dim=1)
 
@@ -70,13 +73,126 @@ def cknna(a: Tensor, b: Tensor, k: int = 10, unbiased: bool = True) -> Tensor:
         ValueError: if the features don't belong together, or there are too few samples for `k`.
     """
     _check_features(a, b)
-    _check_count(len(a), k, unbiased)
-    with _float32_arithmetic(a.device):
-        near_a, near_b = _nearest(a, k, exclude_self=unbiased), _nearest(b, k, exclude_self=unbiased)
-    hsic = _hsic_unbiased if unbiased else _hsic_biased
-    common = near_a.common(near_b)
-    scale = hsic(near_a.with_itself()) * hsic(near_b.with_itself())
-    return (hsic(common) / (scale.sqrt() + 1e-6)).to(a.device, torch.float32)
+    _check_samples(len(a), k, unbiased)
+    near_a, near_b = (nearest_neighbours(x, k, exclude_self=unbiased) for x in (a, b))
+    return cknna_of_neighbours(near_a, near_b, unbiased).to(a.device)
+
+
+def cknna_of_neighbours(near_a: Neighbours, near_b: Neighbours, unbiased: bool = True) -> Tensor:
+    """CKNNA from neighbours already found: who compares many features with one another searches each of them once.
+
+    Args:
+        near_a: the neighbours of every sample in one kernel, from `nearest_neighbours`.
+        near_b: those of the same samples in the other.
+        unbiased: use the unbiased estimate of HSIC, for which neighbours are searched with `exclude_self`; the biased
+            one is for neighbours searched without.
+
+    Returns:
+        Scalar float32 on the CPU, as of `cknna`.
+
+    Raises:
+        ValueError: if the neighbours don't belong together, or are not of the kind that the estimate needs.
+    """
+    for name, near in (("near_a", near_a), ("near_b", near_b)):
+        if near.excludes_self != unbiased:
+            raise ValueError(
+                f"{name}: unbiased={unbiased} needs neighbours searched with exclude_self={unbiased}; "
+                f"got exclude_self={near.excludes_self}."
+            )
+    if (near_a.num_samples, near_a.k) != (near_b.num_samples, near_b.k):
+        raise ValueError(
+            "near_a and near_b must be equally many neighbours of the same samples; "
+            f"got {near_a.k} of {near_a.num_samples} and {near_b.k} of {near_b.num_samples}."
+        )
+    _check_samples(near_a.num_samples, near_a.k, unbiased)
+    hsic_of = _hsic_unbiased if unbiased else _hsic_biased
+    scale = hsic_of(_MaskedPair.of(near_a, near_a)) * hsic_of(_MaskedPair.of(near_b, near_b))
+    return (hsic_of(_MaskedPair.of(near_a, near_b)) / (scale.sqrt() + 1e-6)).float()
+
+
+def mutual_knn(a: Tensor, b: Tensor, k: int = 10) -> Tensor:
+    """The part of each sample's `k` nearest neighbours that both feature spaces share, averaged (Huh et al. 2024).
+
+    No sample is its own neighbour; of neighbours equally near, those that come first in the batch are taken.
+
+    Args:
+        a: features `[n, d_a]`, usually from `prepare_features`.
+        b: features `[n, d_b]` of the same samples in the same order.
+        k: number of neighbours.
+
+    Returns:
+        Scalar float32 in [0, 1], `k / (n - 1)` for unrelated features; nan where features are not finite.
+
+    Raises:
+        ValueError: if the features don't belong together, or there are too few samples for `k`.
+    """
+    _check_features(a, b)
+    pair = _MaskedPair.of(*(nearest_neighbours(x, k) for x in (a, b)))
+    share = torch.tensor(len(pair.keys) / (len(a) * k), device=a.device)
+    # Neighbours of features that are not finite are none, but make a pair all the same.
+    return share if bool((pair.p + pair.q).isfinite().all()) else torch.full_like(share, math.nan)
+
+
+def cka(a: Tensor, b: Tensor, unbiased: bool = False) -> Tensor:
+    """Linear centred kernel alignment: `HSIC(K, L) / (sqrt(HSIC(K, K) HSIC(L, L)) + 1e-6)` (Kornblith et al. 2019).
+
+    The small number in the denominator is as in CKNNA, so that published values are met. Never is a kernel `n x n`
+    computed: see `hsic`.
+
+    Args:
+        a: features `[n, d_a]`, any floating-point type.
+        b: features `[n, d_b]` of the same samples in the same order.
+        unbiased: use the unbiased estimate of HSIC.
+
+    Returns:
+        Scalar float32, at most 1, 0 where a feature space holds a single point; nan where the unbiased
+        self-alignments have no common sign, or features are not finite.
+
+    Raises:
+        ValueError: if the features don't belong together, or there are fewer than 4 samples (biased: 1).
+    """
+    scale = hsic(a, a, unbiased) * hsic(b, b, unbiased)
+    return (hsic(a, b, unbiased) / (scale.sqrt() + 1e-6)).float()
+
+
+@torch.no_grad()
+def hsic(a: Tensor, b: Tensor, unbiased: bool = False) -> Tensor:
+    """Hilbert-Schmidt independence criterion of two linear kernels `K = A A^T` and `L = B B^T`.
+
+    The biased one is `tr(K H L H)` with `H = I - 1/n` (Gretton et al. 2005, without its factor). The unbiased one is of
+    both kernels with their diagonals set to zero,
+    `[tr(K L) + sum K sum L / ((n-1)(n-2)) - 2 sum (K L) / (n-2)] / (n(n-3))` (Song et al. 2012). Neither changes when
+    features are shifted, so both are of centred features, with rows `x_i` and `y_i`: the first is `|X^T Y|^2`; the
+    second follows from it with `u_i = |x_i|^2` and `v_i = |y_i|^2` alone, because a row of `X X^T` sums up to zero, and
+    without its diagonal to `-u_i`. Time is `O(n d_a d_b)`, memory `O(d_a d_b)`.
+
+    Args:
+        a: features `[n, d_a]`, any floating-point type.
+        b: features `[n, d_b]` of the same samples in the same order.
+        unbiased: use the unbiased estimate.
+
+    Returns:
+        Scalar float64.
+
+    Raises:
+        ValueError: if the features don't belong together, or there are fewer than 4 samples (biased: 1).
+    """
+    _check_features(a, b)
+    n, least = len(a), 4 if unbiased else 1
+    if n < least:
+        raise ValueError(f"a and b: HSIC needs at least {least} samples; got {n}.")
+    mean_a, mean_b = (sum(part.double().sum(0) for part in x.split(_PART_ROWS)) / n for x in (a, b))
+    cross = mean_a.new_zeros(a.shape[1], b.shape[1])
+    sum_u, sum_v, sum_uv = mean_a.new_zeros(3)
+    for part_a, part_b in zip(a.split(_PART_ROWS), b.split(_PART_ROWS), strict=True):
+        x, y = part_a.double() - mean_a, part_b.double() - mean_b
+        cross.addmm_(x.T, y)
+        u, v = x.square().sum(1), y.square().sum(1)
+        sum_u, sum_v, sum_uv = sum_u + u.sum(), sum_v + v.sum(), sum_uv + u @ v
+    trace = cross.square().sum()
+    if not unbiased:
+        return trace
+    return (trace - sum_uv + sum_u * sum_v / ((n - 1) * (n - 2)) - 2 * sum_uv / (n - 2)) / (n * (n - 3))
 
 
 def _check_features(a: Tensor, b: Tensor) -> None:
@@ -87,22 +203,8 @@ def _check_features(a: Tensor, b: Tensor) -> None:
         )
 
 
-def _check_count(num_samples: int, k: int, unbiased: bool) -> None:
-    least = max(4, k + 1) if unbiased else k
-    if k < 1 or num_samples < least:
-        raise ValueError(f"k = {k} neighbours need k >= 1 and at least {least} samples; got {num_samples} samples.")
-
-
-@contextmanager
-def _float32_arithmetic(device: torch.device) -> Iterator[None]:
-    """Neighbours are compared in full float32, whatever the training run allows its own products."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+def _check_samples(num_samples: int, k: int, unbiased: bool) -> None:
+    check_count(num_samples, k, max(4, k + 1) if unbiased else k)
 
 
 class _MaskedPair(NamedTuple):
@@ -120,11 +222,17 @@ class _MaskedPair(NamedTuple):
     p: Tensor
     q: Tensor
 
+    @classmethod
+    def of(cls, first: Neighbours, second: Neighbours) -> "_MaskedPair":
+        """Both kernels, where a neighbour is one in both."""
+        here, there = intersect(first.keys, second.keys)
+        return cls(first.num_samples, first.keys[here], first.values[here], second.values[there])
+
     def trace(self) -> Tensor:
         """`tr(P Q) = sum_ij P_ij Q_ji`. The mask is not symmetric: only pairs that hold both ways contribute."""
         n = self.num_samples
         mirrored = self.keys % n * n + self.keys // n
-        here, there = _intersect(mirrored, self.keys)
+        here, there = intersect(mirrored, self.keys)
         return (self.p[here] * self.q[there]).sum()
 
     def sum_of_product(self) -> Tensor:
@@ -135,84 +243,6 @@ class _MaskedPair(NamedTuple):
     def swapped(self) -> "_MaskedPair":
         """The same with P and Q exchanged."""
         return self._replace(p=self.q, q=self.p)
-
-
-class _Neighbours(NamedTuple):
-    """The `k` nearest neighbours of every sample, on the CPU, where the sums below are cheap and deterministic.
-
-    Attributes:
-        num_samples: `n`.
-        keys: `sample * n + neighbour`, ascending, `[n * k]`.
-        values: the kernel there, float64 `[n * k]`.
-    """
-
-    num_samples: int
-    keys: Tensor
-    values: Tensor
-
-    def common(self, other: "_Neighbours") -> _MaskedPair:
-        """Both kernels, where a neighbour is one in both."""
-        here, there = _intersect(self.keys, other.keys)
-        return _MaskedPair(self.num_samples, self.keys[here], self.values[here], other.values[there])
-
-    def with_itself(self) -> _MaskedPair:
-        """The kernel beside itself."""
-        return _MaskedPair(self.num_samples, self.keys, self.values, self.values)
-
-
-def _intersect(keys: Tensor, ascending: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of `keys` occur in `ascending` (bool mask), and where those do."""
-    position = torch.searchsorted(ascending, keys).clamp(max=len(ascending) - 1)
-    found = ascending[position] == keys if len(ascending) else torch.zeros_like(keys, dtype=torch.bool)
-    return found, position[found]
-
-
-def _nearest(features: Tensor, k: int, exclude_self: bool) -> _Neighbours:
-    """Finds each sample's `k` nearest by inner product.
-
-    The kernel is symmetric, so only its blocks on and above the diagonal are computed, and each is searched along
-    its rows and along its columns. One neighbour more than asked for is kept: where it is as near as the last, the
-    choice is made anew over the whole row.
-    """
-    features = features.float()
-    n = len(features)
-    values = features.new_full((n, k + 1), -math.inf)
-    columns = torch.zeros((n, k + 1), dtype=torch.int64, device=features.device)
-
-    def offer(first_row: int, kernel: Tensor, first_column: int) -> None:
-        rows = slice(first_row, first_row + len(kernel))
-        near = kernel.topk(min(k + 1, kernel.shape[1]))
-        candidates = torch.cat((columns[rows], near.indices + first_column), dim=1)
-        values[rows], chosen = torch.cat((values[rows], near.values), dim=1).topk(k + 1)
-        columns[rows] = candidates.gather(1, chosen)
-
-    for start in range(0, n, _BLOCK_ROWS):
-        kernel = features[start : start + _BLOCK_ROWS] @ features[start:].T  # [rows, n - start]
-        if exclude_self:
-            kernel.diagonal().fill_(-math.inf)
-        offer(start, kernel, start)
-        if start + _BLOCK_ROWS < n:
-            offer(start + _BLOCK_ROWS, kernel[:, _BLOCK_ROWS:].T, start)
-    _settle_ties(features, values, columns, exclude_self)
-    return _sorted_neighbours(values[:, :-1].cpu(), columns[:, :-1].cpu())
-
-
-def _settle_ties(features: Tensor, values: Tensor, columns: Tensor, exclude_self: bool) -> None:
-    """Where the last neighbour and the first one left out are equally near, chooses again, the earlier first."""
-    tied = (values[:, -2] == values[:, -1]).nonzero().squeeze(1)
-    for rows in tied.split(_BLOCK_ROWS):
-        kernel = features[rows] @ features.T
-        if exclude_self:
-            kernel[torch.arange(len(rows), device=rows.device), rows] = -math.inf
-        near, order = kernel.sort(descending=True, stable=True)
-        values[rows], columns[rows] = near[:, : values.shape[1]], order[:, : values.shape[1]]
-
-
-def _sorted_neighbours(values: Tensor, columns: Tensor) -> _Neighbours:
-    n = len(values)
-    columns, order = columns.sort(dim=1)
-    keys = torch.arange(n)[:, None] * n + columns
-    return _Neighbours(n, keys.flatten(), values.gather(1, order).double().flatten())
 
 
 def _hsic_unbiased(pair: _MaskedPair) -> Tensor:
@@ -229,12 +259,69 @@ def _hsic_biased(pair: _MaskedPair) -> Tensor:
     return pair.trace() - products / n + pair.p.sum() * pair.q.sum() / n**2
 
 
+def _once(index: Tensor) -> Tensor:
+    """Positions that bring samples into the order of their index, each once."""
+    order = index.argsort(stable=True)
+    index = index[order]
+    first = torch.ones_like(index, dtype=torch.bool)
+    first[1:] = index[1:] != index[:-1]
+    return order[first]
+
+
+class FeatureStore(Metric):
+    """Features of all samples of an evaluation in the order of their index, whichever rank saw which sample.
+
+    A sample seen twice counts once, padding (negative index) not at all, and order does not matter. Features in
+    bfloat16 are kept so, which halves the memory; others in float32. Every rank updates at least once: one without
+    any samples with empty features `[0, D]`.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("features", default=[], dist_reduce_fx="cat")
+        self.add_state("index", default=[], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, index: Tensor) -> None:
+        """Adds samples.
+
+        Args:
+            features: `[B, D]`, any type; B may be 0.
+            index: which sample of the data set each is, int64 `[B]`; negative ones are left out.
+
+        Raises:
+            ValueError: if the two don't belong together.
+        """
+        if features.ndim != 2 or index.shape != features.shape[:1]:
+            raise ValueError(
+                "features must be [samples, channels] and index [samples]; "
+                f"got {tuple(features.shape)} and {tuple(index.shape)}."
+            )
+        real = index >= 0
+        dtype = torch.bfloat16 if features.dtype == torch.bfloat16 else torch.float32
+        self.features.append(features[real].detach().to(dtype))
+        self.index.append(index[real])
+
+    def compute(self) -> Tensor:
+        """The features so far: float32 `[n, D]`, in the order of index."""
+        return dim_zero_cat(self.features)[_once(dim_zero_cat(self.index))].float()
+
+    def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any | None = None) -> None:
+        # All ranks have to gather the same type, and one without samples can't know that of the others.
+        is_wide = any(len(part) and part.dtype == torch.float32 for part in self.features)
+        flags = dist_sync_fn(torch.tensor([int(is_wide)], device=self.device), group=process_group)
+        dtype = torch.float32 if any(bool(flag) for flag in flags) else torch.bfloat16
+        self.features = [part.to(dtype) for part in self.features]
+        super()._sync_dist(dist_sync_fn, process_group)
+
+
 class CKNNA(Metric):
     """CKNNA over a whole evaluation, whichever rank saw which sample.
 
-    Features are kept until `compute`, which prepares them
-    (`prepare_features`) and measures. Samples are told apart by their
-    index: a sample seen twice counts once, padding (negative index) not at all, and order does not matter.
+    Features are kept until `compute`, which prepares them (`prepare_features`) and measures. Samples are told apart by
+    their index: a sample seen twice counts once, padding (negative index) not at all, and order does not matter.
 
     Args:
         k: number of neighbours.
@@ -269,14 +356,9 @@ class CKNNA(Metric):
 
     def compute(self) -> Tensor:
         """CKNNA of the samples so far: a float32 scalar, nan with a warning if they are too few for `k`."""
-        index = dim_zero_cat(self.index)
-        order = index.argsort(stable=True)
-        index = index[order]
-        first = torch.ones_like(index, dtype=torch.bool)
-        first[1:] = index[1:] != index[:-1]
-        order = order[first]
+        order = _once(dim_zero_cat(self.index))
         try:
-            _check_count(len(order), self.k, self.unbiased)
+            _check_samples(len(order), self.k, self.unbiased)
         except ValueError as error:
             rank_zero_warn(f"CKNNA is not defined here: {error}")
             return torch.tensor(math.nan, device=self.device)

@@ -1,29 +1,66 @@
 """What a linear classifier reads from features."""
 
-import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from torch import Tensor, from_numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 
 class LinearProbe:
-    """Logistic regression on standardised features, fitted to convergence by L-BFGS.
+    """Logistic regression on standardised features, fitted to convergence by L-BFGS on the features' device.
+
+    Minimises the sum of cross-entropies plus half the squared weights (biases are free), in float32.
 
     Args:
         features: of the training images, `[n, d]`.
         labels: their classes, int64 `[n]`.
         max_iterations: of L-BFGS.
+
+    Raises:
+        ValueError: there are fewer than two classes, or features and labels don't belong together.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, max_iterations: int = 500) -> None:
-        classifier = LogisticRegression(max_iter=max_iterations)
-        self._pipeline = make_pipeline(StandardScaler(), classifier).fit(_numpy(features), _numpy(labels))
+        if features.ndim != 2 or len(features) != len(labels):
+            raise ValueError(
+                f"features and labels: [n, d] and [n] are wanted; got {tuple(features.shape)} and {tuple(labels.shape)}"
+            )
+        self.classes, targets = labels.unique(return_inverse=True)
+        if len(self.classes) < 2:
+            raise ValueError(f"labels: a probe tells classes apart, but there are {len(self.classes)}")
+        features = features.detach().float()
+        self._mean, std = features.mean(0), features.std(0)
+        self._scale = torch.where(std > 0, std, 1)
+        self._weight = torch.zeros(len(self.classes), features.shape[1], device=features.device)
+        self._bias = torch.zeros(len(self.classes), device=features.device)
+        self._fit(self._standardise(features), targets, max_iterations)
+
+    # Validation runs without gradients, in which this is an island.
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def _fit(self, features: Tensor, targets: Tensor, max_iterations: int) -> None:
+        features, targets = features.clone(), targets.clone()
+        parameters = [self._weight.clone().requires_grad_(), self._bias.clone().requires_grad_()]
+        weight, bias = parameters
+        solver = torch.optim.LBFGS(
+            parameters, max_iter=max_iterations, tolerance_grad=1e-5, history_size=20, line_search_fn="strong_wolfe"
+        )
+
+        def loss() -> Tensor:
+            solver.zero_grad()
+            with torch.autocast(features.device.type, enabled=False):
+                error = F.cross_entropy(F.linear(features, weight, bias), targets)
+                value = error + weight.square().sum() / (2 * len(features))
+            value.backward()
+            return value
+
+        solver.step(loss)
+        self._weight, self._bias = weight.detach(), bias.detach()
 
     def predict(self, features: Tensor) -> Tensor:
         """The class of features `[B, d]` that is likeliest, int64 `[B]`, on their device."""
-        return from_numpy(self._pipeline.predict(_numpy(features))).to(features.device)
+        with torch.autocast(features.device.type, enabled=False):
+            logits = F.linear(self._standardise(features.detach().float()), self._weight, self._bias)
+        return self.classes[logits.argmax(1)]
 
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().float().cpu().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
+    def _standardise(self, features: Tensor) -> Tensor:
+        return (features - self._mean) / self._scale

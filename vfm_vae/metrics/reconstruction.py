@@ -1,23 +1,28 @@
 """How well images are reconstructed: means over images of what each one scores."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+Rounding = Literal["round", "truncate"]
 
-def to_uint8(images: Tensor) -> Tensor:
+
+def to_uint8(images: Tensor, rounding: Rounding = "round") -> Tensor:
     """Images as a file would hold them: clamped and rounded.
 
     Args:
         images: `[B, 3, H, W]`, nominally in [-1, 1].
+        rounding: to the nearest, or down, which darkens by half a step.
 
     Returns:
         uint8 `[B, 3, H, W]` in 0..255.
     """
-    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    levels = (images.detach().float().clamp(-1, 1) + 1) * 127.5
+    return (levels.round() if rounding == "round" else levels).to(torch.uint8)
 
 
 def from_uint8(images: Tensor) -> Tensor:
@@ -25,16 +30,17 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def quantised(images: Tensor) -> Tensor:
-    """Images in [-1, 1] that went through 8 bits: what every metric looks at.
+def quantised(images: Tensor, rounding: Rounding = "round") -> Tensor:
+    """Images in [-1, 1] that went through 8 bits: what every metric looks at. A second time changes nothing.
 
     Args:
         images: `[B, 3, H, W]`, nominally in [-1, 1].
+        rounding: as in `to_uint8`; it is for the first time.
 
     Returns:
         float32 `[B, 3, H, W]` in [-1, 1].
     """
-    return from_uint8(to_uint8(images))
+    return from_uint8(to_uint8(images, rounding))
 
 
 class MeanOverImages(Metric):

@@ -1,17 +1,28 @@
-"""Features of real images, which those of samples are compared with."""
+"""What samples are compared with: features and statistics of real images, from a folder or from a file."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from vfm_vae.data.archive import IMAGES, ImageArchive, write_archive
 from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.transforms import CentreCrop
+from vfm_vae.metrics.distribution import Gaussian, Moments
+from vfm_vae.metrics.features import FeatureStore
+from vfm_vae.metrics.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception, InceptionFeatures
 from vfm_vae.metrics.reconstruction import from_uint8
 from vfm_vae.vfm import FrozenVFM
+
+NUM_IMAGES = 10_000  # of a reference, for precision and recall; as many as ADM's has
+SOURCE = "source"
 
 
 class LabelledFeatures(NamedTuple):
@@ -24,6 +35,32 @@ class LabelledFeatures(NamedTuple):
 
     features: Tensor
     labels: Tensor
+
+
+class Reference(NamedTuple):
+    """Real images as a distribution of features.
+
+    Attributes:
+        pool: of the pooled features.
+        spatial: of Inception's spatial features; None where the file has none, or for other networks.
+        features: pooled features of some of the images, `[m, d]`; None where they were not asked for.
+    """
+
+    pool: Gaussian
+    spatial: Gaussian | None
+    features: Tensor | None
+
+
+def name_of(network: Inception | FrozenVFM) -> str:
+    """What numbers measured on a network's features are named after: `inception`, or the VFM without its tag."""
+    return "inception" if isinstance(network, Inception) else network.name.split(".")[0]
+
+
+def extract(network: Inception | FrozenVFM, images: Tensor) -> InceptionFeatures:
+    """Features of uint8 images `[B, 3, H, W]`; those of a VFM are pooled ones alone, the others None."""
+    if isinstance(network, Inception):
+        return network(images)
+    return InceptionFeatures(network(from_uint8(images)).pooled, None, None)
 
 
 @torch.no_grad()
@@ -42,13 +79,190 @@ def folder_features(
     Raises:
         ValueError: there is no such tree, or an image is damaged.
     """
-    folder = Path(folder)
-    dataset = ImageFolderDataset(folder.parent, folder.name, CentreCrop(image_size), max_bad_fraction=0)
-    chosen = Subset(dataset, range(part[0], len(dataset), part[1]))
+    dataset = _dataset(folder, image_size)
     device = next(vfm.network.parameters()).device
     features, labels = [torch.zeros(0, vfm.width, device=device)], [torch.zeros(0, dtype=torch.int64, device=device)]
-    # A generator of its own: the global one must not notice.
-    for images, classes, _ in DataLoader(chosen, batch_size=batch_size, generator=torch.Generator()):
-        features.append(vfm(from_uint8(images.to(device))).pooled)
+    for images, classes, _ in _batches(dataset, range(part[0], len(dataset), part[1]), batch_size):
+        features.append(extract(vfm, images.to(device)).pool)
         labels.append(classes.to(device))
     return LabelledFeatures(torch.cat(features), torch.cat(labels))
+
+
+class ReferenceImages:
+    """Real images that samples are compared with, by name: an `.npz` as ADM's evaluator reads it, or a folder.
+
+    A file holds `mu`, `sigma` of Inception's pooled features and `mu_s`, `sigma_s` of its spatial ones over all
+    images, and some of these as `arr_0`. From a folder `<class>/*` such a file is made once, after ADM's centre crop,
+    and used again as long as images, size and network are the same. On another network's features the statistics of
+    somebody's file say nothing: then they are taken over its `arr_0`.
+
+    Args:
+        path: of the file or the folder.
+        image_size: side of a folder's crops in pixels.
+        statistics: where to save what is measured of a folder; by default beside it, as
+            `<folder>_<image_size>px_<network>.npz`.
+
+    Raises:
+        ValueError: there is no such file or folder.
+    """
+
+    def __init__(self, path: str, image_size: int = 256, statistics: str | None = None) -> None:
+        self.path, self.image_size = Path(path), image_size
+        self.statistics = Path(statistics) if statistics else None
+        if self.path.is_dir():
+            self._dataset: ImageFolderDataset | None = _dataset(self.path, image_size)
+        elif self.path.is_file():
+            self._dataset = None
+            ImageArchive(self.path)
+        else:
+            raise ValueError(
+                f"reference: nothing at {path!r}; give a folder of images, <reference>/<class>/*, or an .npz with "
+                "their statistics, such as ADM's VIRTUAL_imagenet256_labeled.npz (docs/evaluation.md says where it is)"
+            )
+
+    @torch.no_grad()
+    def load(self, network: Inception | FrozenVFM, with_features: bool, batch_size: int = 64) -> Reference:
+        """Measures or reads; to be called by all ranks, which share the work.
+
+        Args:
+            network: whose features; on the device where they are wanted.
+            with_features: whether features of single images are wanted, too.
+            batch_size: images at a time on each rank.
+
+        Raises:
+            ValueError: the file lacks what is needed, or can't be written.
+        """
+        path = self.path if self._dataset is None else self._measured(network, batch_size)
+        archive = ImageArchive(path)
+        source = json.loads(str(archive.array(SOURCE))) if SOURCE in archive.names else {}
+        features = None
+        if isinstance(network, Inception) or source.get("fingerprint") == network.fingerprint():
+            if not {"mu", "sigma"} <= archive.names:
+                raise ValueError(f"reference: {str(path)!r} has no statistics 'mu' and 'sigma'")
+            pool = _gaussian(archive, "mu", "sigma", network)
+            spatial = _gaussian(archive, "mu_s", "sigma_s", network) if "mu_s" in archive.names else None
+        else:
+            features = _archive_features(archive, network, batch_size)
+            pool, spatial = Gaussian(features.double().mean(0), features.double().T.cov()), None
+        if with_features and features is None:
+            features = _archive_features(archive, network, batch_size)
+        return Reference(pool, spatial, features if with_features else None)
+
+    def _measured(self, network: Inception | FrozenVFM, batch_size: int) -> Path:
+        """The file with a folder's statistics, made where it is missing or of something else."""
+        name = f"{self.path.name}_{self.image_size}px_{name_of(network)}.npz"
+        path = self.statistics or self.path.with_name(name)
+        source = _source(self._dataset, self.image_size, network)
+        # Rank zero says for all, so that none waits for another.
+        if not _agreed(path.is_file() and _has_source(path, source)):
+            pool, spatial = _measure(self._dataset, network, batch_size)
+            if _rank() == 0:
+                _save(path, self._dataset, source, pool, spatial)
+            _agreed(True)  # wait for the file
+        if not path.is_file():
+            raise ValueError(
+                f"statistics: rank {_rank()} does not see {str(path)!r}, which rank 0 has; give a path that all share"
+            )
+        return path
+
+
+def _dataset(folder: str | Path, image_size: int) -> ImageFolderDataset:
+    folder = Path(folder)
+    return ImageFolderDataset(folder.parent, folder.name, CentreCrop(image_size), max_bad_fraction=0)
+
+
+def _batches(dataset: ImageFolderDataset, indices: Sequence[int], batch_size: int) -> DataLoader:
+    num_workers = 8 if len(indices) > 10_000 else 0  # fewer are through before workers have started
+    # A generator of its own: the global one must not notice.
+    generator = torch.Generator()
+    return DataLoader(Subset(dataset, indices), batch_size, num_workers=num_workers, generator=generator)
+
+
+def _source(dataset: ImageFolderDataset, image_size: int, network: Inception | FrozenVFM) -> dict[str, Any]:
+    """What tells statistics from others'."""
+    names = hashlib.sha256("\n".join(dataset.name(i) for i in range(len(dataset))).encode()).hexdigest()
+    return {
+        "network": name_of(network),
+        "fingerprint": network.fingerprint(),
+        "image_size": image_size,
+        "num_images": len(dataset),
+        "names": names,
+    }
+
+
+def _has_source(path: Path, source: dict[str, Any]) -> bool:
+    archive = ImageArchive(path)
+    return SOURCE in archive.names and json.loads(str(archive.array(SOURCE))) == source
+
+
+def _measure(
+    dataset: ImageFolderDataset, network: Inception | FrozenVFM, batch_size: int
+) -> tuple[Gaussian, Gaussian | None]:
+    """Statistics over all images and ranks."""
+    device = next(network.network.parameters()).device
+    widths = (POOL_WIDTH, SPATIAL_WIDTH) if isinstance(network, Inception) else (network.width,)
+    moments = [Moments(width).to(device) for width in widths]
+    for images, _, _ in _batches(dataset, range(_rank(), len(dataset), _num_ranks()), batch_size):
+        features = extract(network, images.to(device))
+        for running, values in zip(moments, features, strict=False):
+            running.update(values)
+    pool, *spatial = (running.compute() for running in moments)
+    return pool, spatial[0] if spatial else None
+
+
+def _save(
+    path: Path, dataset: ImageFolderDataset, source: dict[str, Any], pool: Gaussian, spatial: Gaussian | None
+) -> None:
+    count = min(NUM_IMAGES, len(dataset))
+    images = (dataset[i * len(dataset) // count][0].permute(1, 2, 0).numpy() for i in range(count))
+    arrays = {"mu": pool.mean, "sigma": pool.covariance}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    arrays = {name: values.cpu().numpy() for name, values in arrays.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_archive(path, images, count, **arrays, **{SOURCE: np.array(json.dumps(source))})
+    except OSError as error:
+        raise ValueError(f"statistics: can't write {str(path)!r} ({error}); give another path") from error
+
+
+def _gaussian(archive: ImageArchive, mean: str, covariance: str, network: Inception | FrozenVFM) -> Gaussian:
+    device = next(network.network.parameters()).device
+    return Gaussian(*(torch.from_numpy(archive.array(name)).double().to(device) for name in (mean, covariance)))
+
+
+def _archive_features(archive: ImageArchive, network: Inception | FrozenVFM, batch_size: int) -> Tensor:
+    """Pooled features of a file's images, the same on every rank."""
+    if IMAGES not in archive.names:
+        raise ValueError(
+            f"reference: {str(archive.path)!r} holds statistics but no images ({IMAGES!r}), which precision, recall "
+            "and networks other than Inception need; give ADM's file or a folder, or set precision_recall: false"
+        )
+    device = next(network.network.parameters()).device
+    store = FeatureStore().to(device)
+    width = POOL_WIDTH if isinstance(network, Inception) else network.width
+    store.update(torch.zeros(0, width, device=device), torch.zeros(0, dtype=torch.int64, device=device))
+    for number, (images, index) in enumerate(archive.images(batch_size)):
+        if number % _num_ranks() == _rank():
+            store.update(extract(network, images.to(device)).pool, index.to(device))
+    return store.compute()
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _rank() -> int:
+    return dist.get_rank() if _is_distributed() else 0
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if _is_distributed() else 1
+
+
+def _agreed(value: bool) -> bool:
+    """Rank zero's value, on every rank."""
+    values = [value]
+    if _is_distributed():
+        dist.broadcast_object_list(values)
+    return values[0]

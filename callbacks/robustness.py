@@ -1,0 +1,75 @@
+"""Whether features stay the same where images change little: of the latent, and of the VFM beside it."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from callbacks.evaluation import EvaluationCallback
+from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8
+from vfm_vae.metrics.semantic import is_identity, names_of, transformed
+from vfm_vae.types import Batch, EncodesImages
+from vfm_vae.vfm import FrozenVFM
+
+
+class RobustnessCallback(EvaluationCallback):
+    """Logs the cosine similarity between features of clean and of transformed images.
+
+    For the latent averaged over positions, and for VFMs' averaged patch tokens, by transformation: noise, scales and
+    rotations as for SE-CKNNA, as `val/robustness/<feature>/<transformation>`, and their mean.
+
+    Args:
+        vfms: VFMs to compare with.
+        num_images: measure on so many images, spread evenly over the data set; null for all.
+
+    Raises:
+        ValueError: when validation starts, if the module encodes no images.
+    """
+
+    def __init__(self, vfms: Sequence[FrozenVFM] = (), num_images: int | None = None) -> None:
+        super().__init__(num_images)
+        self.vfms = list(vfms)
+        self._similarities: dict[str, dict[str, MeanOverImages]] = {}
+
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Moves the VFMs to the module's device."""
+        if not isinstance(pl_module, EncodesImages):
+            raise ValueError(f"{type(pl_module).__name__} encodes no images that could be transformed.")
+        names = ("latent", *(vfm.name.split(".")[0] for vfm in self.vfms))
+        self._similarities = {
+            name: {
+                change: MeanOverImages().to(pl_module.device) for change in names_of("each") if not is_identity(change)
+            }
+            for name in names
+        }
+        for vfm in self.vfms:
+            vfm.to(pl_module.device)
+
+    def update(self, pl_module: LightningModule, batch: Batch) -> None:
+        """Compares features of the chosen images."""
+        part = self.select(batch)
+        if not len(part.index):
+            return
+        clean = self._features(pl_module, part)
+        for change, ((_, images),) in transformed("each", part.images, part.index).items():
+            if is_identity(change):
+                continue
+            for name, features in self._features(pl_module, part._replace(images=images)).items():
+                self._similarities[name][change].update(F.cosine_similarity(features, clean[name]))
+
+    def _features(self, pl_module: LightningModule, batch: Batch) -> Mapping[str, Tensor]:
+        features = {"latent": pl_module.latents(batch).mean(dim=(2, 3)).float()}
+        return features | {
+            vfm.name.split(".")[0]: vfm(from_uint8(batch.images)).tokens.mean(1) for vfm in self.vfms
+        }  # [B, C] each
+
+    def results(self) -> dict[str, Tensor]:
+        """Means over images, and over transformations."""
+        values = {}
+        for name, similarities in self._similarities.items():
+            parts = {change: similarity.compute() for change, similarity in similarities.items()}
+            values |= {f"robustness/{name}/{change}": value for change, value in parts.items()}
+            values[f"robustness/{name}/mean"] = torch.stack(list(parts.values())).mean()
+        return values

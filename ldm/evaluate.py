@@ -1,0 +1,149 @@
+"""`python -m ldm test --samples <file or folder>`: anybody's samples against any reference, without a model."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from vfm_vae.data.archive import ImageArchive
+from vfm_vae.metrics.inception import Inception
+from vfm_vae.metrics.reference import ReferenceImages, name_of
+from vfm_vae.metrics.suite import DistributionSuite
+from vfm_vae.metrics.summary import json_numbers, settings_table, summary_table, versions, write_entry
+from vfm_vae.vfm import FrozenVFM
+
+
+class SampleFiles:
+    """Samples that were drawn before: an `.npz` with `arr_0`, or a folder of PNG files.
+
+    Args:
+        path: of either.
+
+    Raises:
+        ValueError: there is no such file or folder, or it holds no images.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self._files: list[Path] = []
+        if self.path.is_dir():
+            self._files = sorted(self.path.glob("*.png"))
+            self.num_images = len(self._files)
+        else:
+            try:
+                self._archive = ImageArchive(self.path)
+                self.num_images = self._archive.num_images()
+            except ValueError as error:
+                raise ValueError(f"samples: {error}; give an .npz with 'arr_0' or a folder of .png files") from error
+        if not self.num_images:
+            raise ValueError(f"samples: no images in {path!r}")
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Uint8 images `[B, 3, H, W]` and their numbers `[B]`."""
+        if not self._files:
+            yield from self._archive.images(batch_size)
+            return
+        for start in range(0, self.num_images, batch_size):
+            files = self._files[start : start + batch_size]
+            images = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1) for file in files]
+            yield torch.stack(images), torch.arange(start, start + len(files))
+
+
+@torch.inference_mode()
+def measure(
+    samples: SampleFiles,
+    reference: ReferenceImages,
+    network: Inception | FrozenVFM,
+    precision_recall: bool = True,
+    batch_size: int = 64,
+) -> dict[str, Tensor]:
+    """Measures samples by the ADM protocol, with one pass of the network over each.
+
+    Args:
+        samples: what is measured.
+        reference: what it is compared with.
+        network: whose features are compared; on the device where they are computed.
+        precision_recall: whether these two are wanted.
+        batch_size: images at a time.
+
+    Returns:
+        The numbers by the names that `DistributionSuite` gives them.
+    """
+    device = next(network.network.parameters()).device
+    suite = DistributionSuite(
+        network, samples.num_images, reference.load(network, precision_recall, batch_size), precision_recall
+    ).to(device)
+    for images, index in track(
+        samples.batches(batch_size), f"{name_of(network)} features", -(-samples.num_images // batch_size)
+    ):
+        suite.update(images.to(device), index.to(device))
+    return suite.compute()
+
+
+def evaluate_samples(
+    samples: str,
+    reference: str,
+    inception: str | None = None,
+    vfm: str | None = None,
+    vfm_weights: str | None = None,
+    image_size: int = 256,
+    statistics: str | None = None,
+    precision_recall: bool = True,
+    batch_size: int = 64,
+    device: str | None = None,
+    metrics_file: str = "metrics.json",
+    name: str = "samples",
+) -> None:
+    """Measures samples that lie in files by the ADM protocol: gFID, sFID, Inception Score, precision and recall.
+
+    Args:
+        samples: An .npz with `arr_0`, uint8 [N, H, W, 3], or a folder of .png files.
+        reference: An .npz such as ADM's VIRTUAL_imagenet256_labeled.npz, or a folder of images, <reference>/<class>/*.
+        inception: File with Inception's weights, instead of torch-fidelity's usual place.
+        vfm: Compare on this vision foundation model's features instead of Inception's; the numbers are no FID then.
+        vfm_weights: File with the VFM's weights.
+        image_size: Side in pixels of the centre crops of a reference folder's images.
+        statistics: Where to save what is measured of a reference folder; by default beside it.
+        precision_recall: Measure these two, which need the reference's images.
+        batch_size: Images at a time.
+        device: Where to compute, such as cuda:1; by default a GPU where there is one.
+        metrics_file: Where the numbers go, with settings, counts and versions.
+        name: Their entry in that file.
+    """
+    files, real = SampleFiles(samples), ReferenceImages(reference, image_size, statistics)
+    network = Inception(inception) if vfm is None else FrozenVFM(vfm, weights=vfm_weights)
+    network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    values = measure(files, real, network, precision_recall, batch_size)
+    settings: dict[str, Any] = {
+        "samples": samples,
+        "num_images": files.num_images,
+        "reference": reference,
+        "network": name_of(network),
+        "network_weights": network.fingerprint(),
+    }
+    metrics = json_numbers({f"test/{key}": value for key, value in values.items()})
+    entry = {"metrics": metrics, "settings": settings, "versions": versions()}
+    write_entry(Path(metrics_file), name, entry)
+    console = Console()
+    console.print(settings_table(settings))
+    console.print(summary_table({name: entry}, title=metrics_file))
+
+
+def asks_for_files(arguments: list[str]) -> bool:
+    """Whether a command line is `test --samples …`."""
+    return arguments[:1] == ["test"] and any(a.split("=")[0] == "--samples" for a in arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs `evaluate_samples` by the options of a command line, without its first word."""
+    parser = ArgumentParser(prog="python -m ldm test", exit_on_error=False, description=evaluate_samples.__doc__)
+    parser.add_function_arguments(evaluate_samples)
+    evaluate_samples(**parser.parse_args(sys.argv[2:] if arguments is None else arguments).as_dict())

@@ -1,0 +1,135 @@
+"""All numbers of the ADM protocol from one pass of Inception, against torchmetrics' metrics one by one.
+
+Those see the same images and the same random weights, and each runs the network on its own, as metrics there do. They
+have no precision and recall on Inception's features, so these are measured on one side alone; the second row has the
+kernel distance in their place.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from timing import table
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torchmetrics.image.inception import InceptionScore as TheirInceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from vfm_vae.metrics.distribution import FrechetDistance, InceptionScore, PrecisionRecall
+from vfm_vae.metrics.inception import Inception, InceptionNetwork
+
+IMAGES, BATCH, SIDE, TARGET = 64, 16, 64, 2.5
+
+
+class Spatial(nn.Module):
+    """Torch-fidelity's network with the output that sFID takes, by a hook."""
+
+    num_features = 2023
+
+    def __init__(self, weights: str) -> None:
+        super().__init__()
+        self.network = NoTrainInceptionV3("spatial", ["2048"], weights, antialias=False)
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.kept = output[:, :7].permute(0, 2, 3, 1).flatten(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features `[B, 2023]`."""
+        self.network(images)
+        return self.kept
+
+
+def save_random_weights(path: Path) -> None:
+    """Saves weights whose features differ between images."""
+    network = InceptionNetwork()
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    torch.save(network.state_dict(), path)
+
+
+def random_images(contrast: float) -> Tensor:
+    """Smooth uint8 images."""
+    grid = torch.rand(IMAGES, 3, 4, 4) * contrast
+    return (nn.functional.interpolate(grid, size=(SIDE, SIDE), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+
+
+def single_pass(weights: str, real: Tensor, generated: Tensor) -> dict[str, Tensor]:
+    """Everything with one look at each image."""
+    network, index = Inception(weights), torch.arange(IMAGES)
+    fid, sfid, score = FrechetDistance(2048), FrechetDistance(2023), InceptionScore(IMAGES)
+    neighbours = PrecisionRecall()
+    for images, is_real in ((real, True), (generated, False)):
+        for batch, numbers in zip(images.split(BATCH), index.split(BATCH), strict=True):
+            features = network(batch)
+            fid.update(features.pool, real=is_real)
+            sfid.update(features.spatial, real=is_real)
+            neighbours.update(features.pool, numbers, real=is_real)
+            if not is_real:
+                score.update(features.logits, numbers)
+    values = {"fid": fid.compute(), "sfid": sfid.compute(), "inception_score": score.compute()}
+    return values | neighbours.compute()
+
+
+def one_by_one(weights: str, real: Tensor, generated: Tensor, *, kernel_distance: bool) -> dict[str, Tensor]:
+    """The same with a metric, and a network, for each."""
+    networks = {"fid": NoTrainInceptionV3("fid", ["2048"], weights, antialias=False), "sfid": Spatial(weights)}
+    values = {}
+    for name, network in networks.items():
+        network.num_features = 2048 if name == "fid" else 2023
+        metric = FrechetInceptionDistance(feature=network)
+        feed_both(metric, real, generated)
+        values[name] = metric.compute()
+    metric = TheirInceptionScore(NoTrainInceptionV3("score", ["logits_unbiased"], weights, antialias=False), splits=1)
+    for batch in generated.split(BATCH):
+        metric.update(batch)
+    values["inception_score"] = metric.compute()[0]
+    if kernel_distance:
+        network = NoTrainInceptionV3("kernel", ["2048"], weights, antialias=False)
+        metric = KernelInceptionDistance(feature=network, subset_size=IMAGES // 2)
+        feed_both(metric, real, generated)
+        values["kid"] = metric.compute()[0]
+    return values
+
+
+def feed_both(metric: nn.Module, real: Tensor, generated: Tensor) -> None:
+    """Shows a metric all images."""
+    for images, is_real in ((real, True), (generated, False)):
+        for batch in images.split(BATCH):
+            metric.update(batch, real=is_real)
+
+
+def timed(function: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], float]:
+    """What a function returns, and its seconds."""
+    start = time.perf_counter()
+    return function(), time.perf_counter() - start
+
+
+@torch.no_grad()
+def main() -> None:
+    """Prints the ratios, after a look whether the numbers are the same."""
+    torch.manual_seed(0)
+    real, generated = random_images(1.0), random_images(0.7)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = str(Path(folder) / "inception.pth")
+        save_random_weights(Path(weights))
+        Inception(weights)(real[:BATCH])  # warms up
+        ours, seconds = timed(lambda: single_pass(weights, real, generated))
+        rows = []
+        for kernel in (False, True):
+            theirs, slow = timed(lambda kernel=kernel: one_by_one(weights, real, generated, kernel_distance=kernel))
+            for name in ("fid", "sfid", "inception_score"):
+                torch.testing.assert_close(ours[name].double(), theirs[name].double(), rtol=1e-3, atol=1e-4)
+            rows.append(("with KID for precision and recall" if kernel else "FID, sFID, IS", slow / seconds))
+    title = f"{IMAGES} real and {IMAGES} generated images of {SIDE} pixels, CPU: time over that of a single pass"
+    table(title, [(name, f"{ratio:.1f}x") for name, ratio in rows], "one by one", "ratio")
+    if rows[0][1] < TARGET:
+        sys.exit(f"a single pass is {rows[0][1]:.2f}x faster than metric by metric; the target is {TARGET}x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""What models keep of what VFMs know: CKNNA of blocks and of transformed images, robustness, linear probes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from torch import nn
+
+from callbacks.cknna import CKNNACallback
+from callbacks.heatmap import block_heat_map
+from callbacks.probe import LinearProbeCallback
+from callbacks.report import Report
+from callbacks.robustness import RobustnessCallback
+from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.data.folder import ImageFolderDataset
+from vfm_vae.data.transforms import CentreCrop
+from vfm_vae.metrics.alignment import cknna, prepare_features
+from vfm_vae.metrics.probe import LinearProbe
+from vfm_vae.metrics.reconstruction import from_uint8
+from vfm_vae.metrics.semantic import names_of, transformed
+from vfm_vae.types import Batch, LatentBatch
+from vfm_vae.vfm import FrozenVFM
+
+VFM = "vit_photos_patch8_64"
+
+
+class Encoder(LightningModule):
+    """Latents are average colours; "blocks" are those at some noise."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project = nn.Conv2d(3, 6, 8, stride=8)
+        self.images_seen = 0
+
+    def latents(self, batch):
+        return self.project(from_uint8(batch.images))
+
+    def alignment_features(self, batch, time=None):
+        if isinstance(batch, LatentBatch):
+            noisy = (
+                batch.latents
+                + (1 - (0.5 if time is None else time)) * torch.sin(batch.index * 9.0)[:, None, None, None]
+            )
+            return {"block_01": noisy.flatten(1), "block_02": noisy.mean((2, 3))}
+        return {"latent": self.latents(batch).mean((2, 3))}
+
+    def training_step(self, batch, batch_idx):
+        self.images_seen += len(batch.labels)
+        return self.project.weight.square().sum()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    test_step = validation_step
+
+    def evaluation_settings(self):
+        return {"seed": 3}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+@pytest.fixture
+def encoder():
+    return Encoder()
+
+
+@pytest.fixture
+def vfm():
+    return FrozenVFM(VFM)
+
+
+@pytest.fixture
+def images(photos):
+    return ImageNetDataModule(photos, image_size=64, batch_size=16, val_batch_size=7, num_workers=0)
+
+
+@pytest.fixture
+def val_batch(photos):
+    dataset = ImageFolderDataset(photos, "val", CentreCrop(64))
+    pixels = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    return Batch(pixels, torch.from_numpy(dataset.labels), torch.arange(len(dataset)))
+
+
+class Latents(ImageNetDataModule):
+    """The photographs' latents: average colours of 8x8 pixels."""
+
+    def val_dataloader(self):
+        dataset = ImageFolderDataset(self.root, "val", CentreCrop(64))
+        rows = [(F.avg_pool2d(from_uint8(image[None]), 16)[0], label, i) for image, label, i in dataset]
+        return torch.utils.data.DataLoader(
+            rows, 7, collate_fn=lambda s: LatentBatch(*torch.utils.data.default_collate(s))
+        )
+
+    test_dataloader = val_dataloader
+
+
+def align(features, vfm, images, k=5):
+    reference = prepare_features(vfm(from_uint8(images)).tokens.mean(1))
+    return cknna(prepare_features(features), reference, k).item()
+
+
+def test_se_cknna_compares_transformed_images_with_clean_references(encoder, images, trainer, vfm, val_batch):
+    run = trainer(CKNNACallback([vfm], k=5, se_cknna="each"))
+    run.test(encoder, images, verbose=False)
+    logged = {name: value.item() for name, value in run.callback_metrics.items()}
+    with torch.no_grad():
+        for name, [(_, pixels)] in transformed("each", val_batch.images, val_batch.index).items():
+            features = encoder.latents(val_batch._replace(images=pixels)).mean((2, 3))
+            expected = align(features, vfm, val_batch.images)
+            assert logged[f"test/se_cknna/latent/{name}"] == pytest.approx(expected, abs=1e-5), name
+    single = [logged[f"test/se_cknna/latent/{name}"] for name in names_of("each")]
+    assert logged["test/se_cknna/latent/mean"] == pytest.approx(np.mean(single), abs=1e-6)
+    assert logged["test/se_cknna/latent/scale_1"] == pytest.approx(logged["test/cknna/latent"], abs=1e-6)
+    assert logged["test/se_cknna/latent_transformed/rotation_90"] == pytest.approx(
+        logged["test/cknna/latent"], abs=1e-4
+    )
+
+
+def test_se_cknna_by_the_published_protocol(encoder, images, trainer, vfm, val_batch):
+    run = trainer(CKNNACallback([vfm], k=5, se_cknna="published", num_images=13))
+    run.validate(encoder, images, verbose=False)
+    chosen = val_batch.index * 13 % 26 < 13
+    part = Batch(*(tensor[chosen] for tensor in val_batch))
+    features = torch.zeros(13, 6)
+    with torch.no_grad():
+        for rows, pixels in transformed("published", part.images, part.index)["equivariance"]:
+            features[rows] = encoder.latents(part._replace(images=pixels)).mean((2, 3))
+    expected = align(features, vfm, part.images)
+    assert run.callback_metrics["val/se_cknna/latent/equivariance"].item() == pytest.approx(expected, abs=1e-5)
+    assert "val/se_cknna/latent/noise_0.20" in run.callback_metrics
+    assert "val/se_cknna/latent/mean" not in run.callback_metrics
+
+
+def test_blocks_are_compared_with_the_images_of_latents(encoder, photos, trainer, vfm, val_batch):
+    callback = CKNNACallback([vfm], k=5, times=[0.25, 1.0], images=str(photos / "val"), image_size=64)
+    run = trainer(callback)
+    data = Latents(photos)
+    run.validate(encoder, data, verbose=False)
+    pooled = F.avg_pool2d(from_uint8(val_batch.images), 16)
+    logged = run.callback_metrics
+    expected = align(pooled.flatten(1), vfm, val_batch.images)
+    assert logged["val/cknna/block_01/t1"].item() == pytest.approx(expected, abs=1e-5)
+    assert logged["val/cknna/block_01/t0.25"] < logged["val/cknna/block_01/t1"]
+    assert callback.settings()["times"] == [0.25, 1.0]
+    with pytest.raises(ValueError, match="images: the data holds latents"):
+        trainer(CKNNACallback([vfm], k=5)).validate(encoder, data, verbose=False)
+    with pytest.raises(ValueError, match="holds 52 images, but the data 26"):
+        trainer(CKNNACallback([vfm], k=5, images=str(photos / "train"))).validate(encoder, data, verbose=False)
+    with pytest.raises(ValueError, match=r"times: each lies in \[0, 1\]"):
+        CKNNACallback([vfm], times=[250])
+
+
+class Watched(Latents):
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(list(self.val_dataloader()), batch_size=None)
+
+
+def test_blocks_along_training_become_a_heat_map(encoder, photos, trainer, vfm, tmp_path):
+    options = {"k": 5, "images": str(photos / "val"), "image_size": 64}
+    logger = TensorBoardLogger(tmp_path, name="run", version="")
+    watch = {"val_check_interval": 2, "max_steps": 8, "logger": logger, "enable_checkpointing": False}
+    callback = CKNNACallback([vfm], every_n_images=20, **options)
+    run = trainer(callback, **watch)
+    run.fit(encoder, Watched(photos))
+    assert [entry["images_seen"] for entry in callback._history] == [14, 40]  # not at 26, which came too soon
+    picture = Image.open(tmp_path / "run/images/cknna_blocks.png")
+    assert picture.width > 200 and np.asarray(picture).std() > 20
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    again = CKNNACallback([vfm], every_n_images=20, **options)
+    again.load_state_dict(stored["callbacks"][again.state_key])
+    assert again._history == callback._history
+    assert again.state_key != CKNNACallback([vfm], times=[0.3], **options).state_key
+
+
+def test_a_heat_map_shows_what_it_is_given():
+    dark = block_heat_map(torch.tensor([[0.0, 0.1], [0.1, 0.0]]), [0, 9], "t").float()
+    other = block_heat_map(torch.tensor([[0.1, 0.0], [0.0, 0.1]]), [0, 9], "t").float()
+    assert (other - dark).abs().mean() > 1
+    assert block_heat_map(torch.full((28, 40), torch.nan), range(40), "t").dtype == torch.uint8
+
+
+def test_robustness_is_the_cosine_to_the_clean_features(encoder, images, trainer, vfm, val_batch):
+    run = trainer(RobustnessCallback([vfm]))
+    run.validate(encoder, images, verbose=False)
+    logged = {name.removeprefix("val/robustness/"): value.item() for name, value in run.callback_metrics.items()}
+    noisy = transformed("each", val_batch.images, val_batch.index)["noise_0.20"][0].images
+    tokens = [vfm(from_uint8(pixels)).tokens.mean(1) for pixels in (val_batch.images, noisy)]
+    expected = F.cosine_similarity(*tokens).mean().item()
+    assert logged[f"{VFM}/noise_0.20"] == pytest.approx(expected, abs=1e-5)
+    parts = [value for name, value in logged.items() if name.startswith("latent/") and not name.endswith("mean")]
+    assert len(parts) == 10 and logged["latent/mean"] == pytest.approx(np.mean(parts), abs=1e-6)
+    assert logged["latent/noise_0.05"] > logged["latent/noise_0.20"]
+
+
+def test_probe_is_fitted_to_training_images(encoder, images, trainer, vfm, photos, val_batch):
+    run = trainer(LinearProbeCallback([vfm], num_train_images=39))
+    run.validate(encoder, images, verbose=False)
+    train = ImageFolderDataset(photos, "train", CentreCrop(64))
+    chosen = [i for i in range(52) if i * 39 % 52 < 39]
+    pixels, labels = torch.stack([train[i][0] for i in chosen]), torch.from_numpy(train.labels[chosen])
+    probe = LinearProbe(vfm(from_uint8(pixels)).tokens.mean(1), labels)
+    expected = (probe.predict(vfm(from_uint8(val_batch.images)).tokens.mean(1)) == val_batch.labels).float().mean()
+    assert run.callback_metrics[f"val/probe/{VFM}"].item() == pytest.approx(expected.item(), abs=0.04)
+    assert 0 <= run.callback_metrics["val/probe/latent"] <= 1
+    with pytest.raises(ValueError, match="num_train_images: at least 2"):
+        LinearProbeCallback(num_train_images=1)
+
+
+def test_report_says_what_numbers_depend_on(encoder, images, trainer, vfm, tmp_path, capsys):
+    path = tmp_path / "metrics.json"
+    run = trainer(CKNNACallback([vfm], num_images=13, k=5), RobustnessCallback(), Report(str(path), "test"))
+    run.test(encoder, images, verbose=False)
+    entry = json.loads(path.read_text())["test"]
+    assert entry["settings"]["model"] == {"seed": 3}
+    assert entry["settings"]["CKNNACallback"]["num_images"] == 13
+    assert entry["settings"]["CKNNACallback"]["references"] == {VFM: vfm.fingerprint()}
+    assert entry["settings"]["RobustnessCallback"]["num_images"] == 26
+    shown = capsys.readouterr().out
+    assert "CKNNACallback.num_images" in shown and "test/cknna/latent" in shown

@@ -1,0 +1,113 @@
+"""References from folders and files: measured once, used again, refused where they don't fit."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from vfm_vae.data.archive import write_archive
+from vfm_vae.data.folder import ImageFolderDataset
+from vfm_vae.data.transforms import CentreCrop
+from vfm_vae.metrics import reference as module
+from vfm_vae.metrics.reconstruction import from_uint8
+from vfm_vae.metrics.reference import ReferenceImages, extract, name_of
+from vfm_vae.metrics.suite import DistributionSuite
+from vfm_vae.vfm import FrozenVFM
+
+VFM = "vit_photos_patch8_64"
+
+
+@pytest.fixture(scope="module")
+def vfm():
+    return FrozenVFM(VFM)
+
+
+@pytest.fixture
+def folder(photos, tmp_path):
+    shutil.copytree(photos / "val", tmp_path / "real")
+    return tmp_path / "real"
+
+
+def images_of(folder):
+    dataset = ImageFolderDataset(folder.parent, folder.name, CentreCrop(64))
+    return torch.stack([dataset[i][0] for i in range(len(dataset))])
+
+
+def test_a_folder_is_measured_once(vfm, folder, monkeypatch):
+    images = images_of(folder)
+    features = vfm(from_uint8(images)).pooled
+    measured = ReferenceImages(str(folder), 64).load(vfm, with_features=True)
+    torch.testing.assert_close(measured.pool.mean, features.double().mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(measured.pool.covariance, features.double().T.cov(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(measured.features, features, rtol=1e-4, atol=1e-5)
+    assert measured.spatial is None
+
+    saved = folder.with_name(f"real_64px_{VFM}.npz")
+    with np.load(saved) as arrays:
+        assert {"arr_0", "mu", "sigma", "source"} == set(arrays)
+        assert (arrays["arr_0"] == images.permute(0, 2, 3, 1).numpy()).all()
+    monkeypatch.setattr(module, "_measure", None)  # can't be called
+    again = ReferenceImages(str(folder), 64).load(vfm, with_features=False)
+    assert torch.equal(again.pool.mean, measured.pool.mean) and again.features is None
+    from_file = ReferenceImages(str(saved)).load(vfm, with_features=True)
+    assert torch.equal(from_file.pool.covariance, measured.pool.covariance)
+
+
+def test_a_folder_that_changed_is_measured_again(vfm, folder):
+    first = ReferenceImages(str(folder), 64).load(vfm, with_features=False)
+    next(folder.glob("*/*")).unlink()
+    second = ReferenceImages(str(folder), 64).load(vfm, with_features=False)
+    assert not torch.equal(first.pool.mean, second.pool.mean)
+    features = vfm(from_uint8(images_of(folder))).pooled.double()
+    torch.testing.assert_close(second.pool.mean, features.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_somebodys_file_has_inceptions_statistics_and_images_for_other_networks(vfm, folder, inception, tmp_path):
+    images = images_of(folder)[:9]
+    made = {"mu": np.arange(2048.0), "sigma": np.eye(2048), "mu_s": np.ones(2023), "sigma_s": 2 * np.eye(2023)}
+    write_archive(tmp_path / "adm.npz", images.permute(0, 2, 3, 1).numpy(), 9, **made)
+    ours = ReferenceImages(str(tmp_path / "adm.npz")).load(inception, with_features=True, batch_size=4)
+    assert ours.pool.mean.tolist() == list(range(2048)) and ours.spatial.covariance[0, 0] == 2
+    torch.testing.assert_close(ours.features, inception(images).pool, rtol=1e-3, atol=1e-4)
+    theirs = ReferenceImages(str(tmp_path / "adm.npz")).load(vfm, with_features=False)
+    features = vfm(from_uint8(images)).pooled.double()
+    torch.testing.assert_close(theirs.pool.mean, features.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(theirs.pool.covariance, features.T.cov(), rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_missing_is_named(vfm, folder, inception, tmp_path):
+    with pytest.raises(ValueError, match=r"reference: nothing at 'nowhere\.npz'; give a folder of images.*ADM's"):
+        ReferenceImages("nowhere.npz")
+    np.savez(tmp_path / "mean.npz", mu=np.zeros(3))
+    with pytest.raises(ValueError, match="has no statistics 'mu' and 'sigma'"):
+        ReferenceImages(str(tmp_path / "mean.npz")).load(inception, with_features=False)
+    np.savez(tmp_path / "few.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(ValueError, match="holds statistics but no images"):
+        ReferenceImages(str(tmp_path / "few.npz")).load(inception, with_features=True)
+    few = ReferenceImages(str(tmp_path / "few.npz")).load(inception, with_features=False)
+    with pytest.raises(ValueError, match="statistics are of 3 features, but inception has 2048"):
+        DistributionSuite(inception, 10, few)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match="statistics: can't write"):
+        ReferenceImages(str(folder), 64, str(file / "here.npz")).load(vfm, with_features=False)
+
+
+def test_suite_names_its_numbers_by_what_is_compared(vfm, folder, inception):
+    images = images_of(folder)
+    index = torch.arange(8)
+    against_itself = DistributionSuite(inception, 8)
+    against_itself.update(images[:8], index)
+    against_itself.update(images[:8], index, real=True)
+    values = against_itself.compute()
+    assert set(values) == {"rfid", "rsfid", "ris"}
+    assert values["rfid"].abs() < 1e-3 and values["rsfid"].abs() < 1e-3 and values["ris"] >= 1
+    real = ReferenceImages(str(folder), 64).load(vfm, with_features=True)
+    suite = DistributionSuite(vfm, 8, real, precision_recall=True)
+    suite.update(images[:8], index)
+    values = suite.compute()
+    assert set(values) == {f"fd_{VFM}", f"precision_{VFM}", f"recall_{VFM}"}
+    assert values[f"precision_{VFM}"] == 1  # they are real ones
+    assert name_of(inception) == "inception" and extract(vfm, images[:1]).logits is None
+    assert not suite.state_dict()

@@ -1,0 +1,198 @@
+"""The nearest neighbours of every sample among all others, exact, without ever holding an `n x n` matrix.
+
+The matrix of inner products is computed tile by tile, on and above its diagonal alone. A tile that was multiplied is
+nearly done with: but for the first few, hardly one of its entries is larger than what its row or column has found
+already, and which ones could be is seen from the maxima of groups of entries.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_TILE_ROWS, _TILE_COLUMNS = 512, 2048  # 4 MB, which the cache of a CPU holds
+_ACCELERATOR_TILE = 8  # times as high and wide: 256 MB, and few launches
+_GROUP = 16  # entries of a tile that are represented by their maximum
+_CROWDED = 0.4  # with this part of the groups promising, sorting out all of the tile is faster
+_TIE_ENTRIES = 2**22  # products held at a time where ties are settled
+
+
+class Neighbours(NamedTuple):
+    """The `k` nearest neighbours of every sample, on the CPU, where sums over them are cheap and deterministic.
+
+    Attributes:
+        num_samples: `n`.
+        k: number of neighbours.
+        excludes_self: whether no sample is its own neighbour; otherwise it may be.
+        keys: `sample * n + neighbour`, ascending, `[n * k]`.
+        values: the inner product of the two, float64 `[n * k]`; nan where features are not finite.
+    """
+
+    num_samples: int
+    k: int
+    excludes_self: bool
+    keys: Tensor
+    values: Tensor
+
+
+def nearest_neighbours(features: Tensor, k: int, exclude_self: bool = True) -> Neighbours:
+    """Finds each sample's `k` nearest by inner product, computed in float32; of equally near ones, the first.
+
+    Time is `O(n^2 d)`; memory above the features (in float32) is `O(n k)` and one tile.
+
+    Args:
+        features: `[n, d]`, any floating-point type; of unit length where the nearest by angle are meant.
+        k: number of neighbours.
+        exclude_self: don't count a sample among its own neighbours.
+
+    Returns:
+        The neighbours. All their values are nan where the features, or their squared norms, are not finite.
+
+    Raises:
+        ValueError: if `features` is no matrix, or has too few samples for `k`.
+    """
+    if features.ndim != 2:
+        raise ValueError(f"features must be a matrix [samples, channels]; got {tuple(features.shape)}.")
+    check_count(len(features), k, k + 1 if exclude_self else k)
+    with _float32_arithmetic(features.device):
+        features = features.detach().float()
+        search = _Search(features, k, exclude_self)
+        # |x . y| <= |x| |y|: below the largest float32 no product is inf or nan, and all can be compared.
+        if bool(torch.linalg.vector_norm(features, dim=1).square().isfinite().all()):
+            search.run()
+        else:
+            search.values.fill_(math.nan)
+            search.columns[:] = torch.arange(k + 1, device=features.device)
+    return _ascending(search.values[:, :k].cpu(), search.columns[:, :k].cpu(), exclude_self)
+
+
+def check_count(num_samples: int, k: int, least: int) -> None:
+    """Raises a ValueError if there are fewer than `least` samples, or no neighbours asked for."""
+    if k < 1 or num_samples < least:
+        raise ValueError(f"k = {k} neighbours need k >= 1 and at least {least} samples; got {num_samples} samples.")
+
+
+def intersect(keys: Tensor, ascending: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of `keys` occur in `ascending` (bool mask), and where those do."""
+    position = torch.searchsorted(ascending, keys).clamp(max=len(ascending) - 1)
+    found = ascending[position] == keys if len(ascending) else torch.zeros_like(keys, dtype=torch.bool)
+    return found, position[found]
+
+
+@contextmanager
+def _float32_arithmetic(device: torch.device) -> Iterator[None]:
+    """Neighbours are compared in full float32, whatever the training run allows its own products."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+class _Search:
+    """The best `k + 1` of every row of the symmetric matrix `features @ features.T`, while its tiles go by.
+
+    One more than asked for, because where it is as near as the last, the choice between them has to be made anew.
+
+    Attributes:
+        values: the best so far, descending, `[n, k + 1]`; -inf where there is none yet.
+        columns: theirs.
+    """
+
+    def __init__(self, features: Tensor, k: int, exclude_self: bool) -> None:
+        n = len(features)
+        self.features, self.k, self.exclude_self = features, k, exclude_self
+        self.values = features.new_full((n, k + 1), -math.inf)
+        self.columns = torch.zeros((n, k + 1), dtype=torch.int64, device=features.device)
+
+    def run(self) -> None:
+        """Goes through all tiles on and above the diagonal."""
+        n = len(self.features)
+        scale = 1 if self.features.device.type == "cpu" else _ACCELERATOR_TILE
+        rows, columns = min(scale * _TILE_ROWS, n), min(scale * max(_TILE_COLUMNS, _TILE_ROWS), n)
+        buffer = self.features.new_empty(rows, columns)  # written again and again: new pages are slow to get
+        for start in range(0, n, rows):
+            some = self.features[start : start + rows]
+            tile = torch.mm(some, some.T, out=buffer[: len(some), : len(some)])
+            if self.exclude_self:
+                tile.diagonal().fill_(-math.inf)
+            self._offer(tile, 1, start, start)
+            for first in range(start + rows, n, columns):
+                others = self.features[first : first + columns]
+                tile = torch.mm(some, others.T, out=buffer[: len(some), : len(others)])
+                self._offer(tile, 1, start, first)
+                self._offer(tile, 0, first, start)
+        self._settle_ties()
+
+    def _offer(self, tile: Tensor, dim: int, owner: int, partner: int) -> None:
+        """Takes what is new among the best: with `dim` 1 of the tile's rows, with 0 of its columns.
+
+        Args:
+            tile: inner products.
+            dim: along which they compete.
+            owner: the row of `values` that the first competition is about.
+            partner: the sample that the first competitor is.
+        """
+        owners = slice(owner, owner + tile.shape[1 - dim])
+        limit = self.values[owners, -1]
+        missing = -tile.shape[dim] % _GROUP
+        padded = F.pad(tile, (0, missing) if dim else (0, 0, 0, missing), value=-math.inf) if missing else tile
+        groups = padded.unflatten(dim, (_GROUP, -1)).movedim(dim, 0)  # [_GROUP, rows, columns], one of them shrunk
+        promising = groups.amax(0) > (limit[:, None] if dim else limit)
+        if promising.sum() > _CROWDED * promising.numel():
+            top = (tile if dim else tile.T.contiguous()).topk(min(self.k + 1, tile.shape[dim]))
+            self._take(owners, top.values, top.indices + partner)
+            return
+        row, column = promising.nonzero(as_tuple=True)
+        who, group = (row, column) if dim else (column, row)
+        values = groups[:, row, column]  # [_GROUP, m]
+        member, which = (values > limit[who]).nonzero(as_tuple=True)
+        if len(which):
+            position = member * promising.shape[dim] + group[which]
+            self._take_some(who[which] + owner, values[member, which], position + partner)
+
+    def _take_some(self, owners: Tensor, values: Tensor, columns: Tensor) -> None:
+        """Takes the best of a list of entries of any rows, `[m]` each."""
+        owners, order = owners.sort(stable=True)
+        owners, counts = owners.unique_consecutive(return_counts=True)
+        line = torch.arange(len(owners), device=owners.device).repeat_interleave(counts)
+        place = torch.arange(len(order), device=owners.device) - (counts.cumsum(0) - counts)[line]
+        shape = len(owners), int(counts.max())
+        table = values.new_full(shape, -math.inf)
+        table[line, place] = values[order]
+        theirs = columns.new_zeros(shape)
+        theirs[line, place] = columns[order]
+        self._take(owners, table, theirs)
+
+    def _take(self, owners: slice | Tensor, values: Tensor, columns: Tensor) -> None:
+        """Takes the best of entries `[rows, any]` of those rows."""
+        columns = torch.cat((self.columns[owners], columns), dim=1)
+        best = torch.cat((self.values[owners], values), dim=1).topk(self.k + 1)
+        self.values[owners], self.columns[owners] = best.values, columns.gather(1, best.indices)
+
+    def _settle_ties(self) -> None:
+        """Where the last neighbour and the first one left out are equally near, chooses again, the earlier first."""
+        k, tied = self.k, (self.values[:, -2] == self.values[:, -1]).nonzero().squeeze(1)
+        for rows in tied.split(max(1, _TIE_ENTRIES // len(self.features))):
+            kernel = self.features[rows] @ self.features.T
+            if self.exclude_self:
+                kernel[torch.arange(len(rows), device=rows.device), rows] = -math.inf
+            last = kernel.topk(k).values[:, -1:]
+            nearer, equal = kernel > last, kernel == last
+            room = k - nearer.sum(1, keepdim=True)
+            chosen = nearer | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
+            columns = chosen.nonzero()[:, 1].view(-1, k)
+            self.values[rows, :k], self.columns[rows, :k] = kernel.gather(1, columns), columns
+
+
+def _ascending(values: Tensor, columns: Tensor, excludes_self: bool) -> Neighbours:
+    n, k = values.shape
+    columns, order = columns.sort(dim=1)
+    keys = torch.arange(n)[:, None] * n + columns
+    return Neighbours(n, k, excludes_self, keys.flatten(), values.gather(1, order).double().flatten())

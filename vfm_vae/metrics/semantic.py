@@ -1,0 +1,118 @@
+"""Transformed images, by which it is asked what of an image's meaning its features keep (VFM-VAE, section 3)."""
+
+import random
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+from vfm_vae.data.sampling import IndexedNoise
+
+NOISES = (0.05, 0.10, 0.15, 0.20)
+SCALES = (1.0, 0.75, 0.5, 0.25)
+ROTATIONS = (0, 90, 180, 270)
+PUBLISHED_SEED = 42
+
+
+class Part(NamedTuple):
+    """Images of a batch after a transformation that may give them several sizes.
+
+    Attributes:
+        rows: their positions in the batch, int64 `[b]`.
+        images: uint8 `[b, 3, h, w]`.
+    """
+
+    rows: Tensor
+    images: Tensor
+
+
+def add_noise(images: Tensor, sigma: float, index: Tensor, seed: int = 0) -> Tensor:
+    """Adds Gaussian noise to images in [0, 1]; the result is clipped, then truncated to 8 bits.
+
+    Args:
+        images: uint8 `[B, 3, H, W]`.
+        sigma: the noise's standard deviation.
+        index: each image's number, which its noise depends on, int64 `[B]`.
+        seed: of the noise.
+
+    Returns:
+        uint8 `[B, 3, H, W]`.
+    """
+    noise = IndexedNoise("noise", seed, index, images.device).normal(*images.shape[1:])
+    return ((images / 255 + sigma * noise).clamp(0, 1) * 255).to(torch.uint8)
+
+
+def scale(maps: Tensor, factor: float) -> Tensor:
+    """Resizes images or latents `[B, C, H, W]` to `factor` of their sides, bilinear with antialias."""
+    size = [round(side * factor) for side in maps.shape[-2:]]
+    return maps if size == list(maps.shape[-2:]) else resize(maps, size, InterpolationMode.BILINEAR, antialias=True)
+
+
+def rotate(maps: Tensor, degrees: int) -> Tensor:
+    """Turns images or latents `[B, C, H, W]` counter-clockwise by a multiple of 90°."""
+    return torch.rot90(maps, degrees // 90, (-2, -1))
+
+
+Transformation = Callable[[Tensor, Tensor], Tensor]
+"""From uint8 images `[B, 3, H, W]` and their numbers `[B]` to uint8 images of one size."""
+
+
+def each_transformation() -> dict[str, Transformation]:
+    """The twelve single transformations by name: `noise_0.05`, …, `scale_0.25`, …, `rotation_270`."""
+    noises = {f"noise_{sigma:.2f}": lambda x, index, sigma=sigma: add_noise(x, sigma, index) for sigma in NOISES}
+    scales = {f"scale_{factor:g}": lambda x, index, factor=factor: scale(x, factor) for factor in SCALES}
+    turns = {f"rotation_{angle}": lambda x, index, angle=angle: rotate(x, angle) for angle in ROTATIONS}
+    return noises | scales | turns
+
+
+def is_identity(name: str) -> bool:
+    """Whether a transformation, by its name, leaves images as they are."""
+    return name in ("scale_1", "rotation_0")
+
+
+def latent_transformations() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Scales and rotations for latents `[B, C, h, w]`, by name."""
+    scales = {f"scale_{factor:g}": lambda z, factor=factor: scale(z, factor) for factor in SCALES}
+    return scales | {f"rotation_{angle}": lambda z, angle=angle: rotate(z, angle) for angle in ROTATIONS}
+
+
+def draw_published(index: int) -> tuple[int, float]:
+    """The rotation in degrees and the scale of one image, drawn together as in the published protocol.
+
+    The seed is 42 plus the image's number; which generator the published script feeds it to is not known.
+    """
+    generator = random.Random(PUBLISHED_SEED + max(index, 0))
+    return generator.choice(ROTATIONS), generator.choice(SCALES)
+
+
+def transformed(protocol: Literal["each", "published"], images: Tensor, index: Tensor) -> dict[str, list[Part]]:
+    """What a protocol does with a batch.
+
+    Args:
+        protocol: `each` for the single transformations; `published` for noise of each strength, and `equivariance`:
+            one rotation and one scale per image.
+        images: uint8 `[B, 3, H, W]`.
+        index: each image's number, int64 `[B]`.
+
+    Returns:
+        By name (`names_of`), the batch in parts of one size each.
+    """
+    rows = torch.arange(len(images), device=images.device)
+    if protocol == "each":
+        return {name: [Part(rows, transform(images, index))] for name, transform in each_transformation().items()}
+    parts = {f"noise_{sigma:.2f}": [Part(rows, add_noise(images, sigma, index))] for sigma in NOISES}
+    groups: dict[tuple[int, float], list[int]] = {}
+    for row, number in enumerate(index.tolist()):
+        groups.setdefault(draw_published(number), []).append(row)
+    parts["equivariance"] = [
+        Part(rows[chosen], scale(rotate(images[chosen], angle), factor)) for (angle, factor), chosen in groups.items()
+    ]
+    return parts
+
+
+def names_of(protocol: Literal["each", "published"]) -> list[str]:
+    """What a protocol's transformations are called."""
+    names = list(each_transformation())
+    return names if protocol == "each" else [*names[: len(NOISES)], "equivariance"]

@@ -1,0 +1,83 @@
+"""All that is measured of a set of images as a distribution, with one pass of the network over each image."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vfm_vae.metrics.distribution import FrechetDistance, InceptionScore, PrecisionRecall
+from vfm_vae.metrics.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
+from vfm_vae.metrics.reference import Reference, extract, name_of
+from vfm_vae.vfm import FrozenVFM
+
+
+class DistributionSuite(nn.Module):
+    """Fréchet distances, Inception Score, precision and recall of generated images, by the ADM protocol.
+
+    Compared is with a reference, or with real images that are given along (a tokenizer's inputs with its
+    reconstructions). On Inception's features the numbers are called, with a reference, `gfid`, `sfid`,
+    `inception_score`, `precision`, `recall`; without, `rfid`, `rsfid`, `ris`. On those of a VFM, `fd_<vfm>`,
+    `precision_<vfm>`, `recall_<vfm>`, never `fid`.
+
+    Args:
+        network: extracts features; only called, not owned, so that its weights are in no `state_dict`.
+        num_images: how many generated images there will be, which the splits of the Inception Score depend on.
+        reference: real images that were measured before; None where they are given along.
+        precision_recall: whether to measure these two; needs the reference's features.
+
+    Raises:
+        ValueError: the reference belongs to another network.
+    """
+
+    def __init__(
+        self,
+        network: Inception | FrozenVFM,
+        num_images: int,
+        reference: Reference | None = None,
+        precision_recall: bool = False,
+    ) -> None:
+        super().__init__()
+        self._network = (network,)
+        kind = "r" if reference is None else "g"
+        is_inception = isinstance(network, Inception)
+        width, name = (POOL_WIDTH, "fid") if is_inception else (network.width, f"fd_{name_of(network)}")
+        if reference is not None and len(reference.pool.mean) != width:
+            raise ValueError(
+                f"reference: its statistics are of {len(reference.pool.mean)} features, but {name_of(network)} has "
+                f"{width}; they were made by another network"
+            )
+        self.distance = FrechetDistance(width, reference.pool if reference else None)
+        self.names = {"distance": f"{kind}{name}" if is_inception else name}
+        if is_inception and (reference is None or reference.spatial is not None):
+            self.spatial = FrechetDistance(SPATIAL_WIDTH, reference.spatial if reference else None)
+            self.names["spatial"] = "rsfid" if reference is None else "sfid"
+        if is_inception:
+            self.score = InceptionScore(num_images)
+            self.names["score"] = "ris" if reference is None else "inception_score"
+        self.suffix = "" if is_inception else f"_{name_of(network)}"
+        self.neighbours = PrecisionRecall(reference=reference.features) if precision_recall else None
+
+    def update(self, images: Tensor, index: Tensor, real: bool = False) -> None:
+        """Adds images.
+
+        Args:
+            images: uint8 `[B, 3, H, W]`, without padding.
+            index: numbers of the images from 0 to `num_images - 1`, int64 `[B]`.
+            real: whether they are real ones, to compare with, where there is no reference.
+        """
+        features = extract(self._network[0], images)
+        self.distance.update(features.pool, real=real)
+        if "spatial" in self.names:
+            self.spatial.update(features.spatial, real=real)
+        if "score" in self.names and not real:
+            self.score.update(features.logits, index)
+        if self.neighbours is not None:
+            self.neighbours.update(features.pool, index, real=real)
+
+    @torch.no_grad()
+    def compute(self) -> dict[str, Tensor]:
+        """Every number by its name, float32 scalars, the same on all ranks."""
+        values: dict[str, Any] = {name: getattr(self, part).compute() for part, name in self.names.items()}
+        if self.neighbours is not None:
+            values |= {f"{name}{self.suffix}": value for name, value in self.neighbours.compute().items()}
+        return values
