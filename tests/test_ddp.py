@@ -22,6 +22,8 @@ from lightning.pytorch import Trainer
 from callbacks.cknna import CKNNACallback
 from callbacks.ema import EMA
 from callbacks.fid import DistributionCallback
+from callbacks.probe import LinearProbeCallback
+from callbacks.robustness import RobustnessCallback
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.losses.objective import Objective
@@ -58,7 +60,13 @@ trainer = Trainer(
     enable_model_summary=False,
     num_sanity_val_steps=0,
     limit_val_batches=1.0,
-    callbacks=[EMA(), CKNNACallback([FrozenVFM(name)], k=5), DistributionCallback(FrozenVFM(name))],
+    callbacks=[
+        EMA(),
+        CKNNACallback([FrozenVFM(name)], k=5, num_images=17, se_cknna="each"),
+        DistributionCallback(FrozenVFM(name), precision_recall=True),
+        RobustnessCallback([FrozenVFM(name)], num_images=11),
+        LinearProbeCallback([FrozenVFM(name)]),
+    ],
 )
 data = ImageNetDataModule(photos, image_size=64, batch_size=8, val_batch_size=6, num_workers=0)
 metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
@@ -77,9 +85,10 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 
+from callbacks.cknna import CKNNACallback
 from callbacks.ema import EMA
 from callbacks.fid import DistributionCallback
-from callbacks.probe import ClassAccuracyCallback
+from callbacks.probe import ClassAccuracyCallback, LinearProbeCallback
 from callbacks.writers import LatentWriter, SampleWriter
 from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
@@ -130,8 +139,11 @@ denoiser = LightningDiT(4, 8, 2, 2, 32, 2, num_classes=13)
 frozen = Tokenizer(tokenizer)
 module = DiffusionModule(denoiser, partial(torch.optim.AdamW, lr=1e-3), Euler(4), Guidance(2.0), frozen)
 data = ImageNetDataModule(cache, source="latents", batch_size=8, val_batch_size=6, num_workers=0, num_samples=10)
-watch = [DistributionCallback(FrozenVFM(name), 20, f"{photos}/val", 64)]
+statistics = str(out / f"statistics{devices}.npz")
+watch = [DistributionCallback(FrozenVFM(name), 20, f"{photos}/val", 64, statistics, True)]
 watch += [ClassAccuracyCallback(FrozenVFM(name), f"{photos}/train", 64)]
+watch += [CKNNACallback([FrozenVFM(name)], k=5, times=[0.3, 0.5], images=f"{photos}/val", image_size=64)]
+watch += [LinearProbeCallback()]
 metrics = trainer(*watch).validate(module, datamodule=data, verbose=False)[0]
 samples = out / f"samples{devices}"
 trainer(SampleWriter(str(samples))).predict(module, datamodule=data)

@@ -142,6 +142,8 @@ def test_killed_and_resumed_equals_uninterrupted(chain: Path):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+INCEPTION = '{"class_path": "vfm_vae.metrics.inception.Inception", "init_args": {"weights": "nowhere.pth"}}'
+EMBEDDED = '{"class_path": "vfm_vae.vfm.FrozenVFM", "init_args": {"name": "vit_photos_patch8_64"}}'
 MISTAKES = {
     "no such latents": (["--data.root=nowhere"], "root: no latents (*.safetensors) in 'nowhere/train'; make one with"),
     "wrong channels": (
@@ -156,6 +158,19 @@ MISTAKES = {
     "no tokenizer's checkpoint": (
         ["--model.tokenizer.init_args.checkpoint=foreign/other.ckpt"],
         "'foreign/other.ckpt' does not describe a tokenizer",
+    ),
+    "no Inception": (
+        ["--trainer.callbacks+=callbacks.fid.DistributionCallback", "--trainer.callbacks.network", INCEPTION],
+        "weights: those of Inception, for FID and its kin, could not be had from 'nowhere.pth'",
+    ),
+    "no reference": (
+        [
+            "--trainer.callbacks+=callbacks.fid.DistributionCallback",
+            "--trainer.callbacks.network",
+            EMBEDDED,
+            "--trainer.callbacks.reference=nowhere.npz",
+        ],
+        "reference: nothing at 'nowhere.npz'; give a folder",
     ),
     "misspelt key": (["--model.cosine_wait=3"], "--model.cosine_wait"),
 }
@@ -177,6 +192,7 @@ def test_a_mistake_ends_with_one_line(chain: Path, mistake: str):
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line
+    assert len(line) < 400
 
 
 def test_help_shows_our_options(chain: Path):

@@ -21,7 +21,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from vfm_vae.metrics.distribution import FrechetDistance, InceptionScore, PrecisionRecall
 from vfm_vae.metrics.inception import Inception, InceptionNetwork
 
-IMAGES, BATCH, SIDE, TARGET = 64, 16, 64, 2.5
+IMAGES, BATCH, SIDE, TARGET = 96, 16, 64, 2.5
 
 
 class Spatial(nn.Module):
@@ -75,7 +75,7 @@ def single_pass(weights: str, real: Tensor, generated: Tensor) -> dict[str, Tens
     return values | neighbours.compute()
 
 
-def one_by_one(weights: str, real: Tensor, generated: Tensor, *, kernel_distance: bool) -> dict[str, Tensor]:
+def one_by_one(weights: str, real: Tensor, generated: Tensor) -> dict[str, Tensor]:
     """The same with a metric, and a network, for each."""
     networks = {"fid": NoTrainInceptionV3("fid", ["2048"], weights, antialias=False), "sfid": Spatial(weights)}
     values = {}
@@ -88,12 +88,15 @@ def one_by_one(weights: str, real: Tensor, generated: Tensor, *, kernel_distance
     for batch in generated.split(BATCH):
         metric.update(batch)
     values["inception_score"] = metric.compute()[0]
-    if kernel_distance:
-        network = NoTrainInceptionV3("kernel", ["2048"], weights, antialias=False)
-        metric = KernelInceptionDistance(feature=network, subset_size=IMAGES // 2)
-        feed_both(metric, real, generated)
-        values["kid"] = metric.compute()[0]
     return values
+
+
+def kernel_distance(weights: str, real: Tensor, generated: Tensor) -> dict[str, Tensor]:
+    """One more, alike."""
+    network = NoTrainInceptionV3("kernel", ["2048"], weights, antialias=False)
+    metric = KernelInceptionDistance(feature=network, subset_size=IMAGES // 2)
+    feed_both(metric, real, generated)
+    return {"kid": metric.compute()[0]}
 
 
 def feed_both(metric: nn.Module, real: Tensor, generated: Tensor) -> None:
@@ -119,16 +122,15 @@ def main() -> None:
         save_random_weights(Path(weights))
         Inception(weights)(real[:BATCH])  # warms up
         ours, seconds = timed(lambda: single_pass(weights, real, generated))
-        rows = []
-        for kernel in (False, True):
-            theirs, slow = timed(lambda kernel=kernel: one_by_one(weights, real, generated, kernel_distance=kernel))
-            for name in ("fid", "sfid", "inception_score"):
-                torch.testing.assert_close(ours[name].double(), theirs[name].double(), rtol=1e-3, atol=1e-4)
-            rows.append(("with KID for precision and recall" if kernel else "FID, sFID, IS", slow / seconds))
+        theirs, slow = timed(lambda: one_by_one(weights, real, generated))
+        _, more = timed(lambda: kernel_distance(weights, real, generated))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name].double(), value.double(), rtol=1e-3, atol=1e-4)
     title = f"{IMAGES} real and {IMAGES} generated images of {SIDE} pixels, CPU: time over that of a single pass"
-    table(title, [(name, f"{ratio:.1f}x") for name, ratio in rows], "one by one", "ratio")
-    if rows[0][1] < TARGET:
-        sys.exit(f"a single pass is {rows[0][1]:.2f}x faster than metric by metric; the target is {TARGET}x")
+    rows = [("FID, sFID, Inception Score", f"{slow / seconds:.1f}x"), ("and KID", f"{(slow + more) / seconds:.1f}x")]
+    table(title, rows, "one by one", "ratio")
+    if slow < TARGET * seconds:
+        sys.exit(f"a single pass is {slow / seconds:.2f}x faster than metric by metric; the target is {TARGET}x")
 
 
 if __name__ == "__main__":

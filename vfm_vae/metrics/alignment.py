@@ -7,17 +7,15 @@ are exact, at any number of samples.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
-from torchmetrics.utilities.distributed import gather_all_tensors
 
+from vfm_vae.metrics.features import add_feature_states, keep_features, kept_features
 from vfm_vae.metrics.neighbours import Neighbours, check_count, intersect, nearest_neighbours
 
 _PART_ROWS = 4096  # of float64 features held at a time
@@ -259,64 +257,6 @@ def _hsic_biased(pair: _MaskedPair) -> Tensor:
     return pair.trace() - products / n + pair.p.sum() * pair.q.sum() / n**2
 
 
-def _once(index: Tensor) -> Tensor:
-    """Positions that bring samples into the order of their index, each once."""
-    order = index.argsort(stable=True)
-    index = index[order]
-    first = torch.ones_like(index, dtype=torch.bool)
-    first[1:] = index[1:] != index[:-1]
-    return order[first]
-
-
-class FeatureStore(Metric):
-    """Features of all samples of an evaluation in the order of their index, whichever rank saw which sample.
-
-    A sample seen twice counts once, padding (negative index) not at all, and order does not matter. Features in
-    bfloat16 are kept so, which halves the memory; others in float32. Every rank updates at least once: one without
-    any samples with empty features `[0, D]`.
-    """
-
-    full_state_update = False
-    is_differentiable = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("features", default=[], dist_reduce_fx="cat")
-        self.add_state("index", default=[], dist_reduce_fx="cat")
-
-    def update(self, features: Tensor, index: Tensor) -> None:
-        """Adds samples.
-
-        Args:
-            features: `[B, D]`, any type; B may be 0.
-            index: which sample of the data set each is, int64 `[B]`; negative ones are left out.
-
-        Raises:
-            ValueError: if the two don't belong together.
-        """
-        if features.ndim != 2 or index.shape != features.shape[:1]:
-            raise ValueError(
-                "features must be [samples, channels] and index [samples]; "
-                f"got {tuple(features.shape)} and {tuple(index.shape)}."
-            )
-        real = index >= 0
-        dtype = torch.bfloat16 if features.dtype == torch.bfloat16 else torch.float32
-        self.features.append(features[real].detach().to(dtype))
-        self.index.append(index[real])
-
-    def compute(self) -> Tensor:
-        """The features so far: float32 `[n, D]`, in the order of index."""
-        return dim_zero_cat(self.features)[_once(dim_zero_cat(self.index))].float()
-
-    def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any | None = None) -> None:
-        # All ranks have to gather the same type, and one without samples can't know that of the others.
-        is_wide = any(len(part) and part.dtype == torch.float32 for part in self.features)
-        flags = dist_sync_fn(torch.tensor([int(is_wide)], device=self.device), group=process_group)
-        dtype = torch.float32 if any(bool(flag) for flag in flags) else torch.bfloat16
-        self.features = [part.to(dtype) for part in self.features]
-        super()._sync_dist(dist_sync_fn, process_group)
-
-
 class CKNNA(Metric):
     """CKNNA over a whole evaluation, whichever rank saw which sample.
 
@@ -336,9 +276,8 @@ class CKNNA(Metric):
     def __init__(self, k: int = 10, unbiased: bool = True, quantile: float = 0.95) -> None:
         super().__init__()
         self.k, self.unbiased, self.quantile = k, unbiased, quantile
-        self.add_state("a", default=[], dist_reduce_fx="cat")
-        self.add_state("b", default=[], dist_reduce_fx="cat")
-        self.add_state("index", default=[], dist_reduce_fx="cat")
+        for side in ("a_", "b_"):
+            add_feature_states(self, side)
 
     def update(self, a: Tensor, b: Tensor, index: Tensor) -> None:
         """Adds samples.
@@ -349,18 +288,15 @@ class CKNNA(Metric):
             index: which sample of the data set each is, int64 `[B]`; negative ones are left out.
         """
         _check_features(a, b)
-        real = index >= 0
-        self.a.append(a[real].detach().float())
-        self.b.append(b[real].detach().float())
-        self.index.append(index[real])
+        keep_features(self, a, index, "a_")
+        keep_features(self, b, index, "b_")
 
     def compute(self) -> Tensor:
         """CKNNA of the samples so far: a float32 scalar, nan with a warning if they are too few for `k`."""
-        order = _once(dim_zero_cat(self.index))
+        a, b = kept_features(self, "a_"), kept_features(self, "b_")
         try:
-            _check_samples(len(order), self.k, self.unbiased)
+            _check_samples(len(a), self.k, self.unbiased)
         except ValueError as error:
             rank_zero_warn(f"CKNNA is not defined here: {error}")
             return torch.tensor(math.nan, device=self.device)
-        a, b = (prepare_features(dim_zero_cat(x)[order], self.quantile) for x in (self.a, self.b))
-        return cknna(a, b, self.k, self.unbiased)
+        return cknna(*(prepare_features(x, self.quantile) for x in (a, b)), self.k, self.unbiased)

@@ -35,7 +35,7 @@ def keep_features(metric: Metric, features: Tensor, index: Tensor, prefix: str =
 
     Args:
         metric: whose.
-        features: `[B, d]`; kept in bfloat16 where they are that, in float32 otherwise.
+        features: `[B, d]`, any floating-point type; kept in float32.
         index: which sample each is, int64 `[B]`; negative ones are left out.
         prefix: of the states' names.
 
@@ -47,8 +47,8 @@ def keep_features(metric: Metric, features: Tensor, index: Tensor, prefix: str =
             f"features and index: [B, d] and [B] are wanted; got {tuple(features.shape)} and {tuple(index.shape)}."
         )
     real = index >= 0
-    features = features[real].detach()
-    getattr(metric, f"{prefix}features").append(features if features.dtype == torch.bfloat16 else features.float())
+    # In float32 whatever they came in: ranks can only gather what is of one type.
+    getattr(metric, f"{prefix}features").append(features[real].detach().float())
     getattr(metric, f"{prefix}index").append(index[real])
 
 
@@ -59,7 +59,7 @@ def kept_features(metric: Metric, prefix: str = "") -> Tensor:
     index = index[order]
     first = torch.ones_like(index, dtype=torch.bool)
     first[1:] = index[1:] != index[:-1]
-    return dim_zero_cat(getattr(metric, f"{prefix}features"))[order[first]].float()
+    return dim_zero_cat(getattr(metric, f"{prefix}features"))[order[first]]
 
 
 class FeatureStore(Metric):

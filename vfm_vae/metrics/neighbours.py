@@ -6,13 +6,13 @@ already, and which ones could be is seen from the maxima of groups of entries.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vfm_vae.metrics.features import float32_arithmetic
 
 _TILE_ROWS, _TILE_COLUMNS = 512, 2048  # 4 MB, which the cache of a CPU holds
 _ACCELERATOR_TILE = 8  # times as high and wide: 256 MB, and few launches
@@ -58,7 +58,7 @@ def nearest_neighbours(features: Tensor, k: int, exclude_self: bool = True) -> N
     if features.ndim != 2:
         raise ValueError(f"features must be a matrix [samples, channels]; got {tuple(features.shape)}.")
     check_count(len(features), k, k + 1 if exclude_self else k)
-    with _float32_arithmetic(features.device):
+    with float32_arithmetic(features.device):
         features = features.detach().float()
         search = _Search(features, k, exclude_self)
         # |x . y| <= |x| |y|: below the largest float32 no product is inf or nan, and all can be compared.
@@ -81,18 +81,6 @@ def intersect(keys: Tensor, ascending: Tensor) -> tuple[Tensor, Tensor]:
     position = torch.searchsorted(ascending, keys).clamp(max=len(ascending) - 1)
     found = ascending[position] == keys if len(ascending) else torch.zeros_like(keys, dtype=torch.bool)
     return found, position[found]
-
-
-@contextmanager
-def _float32_arithmetic(device: torch.device) -> Iterator[None]:
-    """Neighbours are compared in full float32, whatever the training run allows its own products."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 class _Search:

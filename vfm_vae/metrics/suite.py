@@ -55,7 +55,8 @@ class DistributionSuite(nn.Module):
             self.score = InceptionScore(num_images)
             self.names["score"] = "ris" if reference is None else "inception_score"
         self.suffix = "" if is_inception else f"_{name_of(network)}"
-        self.neighbours = PrecisionRecall(reference=reference.features) if precision_recall else None
+        known = reference.features if reference else None
+        self.neighbours = PrecisionRecall(reference=known) if precision_recall else None
 
     def update(self, images: Tensor, index: Tensor, real: bool = False) -> None:
         """Adds images.
