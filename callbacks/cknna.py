@@ -85,6 +85,7 @@ class CKNNACallback(EvaluationCallback):
             folder = Path(images)
             self._images = ImageFolderDataset(folder.parent, folder.name, CentreCrop(image_size), max_bad_fraction=0)
         self._active = True
+        self._directory = Path()
         self._stores: dict[str, FeatureStore] = {}
         self._references: dict[str, FeatureStore] = {}
         self._history: list[dict[str, Any]] = []
@@ -101,6 +102,10 @@ class CKNNACallback(EvaluationCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them back."""
         self._history = list(state_dict["history"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learns where to write, on all ranks: asking Lightning for it later on one alone would wait for the others."""
+        self._directory = Path(trainer.log_dir or trainer.default_root_dir) / "images"
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the VFMs to the module's device; leaves a validation out that comes too soon."""
@@ -222,14 +227,13 @@ class CKNNACallback(EvaluationCallback):
     def _draw(self, trainer: Trainer) -> None:
         """One heat map for each VFM and time, of all that was measured so far."""
         blocks = [key for key in self._history[-1]["values"] if "/block_" in key]
-        directory = Path(trainer.log_dir or trainer.default_root_dir) / "images"
         for kind in dict.fromkeys(re.sub(r"/block_\d+", "", key) for key in blocks):
             rows = [key for key in blocks if re.sub(r"/block_\d+", "", key) == kind]
             table = torch.tensor([[entry["values"].get(key, math.nan) for entry in self._history] for key in rows])
             title = "CKNNA" + kind.removeprefix("cknna").replace("/", ", ") + f", {', '.join(self.vfms)}"
             picture = block_heat_map(table, [entry["images_seen"] for entry in self._history], title)
             name = kind.replace("/", "_")
-            show(trainer, picture, directory / f"{name}_blocks.png", f"val/{kind}_blocks")
+            show(trainer, picture, self._directory / f"{name}_blocks.png", f"val/{kind}_blocks")
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on."""

@@ -29,7 +29,7 @@ def gaussian(n, width=24):
     return torch.randn(n, width, generator=torch.Generator().manual_seed(n))
 
 
-@pytest.fixture(params=[(512, 2048, 16, 0.4), (32, 64, 16, 0.4), (7, 11, 4, 1.0), (8, 5, 3, 0.0)], ids=str)
+@pytest.fixture(params=[(1024, 4096, 16, 0.4), (32, 64, 16, 0.4), (7, 11, 4, 1.0), (8, 5, 3, 0.0)], ids=str)
 def tiles(request, monkeypatch):
     for name, value in zip(("_TILE_ROWS", "_TILE_COLUMNS", "_GROUP", "_CROWDED"), request.param, strict=True):
         monkeypatch.setattr(neighbours, name, value)

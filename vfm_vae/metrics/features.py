@@ -13,15 +13,15 @@ from torchmetrics.utilities import dim_zero_cat
 def float32_arithmetic(device: torch.device) -> Iterator[None]:
     """Full float32 and no gradients, whatever the training run allows its own products."""
     precision = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
+    convolutions = torch.backends.cudnn.conv.fp32_precision
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.backends.cudnn.conv.fp32_precision = convolutions
 
 
 def add_feature_states(metric: Metric, prefix: str = "") -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vfm_vae.metrics.features import float32_arithmetic
 
-_TILE_ROWS, _TILE_COLUMNS = 512, 2048  # 4 MB, which the cache of a CPU holds
-_ACCELERATOR_TILE = 8  # times as high and wide: 256 MB, and few launches
+_TILE_ROWS, _TILE_COLUMNS = 1024, 4096  # 16 MB, which the cache of a CPU holds
+_ACCELERATOR_TILE = 4  # times as high and wide: 256 MB, and few launches
 _GROUP = 16  # entries of a tile that are represented by their maximum
 _CROWDED = 0.4  # with this part of the groups promising, sorting out all of the tile is faster
 _TIE_ENTRIES = 2**22  # products held at a time where ties are settled
