@@ -118,10 +118,12 @@ class LinearProbeCallback(EvaluationCallback):
             chosen = batch.index >= 0
             if wanted is not None:
                 chosen &= batch.index * min(wanted, size) % size < min(wanted, size)
+            batch = batch._replace(index=batch.index.masked_fill(~chosen, -1))
+            if chosen.any() and not chosen.all():  # without any, the features' names have to be known all the same
+                batch = type(batch)(*(tensor[chosen] for tensor in batch))
             named = self._features(pl_module, batch) | {"labels": batch.labels[:, None]}
             for name, values in named.items():
-                store = stores.setdefault(name, FeatureStore().to(pl_module.device))
-                store.update(values[chosen], batch.index[chosen])
+                stores.setdefault(name, FeatureStore().to(pl_module.device)).update(values, batch.index)
         labels = stores.pop("labels").compute()[:, 0].long()
         for name, store in stores.items():
             self._probes[name] = LinearProbe(store.compute(), labels)
