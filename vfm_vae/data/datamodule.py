@@ -44,7 +44,7 @@ class ImageNetDataModule(LightningDataModule):
         crop: how training images are cropped: `random`, for tokenizers, or `centre` as in evaluation and mirrored half
             of the time, for diffusion models.
         evaluation_crop: how images are cropped where nothing is random: `adm` as ADM's reference images are, or
-            `torchvision`, a bilinear resize, as in the published reconstruction numbers.
+            `resize`, bilinearly and then the middle, as in the published reconstruction numbers.
         min_crop: smallest side of the random square crop in training, as a fraction of the short side.
         resampling: filter that resizes training crops, `lanczos` or `bicubic`.
         max_bad_fraction: share of the images that may be damaged: those are left out, more stops the run.
@@ -72,7 +72,7 @@ class ImageNetDataModule(LightningDataModule):
         min_size: int = 0,
         small_list: str | None = None,
         crop: Literal["random", "centre"] = "random",
-        evaluation_crop: Literal["adm", "torchvision"] = "adm",
+        evaluation_crop: Literal["adm", "resize"] = "adm",
         min_crop: float = 0.5,
         resampling: Literal["lanczos", "bicubic"] = "lanczos",
         max_bad_fraction: float = 0.01,
@@ -83,7 +83,7 @@ class ImageNetDataModule(LightningDataModule):
         super().__init__()
         _check_choice("source", source, "folder", "photos", "latents")
         _check_choice("crop", crop, "random", "centre")
-        _check_choice("evaluation_crop", evaluation_crop, "adm", "torchvision")
+        _check_choice("evaluation_crop", evaluation_crop, "adm", "resize")
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"num_samples: at least 1, given {num_samples}")
         self.root = Path(root)
