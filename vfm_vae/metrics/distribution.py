@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from vfm_vae.metrics.features import add_feature_states, float32_arithmetic, keep_features, kept_features
+from vfm_vae.metrics.neighbours import Search
 
 _BLOCK_ROWS = 1024  # of a distance matrix held at a time: 200 MB at 50 000 samples
 _EXACT_ROWS = 256  # of differences in float64 held at a time: 30 MB with 8 of width 2048
@@ -349,29 +350,17 @@ def _reached(margin: Tensor, points: Tensor, centres: Tensor, radii: Tensor, tol
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
-    """Squared distance of each sample to its k-th nearest other one, float64 `[n]`.
+    """Squared distance of each sample to its k-th nearest other one, float64 `[n]`."""
+    lengths = features.square().sum(1)
 
-    Only the half of the matrix on and above the diagonal is computed, and each block searched along rows and columns.
-    """
-    n = len(features)
-    kept = min(k + 1, n - 1)  # one more: which of two as near is the k-th is settled below
-    values = features.new_full((n, kept), math.inf)
-    columns = torch.zeros((n, kept), dtype=torch.int64, device=features.device)
+    def closeness(rows: slice | Tensor, columns: slice, out: Tensor | None = None) -> Tensor:
+        products = torch.mm(features[rows], features[columns].T, out=out)
+        return products.mul_(2).sub_(lengths[rows, None]).sub_(lengths[columns])
 
-    def offer(first_row: int, squares: Tensor, first_column: int) -> None:
-        rows = slice(first_row, first_row + len(squares))
-        near = squares.topk(min(kept, squares.shape[1]), largest=False)
-        candidates = torch.cat((columns[rows], near.indices + first_column), dim=1)
-        values[rows], chosen = torch.cat((values[rows], near.values), dim=1).topk(kept, largest=False)
-        columns[rows] = candidates.gather(1, chosen)
-
-    for start in range(0, n, _BLOCK_ROWS):
-        squares = _squared_distances(features[start : start + _BLOCK_ROWS], features[start:])  # [rows, n - start]
-        squares.diagonal().fill_(math.inf)
-        offer(start, squares, start)
-        if start + _BLOCK_ROWS < n:
-            offer(start + _BLOCK_ROWS, squares[:, _BLOCK_ROWS:].T, start)
-    return _exact(features, features, columns).sort(1).values[:, k - 1]
+    # One more than asked for: which of two as near is the k-th is settled in float64.
+    search = Search(closeness, len(features), min(k + 1, len(features) - 1), True, features.device)
+    search.run()
+    return _exact(features, features, search.columns).sort(1).values[:, k - 1]
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

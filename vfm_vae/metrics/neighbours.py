@@ -6,6 +6,7 @@ already, and which ones could be is seen from the maxima of groups of entries.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,10 +61,15 @@ def nearest_neighbours(features: Tensor, k: int, exclude_self: bool = True) -> N
     check_count(len(features), k, k + 1 if exclude_self else k)
     with float32_arithmetic(features.device):
         features = features.detach().float()
-        search = _Search(features, k, exclude_self)
+
+        def products(rows: slice | Tensor, columns: slice, out: Tensor | None = None) -> Tensor:
+            return torch.mm(features[rows], features[columns].T, out=out)
+
+        search = Search(products, len(features), k + 1, exclude_self, features.device)
         # |x . y| <= |x| |y|: below the largest float32 no product is inf or nan, and all can be compared.
         if bool(torch.linalg.vector_norm(features, dim=1).square().isfinite().all()):
             search.run()
+            search.settle_ties()
         else:
             search.values.fill_(math.nan)
             search.columns[:] = torch.arange(k + 1, device=features.device)
@@ -83,40 +89,52 @@ def intersect(keys: Tensor, ascending: Tensor) -> tuple[Tensor, Tensor]:
     return found, position[found]
 
 
-class _Search:
-    """The best `k + 1` of every row of the symmetric matrix `features @ features.T`, while its tiles go by.
+class Search:
+    """The largest entries in every row of a symmetric matrix, while its tiles go by.
 
-    One more than asked for, because where it is as near as the last, the choice between them has to be made anew.
+    Args:
+        entries: computes float32 entries `[rows, columns]` of the matrix, into a tensor if one is given.
+        size: rows of the matrix.
+        num_kept: how many are looked for in each row, at most `size`, or one less where the diagonal does not count.
+        exclude_diagonal: whether it does not.
+        device: of the matrix.
 
     Attributes:
-        values: the best so far, descending, `[n, k + 1]`; -inf where there is none yet.
+        values: the largest so far, descending, `[size, num_kept]`; -inf where there is none yet.
         columns: theirs.
     """
 
-    def __init__(self, features: Tensor, k: int, exclude_self: bool) -> None:
-        n = len(features)
-        self.features, self.k, self.exclude_self = features, k, exclude_self
-        self.values = features.new_full((n, k + 1), -math.inf)
-        self.columns = torch.zeros((n, k + 1), dtype=torch.int64, device=features.device)
+    def __init__(
+        self,
+        entries: Callable[[slice | Tensor, slice, Tensor | None], Tensor],
+        size: int,
+        num_kept: int,
+        exclude_diagonal: bool,
+        device: torch.device,
+    ) -> None:
+        self.entries, self.size, self.num_kept = entries, size, num_kept
+        self.exclude_diagonal, self.device = exclude_diagonal, device
+        self.values = torch.full((size, num_kept), -math.inf, device=device)
+        self.columns = torch.zeros((size, num_kept), dtype=torch.int64, device=device)
 
     def run(self) -> None:
         """Goes through all tiles on and above the diagonal."""
-        n = len(self.features)
-        scale = 1 if self.features.device.type == "cpu" else _ACCELERATOR_TILE
-        rows, columns = min(scale * _TILE_ROWS, n), min(scale * max(_TILE_COLUMNS, _TILE_ROWS), n)
-        buffer = self.features.new_empty(rows, columns)  # written again and again: new pages are slow to get
-        for start in range(0, n, rows):
-            some = self.features[start : start + rows]
-            tile = torch.mm(some, some.T, out=buffer[: len(some), : len(some)])
-            if self.exclude_self:
+        scale = 1 if self.device.type == "cpu" else _ACCELERATOR_TILE
+        rows, columns = min(scale * _TILE_ROWS, self.size), min(scale * max(_TILE_COLUMNS, _TILE_ROWS), self.size)
+        buffer = torch.empty(rows, columns, device=self.device)  # written again and again: new pages are slow to get
+        for start in range(0, self.size, rows):
+            some = slice(start, min(start + rows, self.size))
+            tile = self._tile(some, some, buffer)
+            if self.exclude_diagonal:
                 tile.diagonal().fill_(-math.inf)
             self._offer(tile, 1, start, start)
-            for first in range(start + rows, n, columns):
-                others = self.features[first : first + columns]
-                tile = torch.mm(some, others.T, out=buffer[: len(some), : len(others)])
+            for first in range(start + rows, self.size, columns):
+                tile = self._tile(some, slice(first, min(first + columns, self.size)), buffer)
                 self._offer(tile, 1, start, first)
                 self._offer(tile, 0, first, start)
-        self._settle_ties()
+
+    def _tile(self, rows: slice, columns: slice, buffer: Tensor) -> Tensor:
+        return self.entries(rows, columns, buffer[: rows.stop - rows.start, : columns.stop - columns.start])
 
     def _offer(self, tile: Tensor, dim: int, owner: int, partner: int) -> None:
         """Takes what is new among the best: with `dim` 1 of the tile's rows, with 0 of its columns.
@@ -134,7 +152,7 @@ class _Search:
         groups = padded.unflatten(dim, (_GROUP, -1)).movedim(dim, 0)  # [_GROUP, rows, columns], one of them shrunk
         promising = groups.amax(0) > (limit[:, None] if dim else limit)
         if promising.sum() > _CROWDED * promising.numel():
-            top = (tile if dim else tile.T.contiguous()).topk(min(self.k + 1, tile.shape[dim]))
+            top = (tile if dim else tile.T.contiguous()).topk(min(self.num_kept, tile.shape[dim]))
             self._take(owners, top.values, top.indices + partner)
             return
         row, column = promising.nonzero(as_tuple=True)
@@ -161,22 +179,22 @@ class _Search:
     def _take(self, owners: slice | Tensor, values: Tensor, columns: Tensor) -> None:
         """Takes the best of entries `[rows, any]` of those rows."""
         columns = torch.cat((self.columns[owners], columns), dim=1)
-        best = torch.cat((self.values[owners], values), dim=1).topk(self.k + 1)
+        best = torch.cat((self.values[owners], values), dim=1).topk(self.num_kept)
         self.values[owners], self.columns[owners] = best.values, columns.gather(1, best.indices)
 
-    def _settle_ties(self) -> None:
-        """Where the last neighbour and the first one left out are equally near, chooses again, the earlier first."""
-        k, tied = self.k, (self.values[:, -2] == self.values[:, -1]).nonzero().squeeze(1)
-        for rows in tied.split(max(1, _TIE_ENTRIES // len(self.features))):
-            kernel = self.features[rows] @ self.features.T
-            if self.exclude_self:
-                kernel[torch.arange(len(rows), device=rows.device), rows] = -math.inf
-            last = kernel.topk(k).values[:, -1:]
-            nearer, equal = kernel > last, kernel == last
-            room = k - nearer.sum(1, keepdim=True)
-            chosen = nearer | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
+    def settle_ties(self) -> None:
+        """Where the last entry kept equals the one before, chooses all but the last again, of equals the first ones."""
+        k, tied = self.num_kept - 1, (self.values[:, -2] == self.values[:, -1]).nonzero().squeeze(1)
+        for rows in tied.split(max(1, _TIE_ENTRIES // self.size)):
+            matrix = self.entries(rows, slice(None), None)
+            if self.exclude_diagonal:
+                matrix[torch.arange(len(rows), device=rows.device), rows] = -math.inf
+            last = matrix.topk(k).values[:, -1:]
+            larger, equal = matrix > last, matrix == last
+            room = k - larger.sum(1, keepdim=True)
+            chosen = larger | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
             columns = chosen.nonzero()[:, 1].view(-1, k)
-            self.values[rows, :k], self.columns[rows, :k] = kernel.gather(1, columns), columns
+            self.values[rows, :k], self.columns[rows, :k] = matrix.gather(1, columns), columns
 
 
 def _ascending(values: Tensor, columns: Tensor, excludes_self: bool) -> Neighbours:
