@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from callbacks.evaluation import EvaluationCallback
+from callbacks.evaluation import EvaluationCallback, rows_of
 from callbacks.heatmap import block_heat_map
 from callbacks.images import show
 from vfm_vae.data.folder import ImageFolderDataset
@@ -20,7 +20,7 @@ from vfm_vae.metrics.alignment import cknna_of_neighbours, prepare_features
 from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.neighbours import Neighbours, nearest_neighbours
 from vfm_vae.metrics.reconstruction import from_uint8
-from vfm_vae.metrics.semantic import latent_transformations, names_of, transformed
+from vfm_vae.metrics.semantic import geometric_transformations, names_of, transformed
 from vfm_vae.types import AlignmentFeatures, Batch, EncodesImages, LatentBatch
 from vfm_vae.vfm import FrozenVFM
 
@@ -31,8 +31,9 @@ class CKNNACallback(EvaluationCallback):
     The module's features are what its `alignment_features` names: the latent averaged over positions, or a denoiser's
     patch tokens averaged after every block. A VFM's are its final patch tokens, averaged. Logged as
     `val/cknna/<feature>`; with several times as `val/cknna/<feature>/t<time>`, and with several VFMs followed by
-    `/<vfm>`. Values of blocks are also drawn as a heat map, block by training progress, in TensorBoard and as
-    `<log_dir>/images/cknna_<vfm>.png`.
+    `/<vfm>`. Values of blocks are also drawn as a heat map, block by training progress, in TensorBoard as
+    `val/cknna_blocks` and in `<log_dir>/images/cknna_blocks.png`, times and VFMs in the name likewise. The VFMs see
+    each image once in a run, not at every validation.
 
     SE-CKNNA (semantic-equivariant CKNNA) compares features of transformed images with the VFM's of the clean ones, as
     `val/se_cknna/<feature>/<transformation>`. `each` measures noise, scales and rotations one by one, and their mean,
@@ -88,6 +89,7 @@ class CKNNACallback(EvaluationCallback):
         self._directory = Path()
         self._stores: dict[str, FeatureStore] = {}
         self._references: dict[str, FeatureStore] = {}
+        self._known: dict[str, Neighbours | None] = {}  # of the references, which stay the same through a run
         self._history: list[dict[str, Any]] = []
 
     @property
@@ -106,6 +108,7 @@ class CKNNACallback(EvaluationCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learns where to write, on all ranks: asking Lightning for it later on one alone would wait for the others."""
         self._directory = Path(trainer.log_dir or trainer.default_root_dir) / "images"
+        self._known = {}
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the VFMs to the module's device; leaves a validation out that comes too soon."""
@@ -131,45 +134,49 @@ class CKNNACallback(EvaluationCallback):
         chosen = self.chosen(batch.index)
         if not self._active or is_numbers_alone or (self._stores and not chosen.any()):
             return  # but on a rank's first batch: it must know the features' names all the same
-        index = batch.index[chosen]
+        part = rows_of(batch, chosen)
+        # Of images the module may have all features at hand from validation; latents that are not chosen cost a pass.
+        seen, rows = (part, slice(None)) if isinstance(batch, LatentBatch) and len(part.index) else (batch, chosen)
         for time in self.times:
-            # The whole batch, because the module may have its features at hand from validation.
-            features = pl_module.alignment_features(batch, time)
+            features = pl_module.alignment_features(seen, time)
             suffix = "" if len(self.times) == 1 else f"/t{time:g}"
-            self._add({f"cknna/{name}{suffix}": values[chosen] for name, values in features.items()}, index)
-        images = self._clean_images(batch, chosen)  # [b, 3, H, W]
+            self._add({f"cknna/{name}{suffix}": values[rows] for name, values in features.items()}, part.index)
+        if not self._known:
+            self._add_references(pl_module, part)
+        if self.se_cknna:
+            self._add_transformed(pl_module, batch, chosen)
+
+    def _add_references(self, pl_module: LightningModule, part: Batch | LatentBatch) -> None:
+        """Adds the VFMs' features of the chosen images."""
+        images = from_uint8(self._clean_images(part))  # [b, 3, H, W]
         for name, vfm in self.vfms.items():
             # Without images there is nothing to extract, but the width still has to agree over ranks.
             empty = torch.zeros(0, vfm.width, device=pl_module.device)
-            tokens = vfm(from_uint8(images)).tokens.mean(1) if len(index) else empty  # [b, C]
-            self._references.setdefault(name, FeatureStore().to(pl_module.device)).update(tokens, index)
-        if self.se_cknna:
-            self._add_transformed(pl_module, batch, chosen)
+            tokens = vfm(images).tokens.mean(1) if len(images) else empty  # [b, C]
+            self._references.setdefault(name, FeatureStore().to(pl_module.device)).update(tokens, part.index)
 
     def _add(self, features: Mapping[str, Tensor], index: Tensor) -> None:
         for name, values in features.items():
             self._stores.setdefault(name, FeatureStore().to(values.device)).update(values, index)
 
-    def _clean_images(self, batch: Batch | LatentBatch, chosen: Tensor) -> Tensor:
-        """The images of the chosen samples, uint8 `[b, 3, H, W]`."""
-        if isinstance(batch, Batch):
-            return batch.images[chosen]
+    def _clean_images(self, part: Batch | LatentBatch) -> Tensor:
+        """The images of samples, uint8 `[b, 3, H, W]`."""
+        if isinstance(part, Batch):
+            return part.images
         if self._images is None:
             raise ValueError("images: the data holds latents; give the folder of the images that they were made of")
-        numbers = batch.index[chosen].tolist()
-        if any(
-            self._images.labels[i] != label for i, label in zip(numbers, batch.labels[chosen].tolist(), strict=True)
-        ):
+        numbers = part.index.tolist()
+        if self._images.labels[numbers].tolist() != part.labels.tolist():
             raise ValueError(
                 f"images: those in {str(self._images.folder)!r} have other classes than the latents; give the images "
                 "that the latents were made of"
             )
         samples = [self._images[i][0] for i in numbers]
-        return torch.stack(samples).to(batch.index.device) if samples else torch.zeros(0, 3, 1, 1).byte()
+        return torch.stack(samples).to(part.index.device) if samples else torch.zeros(0, 3, 1, 1).byte()
 
     def _add_transformed(self, pl_module: LightningModule, batch: Batch, chosen: Tensor) -> None:
         """Adds the features of transformed images, and of transformed latents."""
-        part = Batch(batch.images[chosen], batch.labels[chosen], batch.index[chosen])
+        part = rows_of(batch, chosen)
         latent = pl_module.latents(batch)[chosen]  # [b, C, h, w]
         parts = transformed(self.se_cknna, part.images, part.index) if len(part.index) else {}
         for name in names_of(self.se_cknna):  # a rank without images has to know them, too
@@ -179,16 +186,17 @@ class CKNNACallback(EvaluationCallback):
                 features[rows] = pl_module.latents(piece).mean(dim=(2, 3))
             self._add({f"se_cknna/latent/{name}": features}, part.index)
         if self.se_cknna == "each":
-            for name, turn in latent_transformations().items():
+            for name, turn in geometric_transformations().items():
                 self._add({f"se_cknna/latent_transformed/{name}": turn(latent).mean(dim=(2, 3))}, part.index)
 
     def results(self) -> dict[str, Tensor]:
         """One value for each feature and VFM; means over transformations."""
-        references = {name: self._neighbours(store) for name, store in self._references.items()}
+        self._known = self._known or {name: self._neighbours(store) for name, store in self._references.items()}
+        self._references = {}
         values: dict[str, Tensor] = {}
         for feature, store in self._stores.items():
             ours = self._neighbours(store)
-            for name, theirs in references.items():
+            for name, theirs in self._known.items():
                 value = torch.tensor(math.nan) if ours is None else cknna_of_neighbours(ours, theirs)
                 key = feature if len(self.vfms) == 1 else f"{feature}/{name}"
                 values[key] = value.to(store.device)

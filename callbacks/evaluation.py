@@ -48,7 +48,7 @@ class EvaluationCallback(Callback, ABC):
         chosen = self.chosen(batch.index)
         if chosen.all() and self.num_images is None:
             return batch
-        part = type(batch)(*(tensor[chosen] for tensor in batch))
+        part = rows_of(batch, chosen)
         return part._replace(index=part.index * self.num_measured // self.num_samples)
 
     @abstractmethod
@@ -106,6 +106,11 @@ class EvaluationCallback(Callback, ABC):
         # Equal on every rank already; sync_dist only says so.
         self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, sync_dist=True)
         return values
+
+
+def rows_of(batch: Batch | LatentBatch, chosen: Tensor) -> Batch | LatentBatch:
+    """The chosen samples of a batch, by a mask `[B]` or by positions."""
+    return type(batch)(*(tensor[chosen] for tensor in batch))
 
 
 def _num_samples(loaders: Any) -> int:

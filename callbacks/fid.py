@@ -22,7 +22,7 @@ class DistributionCallback(EvaluationCallback):
     `recall`. Without a reference, as for reconstructions, which are compared with the very images they are of:
     `val/rfid`, `rsfid`, `ris`. With a VFM as network: `val/fd_<vfm>`, the name without the tag of its weights, and
     behind a reference's name `val/fd_<vfm>/<reference>`; such numbers are no FID. None can be compared with those of
-    another number of images.
+    another number of images. Real images are looked at once, not at every validation.
 
     Args:
         network: whose features are compared: `vfm_vae.metrics.inception.Inception` or `vfm_vae.vfm.FrozenVFM`.
@@ -59,6 +59,11 @@ class DistributionCallback(EvaluationCallback):
         self._measured: Reference | None = None
         self._suite: DistributionSuite | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets the images of another run's data."""
+        if self._images is None:
+            self._measured = None
+
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the network to the module's device; measures the reference, the first time."""
         if not isinstance(pl_module, EvaluationImages):
@@ -66,8 +71,9 @@ class DistributionCallback(EvaluationCallback):
         self.network.to(pl_module.device)
         if self._images is not None and self._measured is None:
             self._measured = self._images.load(self.network, self.precision_recall)
-        suite = DistributionSuite(self.network, self.num_measured, self._measured, self.precision_recall)
-        self._suite = suite.to(pl_module.device)
+        self._suite = DistributionSuite(
+            self.network, self.num_measured, self._measured, self.precision_recall, self._images is None
+        ).to(pl_module.device)
 
     def update(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> None:
         """Adds the features of both kinds of images."""
@@ -76,7 +82,7 @@ class DistributionCallback(EvaluationCallback):
             return
         real, generated = pl_module.evaluation_images(batch)
         self._suite.update(to_uint8(generated), batch.index)
-        if self._images is None:
+        if self._measured is None:
             if real is None:
                 raise ValueError(
                     f"reference: {type(pl_module).__name__} on this data has no real images to compare with; give an "
@@ -87,6 +93,7 @@ class DistributionCallback(EvaluationCallback):
     def results(self) -> dict[str, Tensor]:
         """Every number by its name."""
         values = self._suite.compute()
+        self._measured = self._measured or self._suite.as_reference()
         if isinstance(self.network, Inception) or self.reference is None:
             return values
         return {f"{name}/{Path(self.reference).stem}": value for name, value in values.items()}

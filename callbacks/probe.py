@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from callbacks.evaluation import EvaluationCallback
+from callbacks.evaluation import EvaluationCallback, rows_of
 from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.probe import LinearProbe
 from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8, quantised
@@ -104,10 +104,11 @@ class LinearProbeCallback(EvaluationCallback):
         """Judges a batch; fits before the first one."""
         if not self._probes:
             self._fit(pl_module)
-        chosen = self.chosen(batch.index)
+        batch = self.select(batch)
+        if not len(batch.index):
+            return
         for name, features in self._features(pl_module, batch).items():
-            hits = self._probes[name].predict(features[chosen]) == batch.labels[chosen]
-            self._hits[name].update(hits.float())
+            self._hits[name].update((self._probes[name].predict(features) == batch.labels).float())
 
     def _fit(self, pl_module: LightningModule) -> None:
         """Fits to the training features of all ranks; every rank comes to the same classifiers."""
@@ -120,7 +121,7 @@ class LinearProbeCallback(EvaluationCallback):
                 chosen &= batch.index * min(wanted, size) % size < min(wanted, size)
             batch = batch._replace(index=batch.index.masked_fill(~chosen, -1))
             if chosen.any() and not chosen.all():  # without any, the features' names have to be known all the same
-                batch = type(batch)(*(tensor[chosen] for tensor in batch))
+                batch = rows_of(batch, chosen)
             named = self._features(pl_module, batch) | {"labels": batch.labels[:, None]}
             for name, values in named.items():
                 stores.setdefault(name, FeatureStore().to(pl_module.device)).update(values, batch.index)

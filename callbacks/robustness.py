@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.evaluation import EvaluationCallback
+from callbacks.evaluation import EvaluationCallback, rows_of
 from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8
 from vfm_vae.metrics.semantic import is_identity, names_of, transformed
 from vfm_vae.types import Batch, EncodesImages
@@ -49,7 +49,7 @@ class RobustnessCallback(EvaluationCallback):
 
     def update(self, pl_module: LightningModule, batch: Batch) -> None:
         """Compares features of the chosen images."""
-        part = self.select(batch)
+        part = rows_of(batch, self.chosen(batch.index))
         if not len(part.index):
             return
         clean = self._features(pl_module, part)

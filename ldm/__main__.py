@@ -12,4 +12,4 @@ if __name__ == "__main__":
         with short_errors():
             main()
     else:
-        run(DiffusionModule, ImageNetDataModule)
+        run(DiffusionModule, ImageNetDataModule, "Samples in files: python -m ldm test --samples FILE --help")

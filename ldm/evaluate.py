@@ -144,6 +144,8 @@ def asks_for_files(arguments: list[str]) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs `evaluate_samples` by the options of a command line, without its first word."""
-    parser = ArgumentParser(prog="python -m ldm test", exit_on_error=False, description=evaluate_samples.__doc__)
+    parser = ArgumentParser(
+        prog="python -m ldm test", exit_on_error=False, description=evaluate_samples.__doc__.splitlines()[0]
+    )
     parser.add_function_arguments(evaluate_samples)
     evaluate_samples(**parser.parse_args(sys.argv[2:] if arguments is None else arguments).as_dict())

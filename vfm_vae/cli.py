@@ -37,19 +37,24 @@ class CLI(LightningCLI):
         """Leaves the config alone; Lightning would put the checkpoint's hyper-parameters over it."""
 
 
-def run(module: type[LightningModule], datamodule: type[LightningDataModule]) -> None:
+def run(module: type[LightningModule], datamodule: type[LightningDataModule], test_epilog: str | None = None) -> None:
     """Runs `fit`, `validate`, `test` or `predict` from the command line, with `short_errors`.
 
     Args:
         module: The LightningModule that the configs fill in.
         datamodule: The LightningDataModule that they fill in.
+        test_epilog: Ends the help of `test`.
     """
+    commands: dict[str, dict[str, Any]] = {
+        name: {"exit_on_error": False} for name in ("fit", "validate", "test", "predict")
+    }
+    commands["test"]["epilog"] = test_epilog
     with short_errors():
         CLI(
             module,
             datamodule,
             auto_configure_optimizers=False,
-            parser_kwargs={name: {"exit_on_error": False} for name in ("fit", "validate", "test", "predict")}
+            parser_kwargs=commands
             | {"exit_on_error": False, "prog": f"python -m {module.__module__.partition('.')[0]}"},
             save_config_callback=SaveTrainingConfig,
             # Rerunning a stage in its folder is how it is resumed.

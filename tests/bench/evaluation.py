@@ -18,8 +18,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.inception import InceptionScore as TheirInceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from vfm_vae.metrics.distribution import FrechetDistance, InceptionScore, PrecisionRecall
 from vfm_vae.metrics.inception import Inception, InceptionNetwork
+from vfm_vae.metrics.suite import DistributionSuite
 
 IMAGES, BATCH, SIDE, TARGET = 96, 16, 64, 2.5
 
@@ -60,19 +60,12 @@ def random_images(contrast: float) -> Tensor:
 
 def single_pass(weights: str, real: Tensor, generated: Tensor) -> dict[str, Tensor]:
     """Everything with one look at each image."""
-    network, index = Inception(weights), torch.arange(IMAGES)
-    fid, sfid, score = FrechetDistance(2048), FrechetDistance(2023), InceptionScore(IMAGES)
-    neighbours = PrecisionRecall()
+    suite, index = DistributionSuite(Inception(weights), IMAGES, precision_recall=True), torch.arange(IMAGES)
     for images, is_real in ((real, True), (generated, False)):
         for batch, numbers in zip(images.split(BATCH), index.split(BATCH), strict=True):
-            features = network(batch)
-            fid.update(features.pool, real=is_real)
-            sfid.update(features.spatial, real=is_real)
-            neighbours.update(features.pool, numbers, real=is_real)
-            if not is_real:
-                score.update(features.logits, numbers)
-    values = {"fid": fid.compute(), "sfid": sfid.compute(), "inception_score": score.compute()}
-    return values | neighbours.compute()
+            suite.update(batch, numbers, real=is_real)
+    values = suite.compute()
+    return {"fid": values["rfid"], "sfid": values["rsfid"], "inception_score": values["ris"]}
 
 
 def one_by_one(weights: str, real: Tensor, generated: Tensor) -> dict[str, Tensor]:

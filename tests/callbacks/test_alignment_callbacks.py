@@ -168,7 +168,13 @@ def test_blocks_along_training_become_a_heat_map(encoder, photos, trainer, vfm, 
     watch = {"val_check_interval": 2, "max_steps": 8, "logger": logger, "enable_checkpointing": False}
     callback = CKNNACallback([vfm], every_n_images=20, **options)
     run = trainer(callback, **watch)
+    seen = []
+    hook = vfm.register_forward_hook(lambda module, args, features: seen.append(len(args[0])))
     run.fit(encoder, Watched(photos))
+    hook.remove()
+    assert sum(seen) == 26  # in two validations: the reference's features stay the same
+    first, second = (entry["values"] for entry in callback._history)
+    assert second == pytest.approx(first, abs=1e-6)  # and so do these latents
     assert [entry["images_seen"] for entry in callback._history] == [14, 40]  # not at 26, which came too soon
     picture = Image.open(tmp_path / "run/images/cknna_blocks.png")
     assert picture.width > 200 and np.asarray(picture).std() > 20

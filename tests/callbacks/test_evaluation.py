@@ -82,6 +82,21 @@ def test_frechet_distance_is_logged_by_the_vfms_name(module, padded_data, traine
     assert run.callback_metrics["val/fd_vit_tiny_patch16_224"].item() == pytest.approx(by_hand, rel=1e-4)
 
 
+def test_real_images_are_looked_at_once_in_a_run(module, data, trainer):
+    vfm, seen = small_vfm(), []
+    vfm.register_forward_hook(lambda layer, args, features: seen.append(len(args[0])))
+    callback = DistributionCallback(vfm, precision_recall=True)
+    run = trainer(callback, val_check_interval=3, max_steps=6)
+    run.fit(module, data)
+    assert sum(seen) == 13 + 2 * 13
+    images = from_uint8(data.val_set.images)
+    with torch.no_grad():
+        real, fake = (vfm(quantised(x)).pooled.double() for x in (images, module.eval().model(images)))
+    by_hand = frechet_distance(real.mean(0), real.T.cov(), fake.mean(0), fake.T.cov()).item()
+    assert run.callback_metrics["val/fd_vit_tiny_patch16_224"].item() == pytest.approx(by_hand, rel=1e-4)
+    assert 0 <= run.callback_metrics["val/recall_vit_tiny_patch16_224"] <= 1
+
+
 def test_the_check_before_training_measures_nothing(module, data, trainer):
     run = trainer(CKNNACallback([small_vfm()], k=4), DistributionCallback(small_vfm()), num_sanity_val_steps=1)
     run.fit(module, data)

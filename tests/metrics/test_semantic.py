@@ -6,8 +6,8 @@ import torch
 from vfm_vae.metrics.semantic import (
     add_noise,
     draw_published,
+    geometric_transformations,
     is_identity,
-    latent_transformations,
     names_of,
     rotate,
     scale,
@@ -50,7 +50,7 @@ def test_single_transformations(images):
         assert torch.equal(result, images) == is_identity(name)
     assert sum(map(is_identity, parts)) == 2
     z = torch.randn(2, 4, 8, 8)
-    turns = latent_transformations()
+    turns = geometric_transformations()
     assert turns["scale_0.25"](z).shape == (2, 4, 2, 2)
     torch.testing.assert_close(turns["rotation_90"](z).mean((2, 3)), z.mean((2, 3)))
 

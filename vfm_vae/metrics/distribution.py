@@ -152,6 +152,11 @@ class FrechetDistance(Metric):
             real = _gaussian(self, "real_")
         return frechet_distance(*real, *_gaussian(self, "generated_")).float()
 
+    def real_gaussian(self) -> Gaussian:
+        """Mean and covariance of the real images so far, over all ranks, which have to ask together."""
+        with self.sync_context():
+            return _gaussian(self, "real_")
+
 
 def _check_kind(real: bool, reference: object | None) -> None:
     if real and reference is not None:
@@ -320,6 +325,11 @@ class PrecisionRecall(Metric):
             centre = real.mean(0)  # distances come from inner products, which cancel less near the origin
             precise, recalled = _inside_balls(generated - centre, real - centre, self.k)
         return {"precision": precise.float().mean(), "recall": recalled.float().mean()}
+
+    def real_samples(self) -> Tensor:
+        """Features of the real images so far, float32 `[m, d]`, over all ranks, which have to ask together."""
+        with self.sync_context():
+            return kept_features(self, "real_")
 
 
 def _inside_balls(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -93,8 +93,8 @@ class ReferenceImages:
 
     A file holds `mu`, `sigma` of Inception's pooled features and `mu_s`, `sigma_s` of its spatial ones over all
     images, and some of these as `arr_0`. From a folder `<class>/*` such a file is made once, after ADM's centre crop,
-    and used again as long as images, size and network are the same. On another network's features the statistics of
-    somebody's file say nothing: then they are taken over its `arr_0`.
+    and used again as long as the files' names, size and network are the same. On another network's features the
+    statistics of somebody's file say nothing: then they are taken over its `arr_0`.
 
     Args:
         path: of the file or the folder.

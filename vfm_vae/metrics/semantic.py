@@ -55,27 +55,15 @@ def rotate(maps: Tensor, degrees: int) -> Tensor:
     return torch.rot90(maps, degrees // 90, (-2, -1))
 
 
-Transformation = Callable[[Tensor, Tensor], Tensor]
-"""From uint8 images `[B, 3, H, W]` and their numbers `[B]` to uint8 images of one size."""
-
-
-def each_transformation() -> dict[str, Transformation]:
-    """The twelve single transformations by name: `noise_0.05`, …, `scale_0.25`, …, `rotation_270`."""
-    noises = {f"noise_{sigma:.2f}": lambda x, index, sigma=sigma: add_noise(x, sigma, index) for sigma in NOISES}
-    scales = {f"scale_{factor:g}": lambda x, index, factor=factor: scale(x, factor) for factor in SCALES}
-    turns = {f"rotation_{angle}": lambda x, index, angle=angle: rotate(x, angle) for angle in ROTATIONS}
-    return noises | scales | turns
+def geometric_transformations() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Scales and rotations of images or latents `[B, C, H, W]` by name: `scale_0.25`, …, `rotation_270`."""
+    scales = {f"scale_{factor:g}": lambda maps, factor=factor: scale(maps, factor) for factor in SCALES}
+    return scales | {f"rotation_{angle}": lambda maps, angle=angle: rotate(maps, angle) for angle in ROTATIONS}
 
 
 def is_identity(name: str) -> bool:
     """Whether a transformation, by its name, leaves images as they are."""
     return name in ("scale_1", "rotation_0")
-
-
-def latent_transformations() -> dict[str, Callable[[Tensor], Tensor]]:
-    """Scales and rotations for latents `[B, C, h, w]`, by name."""
-    scales = {f"scale_{factor:g}": lambda z, factor=factor: scale(z, factor) for factor in SCALES}
-    return scales | {f"rotation_{angle}": lambda z, angle=angle: rotate(z, angle) for angle in ROTATIONS}
 
 
 def draw_published(index: int) -> tuple[int, float]:
@@ -100,9 +88,9 @@ def transformed(protocol: Literal["each", "published"], images: Tensor, index: T
         By name (`names_of`), the batch in parts of one size each.
     """
     rows = torch.arange(len(images), device=images.device)
-    if protocol == "each":
-        return {name: [Part(rows, transform(images, index))] for name, transform in each_transformation().items()}
     parts = {f"noise_{sigma:.2f}": [Part(rows, add_noise(images, sigma, index))] for sigma in NOISES}
+    if protocol == "each":
+        return parts | {name: [Part(rows, turn(images))] for name, turn in geometric_transformations().items()}
     groups: dict[tuple[int, float], list[int]] = {}
     for row, number in enumerate(index.tolist()):
         groups.setdefault(draw_published(number), []).append(row)
@@ -114,5 +102,5 @@ def transformed(protocol: Literal["each", "published"], images: Tensor, index: T
 
 def names_of(protocol: Literal["each", "published"]) -> list[str]:
     """What a protocol's transformations are called."""
-    names = list(each_transformation())
-    return names if protocol == "each" else [*names[: len(NOISES)], "equivariance"]
+    noises = [f"noise_{sigma:.2f}" for sigma in NOISES]
+    return noises + (list(geometric_transformations()) if protocol == "each" else ["equivariance"])

@@ -15,8 +15,8 @@ class DistributionSuite(nn.Module):
     """Fréchet distances, Inception Score, precision and recall of generated images, by the ADM protocol.
 
     Compared is with a reference, or with real images that are given along (a tokenizer's inputs with its
-    reconstructions). On Inception's features the numbers are called, with a reference, `gfid`, `sfid`,
-    `inception_score`, `precision`, `recall`; without, `rfid`, `rsfid`, `ris`. On those of a VFM, `fd_<vfm>`,
+    reconstructions). On Inception's features the numbers of samples are called `gfid`, `sfid`, `inception_score`,
+    `precision`, `recall`, those of reconstructions `rfid`, `rsfid`, `ris`; on those of a VFM, `fd_<vfm>`,
     `precision_<vfm>`, `recall_<vfm>`, never `fid`.
 
     Args:
@@ -24,6 +24,7 @@ class DistributionSuite(nn.Module):
         num_images: how many generated images there will be, which the splits of the Inception Score depend on.
         reference: real images that were measured before; None where they are given along.
         precision_recall: whether to measure these two; needs the reference's features.
+        reconstructions: whether reconstructions are measured, or samples; by default, whether there is no reference.
 
     Raises:
         ValueError: the reference belongs to another network.
@@ -35,10 +36,11 @@ class DistributionSuite(nn.Module):
         num_images: int,
         reference: Reference | None = None,
         precision_recall: bool = False,
+        reconstructions: bool | None = None,
     ) -> None:
         super().__init__()
         self._network = (network,)
-        kind = "r" if reference is None else "g"
+        is_paired = reference is None if reconstructions is None else reconstructions
         is_inception = isinstance(network, Inception)
         width, name = (POOL_WIDTH, "fid") if is_inception else (network.width, f"fd_{name_of(network)}")
         if reference is not None and len(reference.pool.mean) != width:
@@ -47,16 +49,20 @@ class DistributionSuite(nn.Module):
                 f"{width}; they were made by another network"
             )
         self.distance = FrechetDistance(width, reference.pool if reference else None)
-        self.names = {"distance": f"{kind}{name}" if is_inception else name}
+        self.names = {"distance": f"{'r' if is_paired else 'g'}{name}" if is_inception else name}
         if is_inception and (reference is None or reference.spatial is not None):
             self.spatial = FrechetDistance(SPATIAL_WIDTH, reference.spatial if reference else None)
-            self.names["spatial"] = "rsfid" if reference is None else "sfid"
+            self.names["spatial"] = "rsfid" if is_paired else "sfid"
         if is_inception:
             self.score = InceptionScore(num_images)
-            self.names["score"] = "ris" if reference is None else "inception_score"
+            self.names["score"] = "ris" if is_paired else "inception_score"
         self.suffix = "" if is_inception else f"_{name_of(network)}"
         known = reference.features if reference else None
         self.neighbours = PrecisionRecall(reference=known) if precision_recall else None
+        if self.neighbours is not None:  # a rank that gets no images has to agree on the width all the same
+            nothing = torch.zeros(0, width), torch.zeros(0, dtype=torch.int64)
+            for real in (False, True) if reference is None else (False,):
+                self.neighbours.update(*nothing, real=real)
 
     def update(self, images: Tensor, index: Tensor, real: bool = False) -> None:
         """Adds images.
@@ -82,3 +88,9 @@ class DistributionSuite(nn.Module):
         if self.neighbours is not None:
             values |= {f"{name}{self.suffix}": value for name, value in self.neighbours.compute().items()}
         return values
+
+    def as_reference(self) -> Reference:
+        """The real images that were given along, for a later suite that is not shown them again; asked on all ranks."""
+        spatial = self.spatial.real_gaussian() if "spatial" in self.names else None
+        features = self.neighbours.real_samples() if self.neighbours is not None else None
+        return Reference(self.distance.real_gaussian(), spatial, features)

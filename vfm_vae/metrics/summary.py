@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-_PACKAGES = {"vfm_vae": "vfm-vae", "torch": "torch", "lightning": "lightning"}
+_PACKAGES = {"vfm_vae": "vfm-vae", "torch": "torch", "lightning": "lightning", "timm": "timm"}
+_PACKAGES |= {name: name for name in ("torchmetrics", "torch-fidelity")}
 
 
 def json_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
