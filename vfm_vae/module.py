@@ -212,9 +212,10 @@ class TokenizerModule(LightningModule):
         """The latents that evaluation looks at, `[B, C, h, w]`; encodes a batch once, however many ask for it."""
         if self._encoded is None or self._encoded[0] is not batch:
             posterior = self.model.encode(from_uint8(batch.images))
-            noise = IndexedNoise("evaluation", self.seed, batch.index, self.device)
-            sampled = self.evaluate == "sample"
-            latents = posterior.sample(noise.normal(*posterior.mean.shape[1:])) if sampled else posterior.mode()
+            latents = posterior.mode()
+            if self.evaluate == "sample":
+                noise = IndexedNoise("evaluation", self.seed, batch.index, self.device)
+                latents = posterior.sample(noise.normal(*latents.shape[1:]))
             self._encoded = batch, latents
         return self._encoded[1]
 
