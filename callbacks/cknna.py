@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from callbacks.evaluation import EvaluationCallback, rows_of
+from callbacks.evaluation import EvaluationCallback, rows_of, weights_of
 from callbacks.heatmap import block_heat_map
 from callbacks.images import show
 from vfm_vae.data.folder import ImageFolderDataset
@@ -245,9 +245,8 @@ class CKNNACallback(EvaluationCallback):
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on."""
-        weights = {name: vfm.fingerprint() for name, vfm in self.vfms.items()}
-        times = [0.5 if time is None else time for time in self.times]
-        return super().settings() | {"k": self.k, "references": weights, "times": times, "se_cknna": self.se_cknna}
+        settings = {"k": self.k, "times": self.times, "se_cknna": self.se_cknna}
+        return super().settings() | settings | weights_of(self.vfms.values())
 
 
 def _progress(trainer: Trainer, pl_module: LightningModule) -> int:

@@ -1,6 +1,7 @@
 """What callbacks share that measure a module during validation and test."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from vfm_vae.types import Batch, LatentBatch
+from vfm_vae.vfm import FrozenVFM
 
 
 class EvaluationCallback(Callback, ABC):
@@ -111,6 +113,11 @@ class EvaluationCallback(Callback, ABC):
 def rows_of(batch: Batch | LatentBatch, chosen: Tensor) -> Batch | LatentBatch:
     """The chosen samples of a batch, by a mask `[B]` or by positions."""
     return type(batch)(*(tensor[chosen] for tensor in batch))
+
+
+def weights_of(vfms: Iterable[FrozenVFM]) -> dict[str, Any]:
+    """Among settings: which VFMs, by name and hash of their weights."""
+    return {"vfms": {vfm.name: vfm.fingerprint() for vfm in vfms}}
 
 
 def _num_samples(loaders: Any) -> int:

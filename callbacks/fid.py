@@ -104,5 +104,6 @@ class DistributionCallback(EvaluationCallback):
             "network": name_of(self.network),
             "network_weights": self.network.fingerprint(),
             "num_images": self.num_measured,
+            "precision_recall": self.precision_recall,
             "reference": self.reference or "the images themselves",
         }

@@ -1,13 +1,14 @@
 """What a linear probe reads: the classes of samples, and what a model's features know of real images' classes."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from callbacks.evaluation import EvaluationCallback, rows_of
+from callbacks.evaluation import EvaluationCallback, rows_of, weights_of
 from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.probe import LinearProbe
 from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8, quantised
@@ -141,3 +142,8 @@ class LinearProbeCallback(EvaluationCallback):
     def results(self) -> dict[str, Tensor]:
         """The accuracies."""
         return {f"probe/{name}": hits.compute() for name, hits in self._hits.items()}
+
+    def settings(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        fitted = min(self.num_train_images or len(self._train.dataset), len(self._train.dataset))
+        return super().settings() | {"num_train_images": fitted, "time": self.time} | weights_of(self.vfms)

@@ -1,13 +1,14 @@
 """Whether features stay the same where images change little: of the latent, and of the VFM beside it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.evaluation import EvaluationCallback, rows_of
+from callbacks.evaluation import EvaluationCallback, rows_of, weights_of
 from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8
 from vfm_vae.metrics.semantic import is_identity, names_of, transformed
 from vfm_vae.types import Batch, EncodesImages
@@ -73,3 +74,7 @@ class RobustnessCallback(EvaluationCallback):
             values |= {f"robustness/{name}/{change}": value for change, value in parts.items()}
             values[f"robustness/{name}/mean"] = torch.stack(list(parts.values())).mean()
         return values
+
+    def settings(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        return super().settings() | weights_of(self.vfms)

@@ -227,7 +227,7 @@ def test_report_says_what_numbers_depend_on(encoder, images, trainer, vfm, tmp_p
     entry = json.loads(path.read_text())["test"]
     assert entry["settings"]["model"] == {"seed": 3}
     assert entry["settings"]["CKNNACallback"]["num_images"] == 13
-    assert entry["settings"]["CKNNACallback"]["references"] == {VFM: vfm.fingerprint()}
+    assert entry["settings"]["CKNNACallback"]["vfms"] == {VFM: vfm.fingerprint()}
     assert entry["settings"]["RobustnessCallback"]["num_images"] == 26
     shown = capsys.readouterr().out
     assert "CKNNACallback.num_images" in shown and "test/cknna/latent" in shown
