@@ -138,7 +138,10 @@ def test_sampling_builds():
 
 
 @pytest.mark.parametrize(("overlay", "command"), [("ldm_train", "fit"), ("ldm_guided", "validate")])
-def test_demo_diffusion_builds(overlay, command):
+def test_demo_diffusion_builds(overlay, command, photos, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/photos").symlink_to(photos)  # which the demo's own first command writes
+    monkeypatch.chdir(tmp_path)
     cli = build_ldm("demo/ldm.yaml", f"demo/{overlay}.yaml", "trainer/cpu.yaml", command=command)
     assert cli.model.guidance.scale == (2.0 if overlay == "ldm_guided" else 1.0)
     assert callback(cli, "Report").path.name == "metrics.json"
