@@ -61,6 +61,7 @@ bench: install ## measure what is claimed to be fast, as ratios within one run
 	$(BIN)/python tests/bench/modulated.py
 	$(TUNED) $(BIN)/python tests/bench/modulated.py
 	$(TUNED) $(BIN)/python tests/bench/step.py
+	$(BIN)/python tests/bench/loader.py
 	$(BIN)/python tests/bench/guidance.py
 	$(BIN)/python tests/bench/cknna.py
 	$(BIN)/python tests/bench/evaluation.py

@@ -226,8 +226,8 @@ def test_the_embedded_photos_are_written_then_read(tmp_path):
 def test_bad_input_is_named(tree, tmp_path):
     with pytest.raises(ValueError, match=r"root: there is no folder '.*nowhere'"):
         datamodule(tmp_path / "nowhere").setup("fit")
-    with pytest.raises(ValueError, match="source: one of 'folder', 'photos', 'latents', given 'shards'"):
-        datamodule(tree, source="shards")
+    with pytest.raises(ValueError, match="source: one of 'folder', 'shards', 'photos', 'latents', given 'tar'"):
+        datamodule(tree, source="tar")
     (tree / "val" / "quince").mkdir()
     with pytest.raises(ValueError, match="other class folders in 'val' than in 'train'"):
         datamodule(tree).setup("fit")

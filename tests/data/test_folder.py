@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vfm_vae.data.folder import ImageFolderDataset, small_images
+from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.sampling import Draw
 from vfm_vae.data.transforms import CentreCrop, RandomCrop
 
@@ -67,8 +67,8 @@ def test_images_by_name_are_left_out(tree):
 def test_small_images_are_found_by_their_header(tree):
     Image.new("RGB", (300, 12)).save(tree / "train" / "apple" / "003.JPEG")
     (tree / "train" / "pear" / "004.JPEG").write_bytes(b"no image at all")
-    assert small_images(tree, "train", 16) == ["apple/003.JPEG"]
-    assert len(small_images(tree, "train", 17)) == 11
+    assert dataset(tree).small(16) == ["apple/003.JPEG"]
+    assert len(dataset(tree).small(17)) == 11
 
 
 def test_damaged_images_are_replaced_counted_and_named_once(tree, caplog):

@@ -1,4 +1,6 @@
+import contextlib
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -20,6 +22,13 @@ def boxes_of(root, split, name):
 
 def test_thirteen_balanced_classes(root):
     for split, count in (("train", 20), ("val", 10)):
+        with contextlib.ExitStack() as stack:
+            tars = [stack.enter_context(tarfile.open(tar)) for tar in (root / "shards").glob(f"photos-{split}-*.tar")]
+            members = {member.name: tar.extractfile(member).read() for tar in tars for member in tar}
+        assert len(members) == 2 * 13 * count
+        for label, name in enumerate(PHOTOS):
+            (file, *_) = (root / split / name).glob("*.JPEG")
+            assert members[f"{file.stem}.jpg"] == file.read_bytes() and int(members[f"{file.stem}.cls"]) == label
         assert sorted(folder.name for folder in (root / split).iterdir()) == sorted(PHOTOS)
         for folder in (root / split).iterdir():
             files = sorted(folder.glob("*.JPEG"))

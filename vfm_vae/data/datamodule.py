@@ -10,9 +10,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from vfm_vae.data.folder import ImageFolderDataset, list_classes, small_images
+from vfm_vae.data.folder import ImageFolderDataset, list_classes
+from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.latents import LatentDataset, LatentStatistics, split_folder
 from vfm_vae.data.sampling import Draw, EvaluationSampler, GivenOrder, ResumableLoader, TrainingSampler
+from vfm_vae.data.shards import ImageShardDataset, list_shards, read_index
 from vfm_vae.data.transforms import CentreCrop, RandomCrop, ResizeAndCrop, Transform
 from vfm_vae.embedded.photos import write_photos
 from vfm_vae.types import Batch, LatentBatch
@@ -21,7 +23,7 @@ Split = Literal["train", "val"]
 
 
 class ImageNetDataModule(LightningDataModule):
-    """Images and labels in ImageNet's layout, `<root>/train/<class>/*` and `<root>/val/<class>/*`, or their latents.
+    """Images and labels: ImageNet's folders `<root>/{train,val}/<class>/*`, or tar shards; or the images' latents.
 
     Yields `Batch` (uint8 images, labels, and positions in the data set), or `LatentBatch` from cached latents. Training
     batches depend on the seed and the epoch alone, not on workers or the number of ranks, and a run resumed from a
@@ -35,12 +37,16 @@ class ImageNetDataModule(LightningDataModule):
         batch_size: training images per batch, over all ranks: each gets `batch_size / ranks`.
         val_batch_size: images per batch in validation, test and prediction, over all ranks; by default `batch_size`.
         num_workers: loading processes per rank.
-        source: `folder` reads what is at `root`; `photos` first writes the embedded data set there, if it is missing;
-            `latents` reads a cache that `python -m vfm_vae predict` or LightningDiT made.
+        source: `folder` reads folders at `root`; `shards` WebDataset's tars there, with `train` or `val` in their
+            names; `photos` folders, after writing the embedded data set to `root` if it is missing; `latents` a cache
+            that `python -m vfm_vae predict` or LightningDiT made.
         photos: arguments of `vfm_vae.embedded.photos.write_photos`, such as `size` and `train_per_class`.
         min_size: training images with a short side under this many pixels are left out.
-        small_list: file that names the images under `min_size`, one `class/file.JPEG` a line; made by looking at every
-            image where it is missing. By default `<root>/train_under_<min_size>px.txt`.
+        small_list: file that names the images under `min_size`, one `class/file.JPEG` (or `shard.tar/member.jpg`) a
+            line; made by looking at every image where it is missing. By default `train_under_<min_size>px.txt` in
+            `cache_dir`.
+        mixed_shards: how many tar shards are shuffled together at a time.
+        cache_dir: folder for the list of small images and the index of tar shards; by default `root`.
         crop: how training images are cropped: `random`, for tokenizers, or `centre` as in evaluation and mirrored half
             of the time, for diffusion models.
         evaluation_crop: how images are cropped where nothing is random: `adm` as ADM's reference images are, or
@@ -67,10 +73,12 @@ class ImageNetDataModule(LightningDataModule):
         batch_size: int = 512,
         val_batch_size: int | None = None,
         num_workers: int = 8,
-        source: Literal["folder", "photos", "latents"] = "folder",
+        source: Literal["folder", "shards", "photos", "latents"] = "folder",
         photos: dict[str, int] | None = None,
         min_size: int = 0,
         small_list: str | None = None,
+        mixed_shards: int = 64,
+        cache_dir: str | None = None,
         crop: Literal["random", "centre"] = "random",
         evaluation_crop: Literal["adm", "resize"] = "adm",
         min_crop: float = 0.5,
@@ -81,11 +89,13 @@ class ImageNetDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_choice("source", source, "folder", "photos", "latents")
+        _check_choice("source", source, "folder", "shards", "photos", "latents")
         _check_choice("crop", crop, "random", "centre")
         _check_choice("evaluation_crop", evaluation_crop, "adm", "resize")
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"num_samples: at least 1, given {num_samples}")
+        if mixed_shards < 1:
+            raise ValueError(f"mixed_shards: at least 1, given {mixed_shards}")
         self.root = Path(root)
         self.image_size = image_size
         self.batch_size = batch_size
@@ -94,7 +104,9 @@ class ImageNetDataModule(LightningDataModule):
         self.source = source
         self.photos = photos or {}
         self.min_size = min_size
-        self.small_list = Path(small_list) if small_list else self.root / f"train_under_{min_size}px.txt"
+        self.cache_dir = Path(cache_dir) if cache_dir else self.root
+        self.small_list = Path(small_list) if small_list else self.cache_dir / f"train_under_{min_size}px.txt"
+        self.mixed_shards = mixed_shards
         self.train_transform: Transform = RandomCrop(image_size, min_crop, resampling)
         if crop == "centre":
             self.train_transform = CentreCrop(image_size, flip=True)
@@ -102,15 +114,21 @@ class ImageNetDataModule(LightningDataModule):
         self.max_bad_fraction = max_bad_fraction
         self.predict, self.num_samples = tuple(predict), num_samples
         self.seed = seed
-        self.train_set: ImageFolderDataset | LatentDataset | None = None
-        self.val_set: ImageFolderDataset | LatentDataset | None = None
-        self.predict_sets: dict[str, ImageFolderDataset | LatentDataset | SampleNumbers] = {}
+        self.train_set: ImageDataset | LatentDataset | None = None
+        self.val_set: ImageDataset | LatentDataset | None = None
+        self.predict_sets: dict[str, ImageDataset | LatentDataset | SampleNumbers] = {}
         self.predict_indices: dict[str, Sequence[int]] = {}
 
     def prepare_data(self) -> None:
-        """Writes the embedded photos and the list of small images where they are missing; one process does it."""
+        """Writes the embedded photos, the index of shards and the list of small images where they are missing.
+
+        One process of each machine does it.
+        """
         if self.source == "photos":
             write_photos(self.root, **self.photos)
+        if self.source == "shards":
+            for split in ("train", "val"):
+                read_index(list_shards(self.root, split), self._shard_index(split))
         if self.min_size and self.source != "latents" and not self.small_list.is_file():
             self._write_small_list()
 
@@ -135,8 +153,8 @@ class ImageNetDataModule(LightningDataModule):
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes of a folder of images; a label is a position in this list."""
-        return list_classes(self.root, "val")
+        """Names of the classes, known after `setup`; a label is a position in this list."""
+        return next(s.classes for s in (self.train_set, self.val_set) if isinstance(s, ImageDataset))
 
     @property
     def num_classes(self) -> int | None:
@@ -155,6 +173,8 @@ class ImageNetDataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, augmented; the same number of full batches on every rank."""
         size, ranks = self._share("batch_size", self.batch_size)
+        if isinstance(self.train_set, ImageDataset):
+            ranks |= {"shards": self.train_set.shards, "mixed_shards": self.mixed_shards}
         sampler = TrainingSampler(self.train_set, size, seed=self.seed, **ranks)
         return ResumableLoader(self.train_set, batch_size=size, sampler=sampler, **self._loading(self.train_set))
 
@@ -179,23 +199,23 @@ class ImageNetDataModule(LightningDataModule):
             for name, dataset in self.predict_sets.items()
         ]
 
-    def _training_set(self) -> ImageFolderDataset | LatentDataset:
+    def _training_set(self) -> ImageDataset | LatentDataset:
         if self.source == "latents":
             return LatentDataset(split_folder(self.root, "train"), train=True, seed=self.seed)
         small = self.small_list.read_text().splitlines() if self.min_size else ()
-        dataset = self._folder("train", self.train_transform, exclude=small)
-        if list_classes(self.root, "val") != dataset.classes:
+        dataset = self._images("train", self.train_transform, exclude=small)
+        if self.source != "shards" and list_classes(self.root, "val") != dataset.classes:
             raise ValueError(f"root: {str(self.root)!r} has other class folders in 'val' than in 'train'")
         return dataset
 
-    def _evaluated(self, split: str) -> ImageFolderDataset | LatentDataset | None:
+    def _evaluated(self, split: str) -> ImageDataset | LatentDataset | None:
         """A split without randomness; None for a cache of latents that lacks it."""
         if self.source != "latents":
-            return self._folder(split, self.evaluation_transform, replace_damaged=False)
+            return self._images(split, self.evaluation_transform, replace_damaged=False)
         folder = split_folder(self.root, split)
         return None if folder is None else LatentDataset(folder, train=False, seed=self.seed)
 
-    def _predicted(self, name: str) -> "ImageFolderDataset | LatentDataset | SampleNumbers":
+    def _predicted(self, name: str) -> "ImageDataset | LatentDataset | SampleNumbers":
         dataset = SampleNumbers(self.num_samples) if name == "samples" else self._evaluated(name)
         if dataset is None:
             raise ValueError(f"root: the latents in {str(self.root)!r} have no split {name!r}")
@@ -206,10 +226,14 @@ class ImageNetDataModule(LightningDataModule):
         sampler = EvaluationSampler(dataset, size, **ranks) if indices is None else GivenOrder(dataset, indices)
         return DataLoader(dataset, batch_size=size, sampler=sampler, **self._loading(dataset))
 
-    def _folder(self, split: str, transform: Transform, **kwargs: Any) -> ImageFolderDataset:
-        return ImageFolderDataset(
-            self.root, split, transform, seed=self.seed, max_bad_fraction=self.max_bad_fraction, **kwargs
-        )
+    def _images(self, split: str, transform: Transform, **kwargs: Any) -> ImageDataset:
+        kwargs |= {"seed": self.seed, "max_bad_fraction": self.max_bad_fraction}
+        if self.source == "shards":
+            return ImageShardDataset(self.root, split, transform, index=self._shard_index(split), **kwargs)
+        return ImageFolderDataset(self.root, split, transform, **kwargs)
+
+    def _shard_index(self, split: str) -> Path:
+        return self.cache_dir / f"{split}_shards.npz"
 
     def _share(self, option: str, batch_size: int) -> tuple[int, dict[str, int]]:
         """One rank's part of a batch, and where this rank stands."""
@@ -234,7 +258,7 @@ class ImageNetDataModule(LightningDataModule):
         }
 
     def _write_small_list(self) -> None:
-        names = small_images(self.root, "train", self.min_size)
+        names = self._images("train", self.evaluation_transform).small(self.min_size)
         partial = self.small_list.with_name(f"{self.small_list.name}.{os.getpid()}")
         try:
             partial.write_text("".join(f"{name}\n" for name in names))

@@ -32,7 +32,8 @@ class Draw(NamedTuple):
 class TrainingSampler(DistributedSampler):
     """Shuffles by (seed, epoch) and gives each rank its part of every batch; the incomplete last batch is dropped.
 
-    The batches over all ranks do not depend on the number of ranks. It is a `DistributedSampler` so that Lightning
+    The batches over all ranks do not depend on the number of ranks. Where images lie in shards, a few shards are mixed
+    at a time and others left alone, so that reading stays within those. It is a `DistributedSampler` so that Lightning
     leaves it in place, whatever `use_distributed_sampler` says.
 
     Args:
@@ -41,6 +42,8 @@ class TrainingSampler(DistributedSampler):
         seed: of the order.
         num_replicas: number of ranks.
         rank: this process's.
+        shards: number of the shard that each sample lies in, `[len(dataset)]`; None shuffles all samples together.
+        mixed_shards: how many shards are mixed at a time.
 
     Attributes:
         num_skipped: samples of this rank that the next iteration leaves out, because a former run has seen them.
@@ -49,9 +52,20 @@ class TrainingSampler(DistributedSampler):
         ValueError: the data set is smaller than one batch.
     """
 
-    def __init__(self, dataset: Sized, batch_size: int, *, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Sized,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        shards: np.ndarray | None = None,
+        mixed_shards: int = 64,
+    ) -> None:
         super().__init__(dataset, num_replicas, rank, seed=seed)
         self.batch_size = batch_size
+        self.shards, self.mixed_shards = shards, mixed_shards
         self.num_batches = len(dataset) // (batch_size * num_replicas)
         self.num_skipped = 0
         if self.num_batches == 0:
@@ -61,10 +75,17 @@ class TrainingSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[Draw]:
         """The draws of one epoch on this rank."""
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.dataset))
+        order = self._order(np.random.default_rng((self.seed, self.epoch)))
         batches = order[: self.num_batches * self.num_replicas * self.batch_size]
         mine = batches.reshape(self.num_batches, self.num_replicas, self.batch_size)[:, self.rank].flatten()
         return iter([Draw(index, self.epoch) for index in mine[self.num_skipped :].tolist()])
+
+    def _order(self, generator: np.random.Generator) -> np.ndarray:
+        """The samples' positions in the order of an epoch, `[len(dataset)]`."""
+        if self.shards is None:
+            return generator.permutation(len(self.dataset))
+        turn = generator.permutation(int(self.shards.max()) + 1)[self.shards] // self.mixed_shards
+        return np.lexsort((generator.random(len(turn)), turn))
 
     def __len__(self) -> int:
         """Samples of a whole epoch on this rank."""

@@ -9,7 +9,9 @@ touches none: the two never share a pixel.
 """
 
 import argparse
+import io
 import json
+import tarfile
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,7 +42,7 @@ PHOTOS: Mapping[str, Callable[[], np.ndarray]] = {
 TILES = 5
 HELD_OUT = ((0, 3), (1, 0), (2, 2), (3, 4), (4, 1))  # (row, column)
 SIDES: Mapping[str, tuple[float, float]] = {"train": (0.7, 1.6), "val": (0.8, 1.0)}  # in units of a tile's short side
-MANIFEST = "photos.json"
+MANIFEST, SHARDS, SHARD_SIZE = "photos.json", "shards", 500
 
 Split = Literal["train", "val"]
 
@@ -118,8 +120,9 @@ def write_photos(
 ) -> Path:
     """Write the data set as an ImageFolder tree, `root/{train,val}/<class>/*.JPEG`, unless it is there already.
 
-    The tree appears under its name only when it is whole, and `photos.json` in it records how it was made and the
-    box of every crop, so an interrupted write leaves nothing that could be mistaken for the data set.
+    Beside the tree, `root/shards/photos-{train,val}-*.tar` hold the same files as WebDataset has them. All appears
+    under its name only when it is whole, and `photos.json` in it records how it was made and the box of every crop, so
+    an interrupted write leaves nothing that could be mistaken for the data set.
 
     Args:
         root: folder to write.
@@ -147,6 +150,8 @@ def write_photos(
                 # A stream for each class and split: the first crops do not depend on how many follow.
                 generator = np.random.default_rng((seed, label, split == "val"))
                 boxes |= _write_class(partial, name, split, count, size, generator)
+        for split in SIDES:
+            _write_shards(partial, split)
         (partial / MANIFEST).write_text(json.dumps({"settings": settings, "boxes": boxes}, indent=1))
         try:
             partial.rename(root)
@@ -186,6 +191,20 @@ def _write_class(
         crop(photo, box, size).save(file, quality=95)
         boxes[file.relative_to(root).as_posix()] = box
     return boxes
+
+
+def _write_shards(root: Path, split: str) -> None:
+    """Write the files of one split as tars, the classes in turn."""
+    (root / SHARDS).mkdir(exist_ok=True)
+    files = sorted((root / split).glob("*/*.JPEG"), key=lambda file: (file.stem.rpartition("_")[2], file.name))
+    for shard, start in enumerate(range(0, len(files), SHARD_SIZE)):
+        with tarfile.open(root / SHARDS / f"photos-{split}-{shard:04d}.tar", "w") as tar:
+            for file in files[start : start + SHARD_SIZE]:
+                label = str(list(PHOTOS).index(file.parent.name)).encode()
+                for ending, content in (("jpg", file.read_bytes()), ("cls", label)):
+                    member = tarfile.TarInfo(f"{file.stem}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
 
 
 def main() -> None:

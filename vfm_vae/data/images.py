@@ -1,0 +1,152 @@
+"""Reading single images, damaged ones included, whatever they lie in."""
+
+import logging
+import os
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vfm_vae.data.sampling import Draw
+from vfm_vae.data.transforms import Transform, to_rgb
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+
+log = logging.getLogger(__name__)
+
+
+class ImageDataset(Dataset):
+    """Images by number; subclasses say where they lie.
+
+    A damaged image is named in the log once and counted, over all workers of this rank. In training the next good image
+    takes its place; in evaluation that one comes marked as padding, so that no metric counts it.
+
+    Args:
+        place: what the images lie in, for messages.
+        names: of the images, in `place`.
+        labels: class indices, one for each name.
+        transform: makes a tensor of an RGB image.
+        seed: of the augmentation.
+        replace_damaged: whether another image takes the place of a damaged one (training), or marks it (evaluation).
+        max_bad_fraction: share of the data set that may be damaged.
+        num_lost: images that are known to be damaged, and are not among the names.
+
+    Attributes:
+        classes: names of the classes; a label is a position in this list.
+        labels: class indices, int64 `[num_images]`.
+        shards: number of the file that each image lies in, int64 `[num_images]`, where many share one; else None.
+
+    Raises:
+        ValueError: too many images are damaged: at once, or when reading.
+    """
+
+    classes: list[str]
+    shards: np.ndarray | None = None
+
+    def __init__(
+        self,
+        place: str | Path,
+        names: Sequence[str],
+        labels: Sequence[int],
+        transform: Transform,
+        *,
+        seed: int = 0,
+        replace_damaged: bool = True,
+        max_bad_fraction: float = 0.01,
+        num_lost: int = 0,
+    ) -> None:
+        self.place = Path(place)
+        self.transform = transform
+        self.seed = seed
+        self.replace_damaged = replace_damaged
+        self.max_bad_fraction = max_bad_fraction
+        self.num_lost = num_lost
+        # Arrays, because a list of a million strings is copied page by page into every forked worker.
+        self._names = np.array([os.fsencode(name) for name in names])
+        self.labels = np.array(labels, dtype=np.int64)
+        self._damaged = torch.zeros(len(names), dtype=torch.bool).share_memory_()  # seen by all workers
+
+    def open(self, index: int) -> BinaryIO:
+        """An image's file, not decoded."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        """Name of an image in the place it lies in."""
+        return os.fsdecode(self._names[index])
+
+    @property
+    def num_damaged(self) -> int:
+        """How many images have been found damaged so far."""
+        return self.num_lost + int(self._damaged.sum())
+
+    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int, int]:
+        """Returns image (uint8 `[3, H, W]`), label and index; index -1 marks padding."""
+        draw = Draw(draw) if isinstance(draw, int) else draw
+        index = draw.index
+        while (image := self._read(index)) is None:
+            index = (index + 1) % len(self)
+        generator = np.random.default_rng((self.seed, draw.epoch, draw.index))
+        is_padding = draw.padding or (index != draw.index and not self.replace_damaged)
+        return self.transform(image, generator), int(self.labels[index]), -1 if is_padding else index
+
+    def small(self, min_size: int, num_threads: int = 8) -> list[str]:
+        """Names of the images whose short side is under `min_size` pixels; reads headers alone.
+
+        Images whose header can't be read are not among them: they show as damaged when their turn comes.
+        """
+
+        def is_small(index: int) -> bool:
+            try:
+                with self.open(index) as file, Image.open(file) as image:
+                    return min(image.size) < min_size
+            except Exception:  # damaged, as decoders report it in many ways; reading it in training records that
+                return False
+
+        with ThreadPoolExecutor(num_threads) as threads:
+            return [self.name(index) for index, small in enumerate(threads.map(is_small, range(len(self)))) if small]
+
+    def _read(self, index: int) -> Image.Image | None:
+        """The decoded image, or None for one that is damaged."""
+        if self._damaged[index]:
+            return None
+        try:
+            with self.open(index) as file, Image.open(file) as image:
+                image.load()
+                return to_rgb(image)
+        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more at bad bytes
+            self._damaged[index] = True
+            log.warning("damaged image left out: %s (%s)", self.place / self.name(index), error)
+            self._check_damage(f"{self.name(index)!r} ({error})")
+            return None
+
+    def _check_damage(self, last: str) -> None:
+        if self.num_damaged > self.max_bad_fraction * (len(self) + self.num_lost):
+            raise ValueError(
+                f"max_bad_fraction: {self.num_damaged} of the {len(self) + self.num_lost} images in "
+                f"{str(self.place)!r} are damaged, more than {self.max_bad_fraction:.2%}, the last {last}; repair the "
+                "data set (the log names every one) or allow more"
+            )
+
+
+def kept(names: Sequence[str], exclude: Collection[str], place: str | Path) -> list[int]:
+    """Positions of the names that are not excluded.
+
+    Raises:
+        ValueError: none is left.
+    """
+    exclude = frozenset(exclude)
+    positions = [position for position, name in enumerate(names) if name not in exclude]
+    if not positions:
+        left = f" but those that are left out ({len(exclude)})" if exclude else ""
+        raise ValueError(f"root: no images under {str(place)!r}{left}; known endings are {' '.join(EXTENSIONS)}")
+    return positions

@@ -1,0 +1,245 @@
+"""Images in tar shards as WebDataset writes them: `imagenet1k-train-0000.tar` with `<key>.jpg` and `<key>.cls`.
+
+The shards are looked through once. The index that comes of it, where each image begins and how long it is, makes them a
+data set like a folder: any image by its number, so that training resumes exactly and ranks get equally much.
+"""
+
+import io
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+
+from vfm_vae.data.images import EXTENSIONS, ImageDataset, kept
+from vfm_vae.data.transforms import Transform
+
+log = logging.getLogger(__name__)
+
+
+class Shard(NamedTuple):
+    """What the index knows of one shard.
+
+    Attributes:
+        size: of the file, in bytes; with `modified`, tells whether the file is still the one that was looked through.
+        modified: when it was written, in nanoseconds.
+        names: of the images' members, bytes `[n]`.
+        offsets: of their content in the shard, in bytes, int64 `[n]`.
+        sizes: of their content, in bytes, int64 `[n]`.
+        labels: int64 `[n]`.
+        damage: what was found wrong: samples without an image or a label, and a tar that breaks off (`whole` is False).
+        whole: whether the tar was readable to its end.
+    """
+
+    size: int
+    modified: int
+    names: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    damage: list[str]
+    whole: bool
+
+
+class ImageShardDataset(ImageDataset):
+    """Images of the tar shards of a split, in the order of the shards' names.
+
+    Samples without label or image and what can't be read of a shard count as damaged images; how many a broken shard
+    has lost is estimated from the others.
+
+    Args:
+        root: folder of the shards, whose names contain `train` or `val`; or with folders `train` and `val` for them.
+        split: `train` or `val`.
+        transform: makes a tensor of an RGB image.
+        index: file that keeps the index; written where it is missing or older than the shards. None keeps none.
+        exclude: names of images to leave out, as `shard.tar/member.jpg`.
+        **kwargs: as of `ImageDataset`.
+
+    Raises:
+        ValueError: there are no shards or images, or too many are damaged; the index can't be written.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        transform: Transform,
+        *,
+        index: str | Path | None = None,
+        exclude: Collection[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.paths = list_shards(root, split)
+        shards = read_index(self.paths, None if index is None else Path(index))
+        names = [
+            f"{path.name}/{os.fsdecode(n)}" for path, shard in zip(self.paths, shards, strict=True) for n in shard.names
+        ]
+        positions = kept(names, exclude, Path(root) / f"*{split}*.tar")
+        self.offsets, self.sizes, labels = (
+            np.concatenate([getattr(shard, column) for shard in shards])[positions]
+            for column in ("offsets", "sizes", "labels")
+        )
+        self.shards = np.repeat(np.arange(len(shards)), [len(shard.names) for shard in shards])[positions]
+        self.classes = [str(label) for label in range(int(labels.max()) + 1)]
+        super().__init__(root, [names[i] for i in positions], labels, transform, num_lost=_num_lost(shards), **kwargs)
+        for path, shard in zip(self.paths, shards, strict=True):
+            for damage in shard.damage:
+                log.warning("damaged shard: %s: %s", path, damage)
+                self._check_damage(f"in {path.name!r} ({damage})")
+
+    def open(self, index: int) -> BinaryIO:
+        """An image's file, not decoded."""
+        descriptor = _opened(str(self.paths[self.shards[index]])).fileno()
+        return io.BytesIO(os.pread(descriptor, int(self.sizes[index]), int(self.offsets[index])))
+
+
+# Read without moving the file's position, so that threads and forked workers may share it; the oldest are closed.
+@lru_cache(maxsize=64)
+def _opened(path: str) -> BinaryIO:
+    return open(path, "rb", buffering=0)
+
+
+def list_shards(root: str | Path, split: str) -> list[Path]:
+    """The shards of a split, sorted by name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    root = Path(root)
+    layout = f"expected are tar shards such as {root}/imagenet1k-{split}-0000.tar"
+    if not root.is_dir():
+        raise ValueError(f"root: there is no folder {str(root)!r}; {layout}")
+    paths = sorted([*root.glob(f"*{split}*.tar"), *(root / split).glob("*.tar")], key=lambda path: path.name)
+    if not paths:
+        raise ValueError(f"root: {str(root)!r} has no shards with {split!r} in their names; {layout}")
+    return paths
+
+
+def read_index(paths: list[Path], file: Path | None = None, num_threads: int = 8) -> list[Shard]:
+    """Looks through shards, those alone that an index does not know yet, and keeps what it found.
+
+    Args:
+        paths: of the shards.
+        file: the index; None keeps none.
+        num_threads: shards that are read at once.
+
+    Raises:
+        ValueError: the index can't be written.
+    """
+    known = _load_index(file) if file is not None and file.is_file() else {}
+    stats = [path.stat() for path in paths]
+
+    def is_known(path: Path, stat: os.stat_result) -> bool:
+        shard = known.get(path.name)
+        return shard is not None and (shard.size, shard.modified) == (stat.st_size, stat.st_mtime_ns)
+
+    new = [path for path, stat in zip(paths, stats, strict=True) if not is_known(path, stat)]
+    if new:
+        log.info("looking through %d shards", len(new))
+        with ThreadPoolExecutor(num_threads) as threads:
+            known |= dict(zip([path.name for path in new], threads.map(index_shard, new), strict=True))
+        if file is not None:
+            _save_index(file, {path.name: known[path.name] for path in paths})
+    return [known[path.name] for path in paths]
+
+
+def index_shard(path: Path) -> Shard:
+    """Looks through one shard; reads headers and labels alone."""
+    stat, damage, rows = path.stat(), [], []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for key, members in _samples(tar):
+                images = [members[name] for name in sorted(members) if name in EXTENSIONS]
+                try:
+                    label = int(tar.extractfile(members[".cls"]).read())
+                    rows.append((os.fsencode(images[0].name), images[0].offset_data, images[0].size, label))
+                except KeyError:
+                    damage.append(f"sample {key!r} has no label (.cls)")
+                except IndexError:
+                    damage.append(f"sample {key!r} has no image ({' '.join(EXTENSIONS)})")
+                except ValueError as error:
+                    damage.append(f"sample {key!r} has no whole number as its label ({error})")
+            whole = _ends_well(path, tar.offset)
+    except (tarfile.TarError, OSError) as error:
+        damage.append(f"unreadable from {len(rows)} images on ({error})")
+        return Shard(stat.st_size, stat.st_mtime_ns, *_columns(rows), damage, whole=False)
+    if not whole:
+        damage.append(f"breaks off after {len(rows)} images")
+    return Shard(stat.st_size, stat.st_mtime_ns, *_columns(rows), damage, whole)
+
+
+def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Members that follow each other under one key, the name up to the first dot of its last part, by their endings."""
+    key, members = None, {}
+    for member in tar:
+        if not member.isfile():
+            continue
+        ending = member.name.rpartition("/")[2].partition(".")[2]
+        if (found := member.name[: -len(ending) - 1]) != key:
+            if members:
+                yield key, members
+            key, members = found, {}
+        members[f".{ending.lower()}"] = member
+    if members:
+        yield key, members
+
+
+def _ends_well(path: Path, offset: int) -> bool:
+    """Whether a block of zeros, a tar's end, stands where the next member would; tarfile takes anything for an end."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    return len(block) == tarfile.BLOCKSIZE and not any(block)
+
+
+def _columns(rows: list[tuple[bytes, int, int, int]]) -> tuple[np.ndarray, ...]:
+    names, *numbers = zip(*rows, strict=True) if rows else ((),) * 4
+    return np.array(names, dtype=np.bytes_), *(np.array(column, dtype=np.int64) for column in numbers)
+
+
+def _num_lost(shards: list[Shard]) -> int:
+    """Images that damage has cost: a broken shard is taken to have held as many as a whole one does."""
+    whole = [len(shard.names) for shard in shards if shard.whole]
+    usual = round(sum(whole) / len(whole)) if whole else 0
+    return sum(
+        len(shard.damage) if shard.whole else max(usual - len(shard.names), len(shard.damage)) for shard in shards
+    )
+
+
+def _save_index(file: Path, shards: dict[str, Shard]) -> None:
+    described = {
+        name: {"size": s.size, "modified": s.modified, "images": len(s.names), "damage": s.damage, "whole": s.whole}
+        for name, s in shards.items()
+    }
+    columns = ("names", "offsets", "sizes", "labels")
+    arrays = {column: np.concatenate([getattr(s, column) for s in shards.values()]) for column in columns}
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as stream:
+            np.savez(stream, shards=np.array(json.dumps(described)), **arrays)
+        partial.replace(file)  # at once, so that nobody reads half an index
+    except OSError as error:
+        raise ValueError(f"cache_dir: can't write {str(file)!r} ({error}); give another folder") from error
+
+
+def _load_index(file: Path) -> dict[str, Shard]:
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            described = json.loads(str(stored["shards"]))
+            columns = [stored[column] for column in ("names", "offsets", "sizes", "labels")]
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise ValueError(f"cache_dir: {str(file)!r} is no index of shards ({error}); delete it") from error
+    shards, start = {}, 0
+    for name, of in described.items():
+        stop = start + of["images"]
+        rows = (column[start:stop] for column in columns)
+        shards[name] = Shard(of["size"], of["modified"], *rows, of["damage"], of["whole"])
+        start = stop
+    return shards
