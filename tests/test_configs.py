@@ -65,7 +65,10 @@ def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("stage", ["strong", "weak"])
+STAGES = ["strong", "weak", "ssim", "patchgan"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("vfm", [[], ["vfm_vae/vfm/dinov2_large.yaml"]])
 def test_full_size_stages_have_the_published_parameters(full_size, stage, vfm):
     with torch.device("meta"):
@@ -76,6 +79,50 @@ def test_full_size_stages_have_the_published_parameters(full_size, stage, vfm):
     assert count(decoder) - count(decoder.mapping) == 125_712_274
     assert count(module.model) == 139_770_642
     assert count(module.discriminator) == 5 * 1_477_249
+    assert (module.patchgan is not None) == (stage == "patchgan")
+    assert module.patchgan is None or count(module.patchgan) == 8_299_587
+
+
+# What each stage weighs and trains, as the paper has it: millions of images, learning rate, weights.
+PAPER = {
+    "strong": (20, 1e-4, {"l1": 1, "perceptual": 10, "multi_resolution": 0.1, "alignment": 5, "kl": 1e-6}),
+    "weak": (40, 1e-4, {"l1": 1, "perceptual": 10, "alignment": 1, "kl": 1e-6}),
+    "ssim": (41, 5e-5, {"l1": 1, "perceptual": 2, "ssim": 1}),
+    "patchgan": (44, 5e-5, {"adversarial_patch": 1, "feature_matching": 10}),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_are_the_papers(full_size, stage):
+    with torch.device("meta"):
+        module = full_size(f"vfm_vae/{stage}.yaml", "data/imagenet.yaml").model
+    millions, rate, expected = PAPER[stage]
+    assert module.max_images == millions * 1_000_000
+    assert {name: weight for name, weight in module.objective.weights.items() if weight} == expected | {
+        "adversarial": 1
+    }
+    assert (module.equivariance.probability > 0) == (stage != "patchgan")
+    former = {"strong": None} | dict(zip(STAGES[1:], STAGES, strict=False))
+    assert module.init_from == (former[stage] and f"runs/{former[stage]}/checkpoints/last.ckpt")
+    for optimizer in module.configure_optimizers():
+        (group,) = optimizer.param_groups
+        assert (group["lr"], tuple(group["betas"]), group["eps"]) == (rate, (0, 0.99), 1e-8)
+    trained = {name.split(".")[0] for name, p in module.model.named_parameters() if p.requires_grad}
+    assert trained == ({"decoder"} if stage == "patchgan" else {"decoder", "adapter"})
+    blocks = {".".join(name.split(".")[:3]) for name, p in module.model.named_parameters() if p.requires_grad}
+    assert stage != "patchgan" or blocks == {f"decoder.blocks.{i}" for i in (3, 4, 5)}
+    adapter = {".".join(name.split(".")[:2]) for name in blocks if name.startswith("adapter")}
+    assert stage != "ssim" or adapter == {"adapter.widen"}
+
+
+@pytest.mark.parametrize("stage", ["strong", "weak"])
+@pytest.mark.parametrize("vfm", [[], ["vfm_vae/vfm/dinov2_large.yaml"]])
+def test_discrete_stages_build(full_size, stage, vfm):
+    with torch.device("meta"):
+        module = full_size(f"vfm_vae/{stage}.yaml", "vfm_vae/discrete.yaml", "data/imagenet.yaml", *vfm).model
+    assert tuple(module.model.quantizer.codebooks.shape) == (8, 4096, 8)
+    assert module.model.adapter.fuse[-1].mlp.out.out_features == module.model.latent_channels == 64
+    assert [module.objective.weights[name] for name in ("kl", "quantization", "entropy")] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("trainer", ["trainer/cpu.yaml"])

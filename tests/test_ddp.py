@@ -25,6 +25,7 @@ from callbacks.fid import DistributionCallback
 from callbacks.probe import LinearProbeCallback
 from callbacks.robustness import RobustnessCallback
 from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.losses.objective import Objective
 from vfm_vae.module import TokenizerModule
@@ -43,9 +44,10 @@ optimizer = partial(torch.optim.Adam, lr=1e-3)
 module = TokenizerModule(
     VFMVAE(adapter, decoder, FrozenVFM(name)),
     ProjectedDiscriminator(name, size=64, layers=(1,)),
-    Objective(),
+    Objective(adversarial_patch=0.1, feature_matching=0.1),
     optimizer,
     optimizer,
+    PatchGAN(base_channels=4),
     EquivarianceRegularizer(),
     accumulate_grad_batches=2,
 )

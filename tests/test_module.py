@@ -7,36 +7,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, Dataset
+from training import changed, repeat, weights
 
 from callbacks.ema import EMA
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.types import Batch
-
-
-class Repeat(Dataset):
-    """One batch, over and over."""
-
-    def __init__(self, batch: Batch, times: int):
-        self.batch, self.times = batch, times
-
-    def __len__(self) -> int:
-        return self.times
-
-    def __getitem__(self, _: int) -> Batch:
-        return self.batch
-
-
-def repeat(batch: Batch, times: int = 1000) -> DataLoader:
-    return DataLoader(Repeat(batch, times), batch_size=None)
-
-
-def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name in before if not torch.equal(before[name], after[name])}
 
 
 def test_one_batch_overfits(tiny_module, trainer, batch):

@@ -15,21 +15,22 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vfm_vae.data.sampling import IndexedNoise, seed_of
+from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
-from vfm_vae.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
+from vfm_vae.game import Game
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.losses.objective import Objective
 from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics, Rounding, from_uint8, quantised
 from vfm_vae.modules.equivariance import EquivarianceRegularizer
 from vfm_vae.modules.resize import resize
-from vfm_vae.stages import read_stage
+from vfm_vae.stages import begin, freeze_all_but, read_stage
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Batch, Decoded, Encoded, WeightAverage
 from vfm_vae.vfm import check_vfm, sha256_of, vfm_identity
 
 
 class TokenizerModule(LightningModule):
-    """Trains a VFMVAE against a discriminator, with one generator forward per step for both players.
+    """Trains a VFMVAE against one discriminator or two, with one generator forward per step for both sides.
 
     Args:
         model: The tokenizer.
@@ -37,11 +38,16 @@ class TokenizerModule(LightningModule):
         objective: The generator's losses.
         optimizer: Of the adapter and the decoder.
         discriminator_optimizer: Of the discriminator.
+        patchgan: A second opponent, for the last stage; the discriminators' optimiser trains both.
         equivariance: Transforms latents or inputs in training; None leaves them alone.
         guard: Decides which steps are taken.
         max_images: Images, all stages together, after which training stops; -1 leaves that to the trainer.
         init_from: Checkpoint of the former stage: weights, discriminator, averages and the image counter are carried
             over, optimisers start fresh.
+        train_only: Parts of the model that train, by name, such as `decoder` or `decoder.blocks.5`; null for all. The
+            others are set to the former stage's averages, which evaluation uses: so fine-tuning a decoder leaves the
+            latents, and what was trained on them, as they are.
+        torch_compile: Compile the decoder for training, once for each size of latents.
         evaluate: Which latent is decoded in evaluation: the posterior's mode, or a sample as published numbers do.
         rounding: How reconstructions become 8-bit images before they are measured: `round`, or `truncate` as in
             published numbers.
@@ -64,10 +70,13 @@ class TokenizerModule(LightningModule):
         objective: Objective,
         optimizer: OptimizerCallable,
         discriminator_optimizer: OptimizerCallable,
+        patchgan: PatchGAN | None = None,
         equivariance: EquivarianceRegularizer | None = None,
         guard: NonFiniteGuard | None = None,
         max_images: int = -1,
         init_from: str | None = None,
+        train_only: list[str] | None = None,
+        torch_compile: bool = False,
         evaluate: Literal["mode", "sample"] = "mode",
         rounding: Rounding = "round",
         predict: Literal["reconstructions", "latents", "moments"] = "reconstructions",
@@ -82,15 +91,20 @@ class TokenizerModule(LightningModule):
             raise ValueError("model: training needs a VFM, but model.vfm is None")
         if accumulate_grad_batches < 1:
             raise ValueError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
+        for name in ("adversarial_patch", "feature_matching"):
+            if objective.weights[name] and patchgan is None:
+                raise ValueError(f"objective.{name}: {objective.weights[name]:g} weighs nothing without a patchgan")
         self.automatic_optimization = False
         self.model = model
-        self.discriminator = discriminator
+        freeze_all_but(model, train_only)
+        self.discriminator, self.patchgan = discriminator, patchgan
         self.objective = objective
         self.optimizer, self.discriminator_optimizer = optimizer, discriminator_optimizer
         self.equivariance = equivariance or EquivarianceRegularizer(probability=0.0, prior_probability=0.0)
         self.guard = guard or NonFiniteGuard()
         self.max_images = max_images
         self.init_from = init_from
+        self.torch_compile = torch_compile
         self.evaluate, self.rounding = evaluate, rounding
         self.predict = predict
         self.seed = seed
@@ -125,29 +139,21 @@ class TokenizerModule(LightningModule):
 
         rec = self.objective.reconstruction(decoded, target, self.interpolation, self.images_seen)
         latent, scalars = self.objective.latent(posterior, z, features, self.model.adapter, self.objective.total(rec))
-        game = {"adversarial": self._generator_loss(decoded.image)}
-        if self._accepts(reconstruction=rec, adversarial=game, others=latent):
-            self._learn(0, self.objective.total(rec | latent | game), step_ends)
+        game = Game(self.discriminator, self.patchgan, target)
+        against = game.generator_terms(decoded.image)
+        if self._accepts(reconstruction=rec, adversarial=against, others=latent):
+            self._learn(0, self.objective.total(rec | latent | against), step_ends)
 
-        real, generated = self.discriminator(target), self.discriminator(decoded.image.detach())
-        loss_real, loss_generated = hinge_discriminator_loss(real, generated)
-        opponent = {"discriminator_real": loss_real, "discriminator_generated": loss_generated}
-        if self._accepts(adversarial=opponent):
-            self._learn(1, loss_real + loss_generated, step_ends)
+        opponents = game.discriminator_terms(decoded.image)
+        if self._accepts(adversarial=opponents):
+            self._learn(1, sum(opponents.values()), step_ends)
 
         self._finish(step_ends, len(images))
-        self._log_step(rec | latent | game | opponent | scalars, real, generated)
+        self._log_step(rec | latent | against | opponents, scalars | game.logits)
 
     def _seed_step(self) -> None:
         """Makes a step's randomness a function of seed, rank and images seen, so that a resumed run draws the same."""
         torch.manual_seed(seed_of(self.seed, self.global_rank, self.images_seen))
-
-    def _generator_loss(self, images: Tensor) -> Tensor:
-        """The discriminator's word on generated images; its own weights take no gradient from it."""
-        self.discriminator.requires_grad_(False)
-        logits = self.discriminator(images)
-        self.discriminator.requires_grad_(True)
-        return hinge_generator_loss(logits)
 
     def _accepts(self, **terms: Mapping[str, Tensor]) -> bool:
         """Whether the guard lets the step go on; a refusal holds for every batch that would make one step."""
@@ -179,14 +185,13 @@ class TokenizerModule(LightningModule):
                 optimizer.zero_grad()
             self._refused = False
 
-    def _log_step(self, terms: Mapping[str, Tensor], real: Tensor, generated: Tensor) -> None:
+    def _log_step(self, terms: Mapping[str, Tensor], scalars: Mapping[str, Tensor]) -> None:
         losses = {f"train/loss_{name}": term.detach() for name, term in terms.items()}
         self.log("train/loss_l1", losses.pop("train/loss_l1", torch.zeros(())), prog_bar=True)
         self.log_dict(
             losses
+            | {f"train/{name}": value for name, value in scalars.items()}
             | {
-                "train/logits_real": real.detach().mean(),
-                "train/logits_generated": generated.detach().mean(),
                 "train/skipped_steps": float(self.guard.num_skipped),
                 "images_seen": float(self.images_seen),
             }
@@ -295,8 +300,10 @@ class TokenizerModule(LightningModule):
     # Optimisers, stages, checkpoints
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The generator's optimiser, then the discriminator's."""
-        return [self.optimizer(self.model.parameters()), self.discriminator_optimizer(self.discriminator.parameters())]
+        """The generator's optimiser, of what trains of it, then the discriminators'."""
+        generator = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        opponents = [*self.discriminator.parameters(), *(self.patchgan.parameters() if self.patchgan else ())]
+        return [self.optimizer(generator), self.discriminator_optimizer(opponents)]
 
     def setup(self, stage: str) -> None:
         """Looks whether the images fit; starts from the former stage, unless a run of this stage is resumed."""
@@ -308,14 +315,13 @@ class TokenizerModule(LightningModule):
                 raise ValueError("trainer.precision: 16-mixed is not supported, use bf16-mixed")
             if self.init_from is not None and self.trainer.ckpt_path is None:
                 self._begin_from(self.init_from)
+            if self.torch_compile:
+                self.model.decoder.compile()
 
     def _begin_from(self, path: str) -> None:
         """Carries over weights, discriminator, averages and the image counter; optimisers start fresh."""
         checkpoint = read_stage(path, self.model.vfm)
-        try:
-            self.load_state_dict(checkpoint["state_dict"])
-        except RuntimeError as error:
-            raise ValueError(f"init_from: '{path}' holds another model: {error}") from error
+        begin(self, checkpoint, path, fresh="patchgan.")
         self.images_seen = checkpoint["images_seen"]
         self._average = checkpoint.get("ema")
 

@@ -1,9 +1,11 @@
 """Going from one stage of training to the next, with the same vision foundation model."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vfm_vae.vfm import FrozenVFM, check_vfm
 
@@ -26,3 +28,52 @@ def read_stage(path: str, vfm: FrozenVFM) -> dict[str, Any]:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     check_vfm(vfm, checkpoint)
     return checkpoint
+
+
+@torch.no_grad()
+def begin(module: nn.Module, checkpoint: Mapping[str, Any], path: str, fresh: str) -> None:
+    """Takes over the weights of a former stage; parts that don't train, the averages of them.
+
+    Args:
+        module: What is trained.
+        checkpoint: As `read_stage` gives it.
+        path: Where it was read, for messages.
+        fresh: Beginning of the names that the former stage may lack, since they come with this one.
+
+    Raises:
+        ValueError: if the checkpoint holds another model.
+    """
+    weights = dict(checkpoint["state_dict"])
+    if not any(name.startswith(fresh) for name in weights):
+        weights |= {name: tensor for name, tensor in module.state_dict().items() if name.startswith(fresh)}
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"init_from: '{path}' holds another model: {error}") from error
+    averages = checkpoint.get("ema", {}).get("weights", {})
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad and name in averages:
+            parameter.copy_(averages[name])
+
+
+def freeze_all_but(model: nn.Module, parts: Sequence[str] | None) -> None:
+    """Takes the gradient from every parameter outside of some parts.
+
+    Args:
+        model: Whose parameters they are.
+        parts: Names of modules or parameters in it that go on training; None leaves all as they are.
+
+    Raises:
+        ValueError: if a name matches nothing that trains.
+    """
+    if parts is None:
+        return
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    chosen = {part: [name for name in trained if f"{name}.".startswith(f"{part}.")] for part in parts}
+    if not parts or not all(chosen.values()):
+        missing = [part for part, names in chosen.items() if not names]
+        known = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in trained))
+        raise ValueError(f"train_only: {missing or 'an empty list'} matches nothing that trains; there is {known}")
+    kept = set().union(*chosen.values())
+    for name, parameter in trained.items():
+        parameter.requires_grad_(name in kept)

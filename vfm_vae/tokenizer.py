@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.posterior import DiagonalGaussian
+from vfm_vae.modules.quantizer import QuantizedPosterior, VectorQuantizer
 from vfm_vae.types import Decoded
 from vfm_vae.vfm import Frozen, FrozenVFM, check_vfm, sha256_of
 
@@ -23,18 +24,38 @@ class VFMVAE(nn.Module):
         adapter: Between VFM tokens and latents.
         decoder: From latents to images.
         vfm: The encoder; without one the model takes VFM features from the caller, and decodes.
+        quantizer: Makes the latent discrete; without one it is Gaussian.
 
     Raises:
         ValueError: if the parts do not fit each other.
     """
 
-    def __init__(self, adapter: Adapter, decoder: Decoder, vfm: FrozenVFM | None = None):
+    def __init__(
+        self,
+        adapter: Adapter,
+        decoder: Decoder,
+        vfm: FrozenVFM | None = None,
+        quantizer: VectorQuantizer | None = None,
+    ):
         super().__init__()
         self.vfm = vfm
         self.adapter = adapter
         self.decoder = decoder
+        self.quantizer = quantizer
+        self._check_quantizer()
         if vfm is not None:
             self._check_fit(vfm)
+
+    def _check_quantizer(self) -> None:
+        if self.adapter.gaussian != (self.quantizer is None):
+            raise ValueError(
+                "quantizer: goes with an adapter of gaussian=False, and only with such: "
+                f"got gaussian={self.adapter.gaussian} with{'out' if self.quantizer is None else ''} a quantizer"
+            )
+        if self.quantizer is not None and self.quantizer.width != self.latent_channels:
+            raise ValueError(
+                f"quantizer: is {self.quantizer.width} wide, but the adapter has latent_channels={self.latent_channels}"
+            )
 
     def _check_fit(self, vfm: FrozenVFM) -> None:
         widths = [vfm.width] * len(vfm.layers)
@@ -91,6 +112,8 @@ class VFMVAE(nn.Module):
         if self.vfm is None:
             raise ValueError("this VFMVAE has no VFM, so its latents have no identity: pass vfm=FrozenVFM(…)")
         encoding = nn.ModuleDict({"layers": self.adapter.layers, "fuse": self.adapter.fuse}).state_dict()
+        if self.quantizer is not None:
+            encoding["codebooks"] = self.quantizer.codebooks
         settings = [self.vfm.fingerprint(), list(self.vfm.layers), self.vfm.input_scale, self.adapter.unshuffle]
         return {
             "vfm": self.vfm.name,
@@ -99,7 +122,7 @@ class VFMVAE(nn.Module):
             "compression": self.compression,
         }
 
-    def encode(self, images: Tensor) -> DiagonalGaussian:
+    def encode(self, images: Tensor) -> DiagonalGaussian | QuantizedPosterior:
         """Encodes images.
 
         Args:
@@ -117,7 +140,9 @@ class VFMVAE(nn.Module):
         features = self.vfm(images)
         return self.encode_features(features.layers, features.grid)
 
-    def encode_features(self, features: Sequence[Tensor], grid: tuple[int, int] | None = None) -> DiagonalGaussian:
+    def encode_features(
+        self, features: Sequence[Tensor], grid: tuple[int, int] | None = None
+    ) -> DiagonalGaussian | QuantizedPosterior:
         """Encodes VFM tokens.
 
         Args:
@@ -135,7 +160,8 @@ class VFMVAE(nn.Module):
             if side * side != features[0].shape[1]:
                 raise ValueError(f"{features[0].shape[1]} tokens make no square: pass grid=(rows, columns)")
             grid = (side, side)
-        return DiagonalGaussian(self.adapter.encode(features, grid))
+        encoded = self.adapter.encode(features, grid)
+        return DiagonalGaussian(encoded) if self.quantizer is None else self.quantizer(encoded)
 
     def decode(self, z: Tensor, truncation: float = 1.0) -> Decoded:
         """Decodes latents.
@@ -182,7 +208,7 @@ class FrozenTokenizer(Frozen):
         super().__init__(network)
         self.identity = network.latent_identity()
 
-    def encode(self, images: Tensor) -> DiagonalGaussian:
+    def encode(self, images: Tensor) -> DiagonalGaussian | QuantizedPosterior:
         """The posterior of images `[B, 3, H, W]` in [-1, 1], without gradients."""
         with torch.no_grad():
             return self.network.encode(images)

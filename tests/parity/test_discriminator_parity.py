@@ -1,9 +1,10 @@
-"""The projected discriminator's parts against published reference tensors, in float32.
+"""The discriminators' parts and their losses against published reference tensors, in float32.
 
 Two sets: in the second, images are resized bicubically and there is no vision transformer.
 """
 
 from pathlib import Path
+from string import ascii_lowercase
 
 import pytest
 import torch
@@ -11,10 +12,18 @@ from safetensors.torch import load_file
 from timm.models import VisionTransformer
 from torch import nn
 
+from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import DiscriminatorHead, ProjectedDiscriminator, layer_tokens, set_input_size
-from vfm_vae.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
+from vfm_vae.losses.adversarial import (
+    feature_matching_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    least_squares_discriminator_loss,
+    least_squares_generator_loss,
+)
 
 SETS = {name: load_file(Path(__file__).parent / "data" / f"discriminator_{name}.safetensors") for name in "ab"}
+PATCHGAN = {name: load_file(Path(__file__).parent / "data" / f"patchgan_{name}.safetensors") for name in "ab"}
 
 
 def select(reference: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -90,3 +99,59 @@ def test_published_size_of_the_heads():
     head = DiscriminatorHead(width=384)
     assert sum(parameter.numel() for parameter in head.parameters()) == 1_477_249
     assert isinstance(head.main[1].fn[0], nn.Conv1d)
+
+
+def patchgan_name(published: str, num_scales: int = 3) -> str:
+    """Our name of a published parameter: `scale2_layer1.0.weight`, whose scales count down from the full size."""
+    place, index, kind = published.split(".")
+    scale, layer = (part.lstrip(ascii_lowercase) for part in place.split("_"))
+    return f"scales.{num_scales - 1 - int(scale)}.layers.{layer}.{('convolution', 'norm')[int(index)]}.{kind}"
+
+
+def scales_of(reference: dict[str, torch.Tensor], prefix: str) -> list[list[torch.Tensor]]:
+    """Outputs by scale and layer; the full size is scale 0 here."""
+    return [[reference[f"{prefix}.scale{scale}.layer{layer}"] for layer in range(5)] for scale in range(3)]
+
+
+@pytest.mark.parametrize("batch", ["b2", "b16"])
+@pytest.mark.parametrize(("name", "base_channels"), [("a", 8), ("b", 4)])
+def test_patchgan(name, base_channels, batch):
+    reference = PATCHGAN[name]
+    patchgan = PatchGAN(base_channels=base_channels)
+    weights = select(reference, "weights/patchgan/")
+    patchgan.load_state_dict({patchgan_name(published): value for published, value in weights.items()})
+    images = reference[f"input/patchgan/input_{batch}"].clone().requires_grad_()
+    outputs = patchgan(images)
+    expected = scales_of(reference, f"output/patchgan/output_{batch}")
+    assert [len(layers) for layers in outputs] == [5, 5, 5]
+    for layers, expected_layers in zip(outputs, expected, strict=True):
+        for actual, value in zip(layers, expected_layers, strict=True):
+            check(actual.detach(), value)
+    sum(layers[-1].mean() for layers in outputs).backward()
+    check(images.grad.norm(), reference[f"output/patchgan/input_grad_norm_{batch}"], 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "discriminator_loss", "generator_loss"),
+    [
+        ("mse", least_squares_discriminator_loss, least_squares_generator_loss),
+        ("hinge", hinge_discriminator_loss, hinge_generator_loss),
+    ],
+)
+@pytest.mark.parametrize("name", PATCHGAN)
+def test_losses_of_several_scales(name, loss, discriminator_loss, generator_loss):
+    reference = PATCHGAN[name]
+    real, generated = (
+        [layers[-1] for layers in scales_of(reference, f"input/loss/{kind}")] for kind in ("real", "fake")
+    )
+    loss_real, loss_generated = discriminator_loss(real, generated)
+    check(loss_real, reference[f"output/loss/patchgan_{loss}.disc_real"])
+    check(loss_generated, reference[f"output/loss/patchgan_{loss}.disc_fake"])
+    check(generator_loss(generated), reference[f"output/loss/patchgan_{loss}.gen"])
+
+
+@pytest.mark.parametrize("name", PATCHGAN)
+def test_feature_matching(name):
+    reference = PATCHGAN[name]
+    real, generated = (scales_of(reference, f"input/loss/{kind}") for kind in ("real", "fake"))
+    check(feature_matching_loss(real, generated), reference["output/loss/feature_matching"])

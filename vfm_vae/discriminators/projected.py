@@ -6,47 +6,12 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import spectral_norm
 
 from vfm_vae.discriminators.augment import DifferentiableAugmentation
+from vfm_vae.discriminators.layers import LocalBatchNorm
 from vfm_vae.modules.resize import resize
 from vfm_vae.vfm import Frozen, Interpolation, create_vit
-
-
-class LocalBatchNorm(nn.Module):
-    """Batch norm over small groups of consecutive samples, without running statistics: training and eval are alike.
-
-    Args:
-        num_channels: channels of the input.
-        virtual_batch_size: largest group; a batch of B makes ⌈B / virtual_batch_size⌉ equal groups.
-        eps: added to the (biased) variance.
-    """
-
-    def __init__(self, num_channels: int, virtual_batch_size: int = 8, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.virtual_batch_size = virtual_batch_size
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(num_channels))
-        self.bias = nn.Parameter(torch.zeros(num_channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises `x: [B, C, ...]`.
-
-        Raises:
-            ValueError: if the batch doesn't divide into equal groups.
-        """
-        groups = math.ceil(len(x) / self.virtual_batch_size)
-        if len(x) % groups:
-            raise ValueError(
-                f"batch size: {len(x)} doesn't divide into {groups} equal groups of at most {self.virtual_batch_size} "
-                f"samples; take a multiple of {self.virtual_batch_size}, or fewer"
-            )
-        # Groups become channels, so that one fused kernel does it.
-        folded = x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)  # [B/G, G·C, ...]
-        weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)
-        folded = F.batch_norm(folded, None, None, weight, bias, training=True, eps=self.eps)
-        return folded.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)  # [B, C, ...]
 
 
 class Residual(nn.Module):

@@ -12,6 +12,7 @@ from vfm_vae.losses.reconstruction import (
     multi_resolution_l1,
 )
 from vfm_vae.modules.adapter import Adapter
+from vfm_vae.modules.quantizer import QuantizedPosterior
 from vfm_vae.types import Decoded, Posterior, VFMFeatures
 from vfm_vae.vfm import Interpolation
 
@@ -27,12 +28,16 @@ class Objective(nn.Module):
         ssim: Weight of 1 - SSIM.
         multi_resolution: Weight of the L1 of each multi-scale image.
         multi_resolution_images: Images seen after which the multi-scale images are left alone.
-        kl: Weight of the divergence from N(0, I), summed over latent dimensions.
+        kl: Weight of the divergence from N(0, I), summed over latent dimensions; a constant for a discrete latent.
+        quantization: Weight of the distance between features and codewords, of a discrete latent.
+        entropy: Weight of a discrete latent's entropy loss.
         alignment: Weight of the alignment with the VFM's final tokens.
         adaptive_alignment: Whether that weight is multiplied by the ratio of gradient norms.
         distmat_margin: Margin of the alignment's distance matrix term.
         cos_margin: Margin of its cosine term.
-        adversarial: Weight of the adversarial loss.
+        adversarial: Weight of the projected discriminator's word.
+        adversarial_patch: Weight of the PatchGAN's word.
+        feature_matching: Weight of the distance between its features of real and generated images.
 
     Raises:
         ValueError: if a perceptual weight has no loss to weigh.
@@ -48,11 +53,15 @@ class Objective(nn.Module):
         multi_resolution: float = 0.1,
         multi_resolution_images: int = 5_000_000,
         kl: float = 1e-6,
+        quantization: float = 0.0,
+        entropy: float = 0.0,
         alignment: float = 5.0,
         adaptive_alignment: bool = True,
         distmat_margin: float = 0.0,
         cos_margin: float = 0.0,
         adversarial: float = 1.0,
+        adversarial_patch: float = 0.0,
+        feature_matching: float = 0.0,
     ):
         super().__init__()
         if perceptual and perceptual_loss is None:
@@ -69,8 +78,12 @@ class Objective(nn.Module):
             "ssim": ssim,
             "multi_resolution": multi_resolution,
             "kl": kl,
+            "quantization": quantization,
+            "entropy": entropy,
             "alignment": alignment,
             "adversarial": adversarial,
+            "adversarial_patch": adversarial_patch,
+            "feature_matching": feature_matching,
         }
 
     def reconstruction(
@@ -108,10 +121,21 @@ class Objective(nn.Module):
 
         Returns:
             Terms, to be weighted; the alignment term already includes its adaptive weight. Then scalars to log.
+
+        Raises:
+            ValueError: if losses of a quantizer are weighed, and the posterior is none's.
         """
         terms, extra = {}, {}
         if self.weights["kl"]:
             terms["kl"] = posterior.kl().mean()
+        if isinstance(posterior, QuantizedPosterior):
+            extra["codebook_usage"] = posterior.usage
+            losses = {"quantization": lambda: posterior.vq_loss, "entropy": lambda: posterior.entropy_loss}
+            terms |= {name: loss() for name, loss in losses.items() if self.weights[name]}
+        elif self.weights["quantization"] or self.weights["entropy"]:
+            raise ValueError(
+                "quantization, entropy: the tokenizer has no quantizer whose losses they weigh; set both to 0"
+            )
         if self.weights["alignment"]:
             target = pool_tokens(features.tokens, features.grid, z.shape[2:])
             loss = vf_loss(adapter.align(z), target, **self.margins)

@@ -142,6 +142,7 @@ class Adapter(nn.Module):
         decode_projection: How the latent is widened.
         encode_layers: Attention blocks in each encoding stack.
         decode_layers: Attention blocks in the decoding stack.
+        gaussian: Whether encoding ends in means and log-variances, or in the C channels that a quantizer takes.
     """
 
     def __init__(
@@ -156,8 +157,10 @@ class Adapter(nn.Module):
         decode_projection: Projection = "attention",
         encode_layers: int = 1,
         decode_layers: int = 1,
+        gaussian: bool = True,
     ):
         super().__init__()
+        self.gaussian = gaussian
         self.feature_channels = list(feature_channels)
         self.latent_channels = latent_channels
         self.alignment_channels = alignment_channels
@@ -167,25 +170,26 @@ class Adapter(nn.Module):
             for i, o in zip(feature_channels, layer_channels, strict=True)
         )
         fused = sum(layer_channels) * unshuffle**2
-        self.fuse = projection(encode_projection, fused, 2 * latent_channels, encode_layers, encode=True)
+        encoded = 2 * latent_channels if gaussian else latent_channels
+        self.fuse = projection(encode_projection, fused, encoded, encode_layers, encode=True)
         self.widen = projection(decode_projection, latent_channels, decoded_channels, decode_layers, encode=False)
         self.alignment = nn.Conv2d(latent_channels, alignment_channels, 1, bias=False)
         self.apply(initialise)
 
     @property
     def last_encoding_weight(self) -> nn.Parameter:
-        """Where the adaptive alignment weight compares gradients: the last weight before the moments."""
+        """Where the adaptive alignment weight compares gradients: the last weight before the posterior."""
         return self.fuse.weight if isinstance(self.fuse, TokenConv) else self.fuse[-1].mlp.out.weight
 
     def encode(self, features: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-        """Brings VFM tokens to the latent's moments.
+        """Brings VFM tokens to what the posterior is made of.
 
         Args:
             features: Tokens of each layer, `[B, N, C_i]`.
             grid: Rows and columns of the token grid.
 
         Returns:
-            Means and log-variances, `[B, 2C, rows / unshuffle, columns / unshuffle]`.
+            Means and log-variances, `[B, 2C, rows / unshuffle, columns / unshuffle]`; `[B, C, …]` if not `gaussian`.
 
         Raises:
             ValueError: if the number of layers is another, or the grid does not divide.
@@ -196,8 +200,8 @@ class Adapter(nn.Module):
             raise ValueError(f"a token grid of {grid[0]}x{grid[1]} does not divide by unshuffle={self.unshuffle}")
         tokens = [layer(x) for layer, x in zip(self.layers, features, strict=True)]
         tokens = torch.cat([unshuffle_tokens(x, grid, self.unshuffle) for x in tokens], dim=2)
-        moments = self.fuse(tokens)  # [B, hw, 2C]
-        return moments.transpose(1, 2).unflatten(2, (grid[0] // self.unshuffle, grid[1] // self.unshuffle))
+        encoded = self.fuse(tokens)  # [B, hw, 2C or C]
+        return encoded.transpose(1, 2).unflatten(2, (grid[0] // self.unshuffle, grid[1] // self.unshuffle))
 
     def decode(self, z: Tensor) -> Tensor:
         """Widens a latent `[B, C, h, w]` to `[B, decoded_channels, h, w]`."""

@@ -36,7 +36,7 @@ class Mapping(nn.Module):
         x = F.adaptive_avg_pool2d(latent.float(), self.pooled_size).flatten(1)
         x = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
         w = self.out(F.leaky_relu(self.hidden(x), 0.2)).float()
-        if self.training:
+        if self.training and self.out.weight.requires_grad:  # what is frozen keeps its average, too
             mean = w.detach().mean(dim=0)
             mean = torch.where(mean.isfinite(), mean, self.average)  # a step that is skipped must leave no trace
             self.average.lerp_(mean, 1 - 0.995)

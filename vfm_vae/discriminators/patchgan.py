@@ -1,0 +1,128 @@
+"""Multi-scale PatchGAN (pix2pixHD, arXiv 1711.11585, section 3.2) with local batch norm."""
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vfm_vae.discriminators.layers import LocalBatchNorm
+
+
+class PatchDiscriminator(nn.Module):
+    """One scale: strided convolutions that end in one logit per overlapping patch.
+
+    The first `num_layers` layers halve the size, one more keeps it, and the last gives the logits. All but the last end
+    in LeakyReLU(0.2); all but the first and the last have a local batch norm before it.
+
+    Args:
+        num_layers: convolutions that halve the size.
+        base_channels: width of layer 0; each layer doubles it.
+        max_channels: where the doubling stops.
+        kernel_size: of every convolution, padded by half of it, so that an even kernel makes each map larger by one.
+        virtual_batch_size: group size of the local batch norm.
+    """
+
+    def __init__(
+        self,
+        num_layers: int = 3,
+        base_channels: int = 64,
+        max_channels: int = 512,
+        kernel_size: int = 4,
+        virtual_batch_size: int = 8,
+    ) -> None:
+        super().__init__()
+        widths = [min(base_channels * 2**i, max_channels) for i in range(num_layers + 1)]
+        self.layers = nn.ModuleList()
+        for i, (width_in, width_out) in enumerate(zip([3, *widths], [*widths, 1], strict=True)):
+            stride = 2 if i < num_layers else 1
+            convolution = nn.Conv2d(width_in, width_out, kernel_size, stride, padding=kernel_size // 2)
+            nn.init.normal_(convolution.weight, std=0.02)
+            layer = OrderedDict(convolution=convolution)
+            if 0 < i <= num_layers:
+                layer["norm"] = LocalBatchNorm(width_out, virtual_batch_size)
+            if i <= num_layers:
+                layer["activation"] = nn.LeakyReLU(0.2)
+            self.layers.append(nn.Sequential(layer))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """What every layer gives.
+
+        Args:
+            images: `[B, 3, H, W]`.
+
+        Returns:
+            `num_layers + 2` tensors `[B, C_i, h_i, w_i]`; the last has C = 1 and is the logits.
+        """
+        outputs = []
+        x = images
+        for layer in self.layers:
+            x = layer(x)  # [B, C_i, h_i, w_i]
+            outputs.append(x)
+        return outputs
+
+
+class PatchGAN(nn.Module):
+    """Judges patches of images at several scales, each with a discriminator of its own.
+
+    Training and evaluation are alike, and images are not augmented. Everything is computed in float32 whatever autocast
+    says. Weights of convolutions start from N(0, 0.02²), their biases as PyTorch has them.
+
+    Args:
+        num_scales: discriminators; each but the first sees images of half the size of the one before.
+        num_layers: convolutions of stride 2 in each; two of stride 1 follow.
+        base_channels: width of the first layer; each layer doubles it, up to `max_channels`.
+        max_channels: largest width.
+        kernel_size: of every convolution.
+        virtual_batch_size: group size of the local batch norm.
+
+    Raises:
+        ValueError: if a number of scales, layers or channels is below 1.
+    """
+
+    def __init__(
+        self,
+        num_scales: int = 3,
+        num_layers: int = 3,
+        base_channels: int = 64,
+        max_channels: int = 512,
+        kernel_size: int = 4,
+        virtual_batch_size: int = 8,
+    ) -> None:
+        super().__init__()
+        options = {
+            "num_layers": num_layers,
+            "base_channels": base_channels,
+            "max_channels": max_channels,
+            "kernel_size": kernel_size,
+            "virtual_batch_size": virtual_batch_size,
+        }
+        for name, value in {"num_scales": num_scales, **options}.items():
+            if value < 1:
+                raise ValueError(f"{name}: must be at least 1, given {value}")
+        self.scales = nn.ModuleList(PatchDiscriminator(**options) for _ in range(num_scales))
+
+    def forward(self, images: Tensor) -> list[list[Tensor]]:
+        """What every layer at every scale gives; its last tensor is the logits, high for real images.
+
+        Real and generated images go through separately, for the local batch norm mixes what goes together.
+
+        Args:
+            images: `[B, 3, H, W]` in [-1, 1]; B divides by the virtual batch size or is smaller.
+
+        Returns:
+            For each scale, the full size first, float32 `[B, C_i, h_i, w_i]` of each of the `num_layers + 2` layers.
+
+        Raises:
+            ValueError: if B doesn't divide into equal groups.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            images = images.float()
+            outputs = []
+            for i, discriminator in enumerate(self.scales):
+                if i > 0:
+                    images = F.avg_pool2d(
+                        images, 3, stride=2, padding=1, count_include_pad=False
+                    )  # [B, 3, ⌈H/2⌉, ⌈W/2⌉]
+                outputs.append(discriminator(images))
+        return outputs

@@ -1,0 +1,73 @@
+"""The game of one training step: what the discriminators say of the generator, and what they learn themselves."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from torch import Tensor
+
+from vfm_vae.discriminators.patchgan import PatchGAN
+from vfm_vae.discriminators.projected import ProjectedDiscriminator
+from vfm_vae.losses.adversarial import (
+    feature_matching_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    least_squares_discriminator_loss,
+    least_squares_generator_loss,
+)
+
+
+class Game:
+    """A projected discriminator, and a PatchGAN where there is one, before the same real images.
+
+    Args:
+        discriminator: Plays with hinge losses.
+        patchgan: Plays with least squares, and lends its features for matching; None in the stages before it.
+        real: Images as they should be, `[B, 3, H, W]` in [-1, 1].
+
+    Attributes:
+        logits: Mean logits of the projected discriminator by name, once its own terms are known.
+    """
+
+    def __init__(self, discriminator: ProjectedDiscriminator, patchgan: PatchGAN | None, real: Tensor):
+        self.discriminator, self.patchgan, self.real = discriminator, patchgan, real
+        self.logits: dict[str, Tensor] = {}
+
+    @cached_property
+    def _real_patches(self) -> list[list[Tensor]]:
+        """The PatchGAN's features of real images: the generator matches them, then its own loss continues from them."""
+        return self.patchgan(self.real)
+
+    def generator_terms(self, generated: Tensor) -> dict[str, Tensor]:
+        """The generator's unweighted terms by name; the discriminators' weights take no gradient from them."""
+        real = self._real_patches if self.patchgan is not None else None
+        self._train(False)
+        terms = {"adversarial": hinge_generator_loss(self.discriminator(generated))}
+        if self.patchgan is not None:
+            patches = self.patchgan(generated)
+            terms["adversarial_patch"] = least_squares_generator_loss(_logits(patches))
+            terms["feature_matching"] = feature_matching_loss(real, patches)
+        self._train(True)
+        return terms
+
+    def discriminator_terms(self, generated: Tensor) -> dict[str, Tensor]:
+        """The discriminators' terms by name, whose sum they minimise; `generated` takes no gradient."""
+        generated = generated.detach()
+        real, fake = self.discriminator(self.real), self.discriminator(generated)
+        self.logits = {"logits_real": real.detach().mean(), "logits_generated": fake.detach().mean()}
+        terms = dict(
+            zip(("discriminator_real", "discriminator_generated"), hinge_discriminator_loss(real, fake), strict=True)
+        )
+        if self.patchgan is not None:
+            patches = least_squares_discriminator_loss(_logits(self._real_patches), _logits(self.patchgan(generated)))
+            terms |= dict(zip(("patchgan_real", "patchgan_generated"), patches, strict=True))
+        return terms
+
+    def _train(self, wanted: bool) -> None:
+        for player in (self.discriminator, self.patchgan):
+            if player is not None:
+                player.requires_grad_(wanted)
+
+
+def _logits(patches: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The last output of every scale."""
+    return [outputs[-1] for outputs in patches]
