@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?= data/imagenet
-TRAINER ?= gpu
-STAGE ?= weak
+GPUS ?= 1
+STAGE ?= patchgan
 RUN ?= epochs64
 READY := $(VENV)/.ready
 
@@ -14,10 +14,19 @@ TUNED := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 TOKENIZER := $(TUNED) $(BIN)/python -m vfm_vae
 LDM := $(TUNED) $(BIN)/python -m ldm
 FIT := $(TOKENIZER) fit
+
+# A folder of tar shards or of images; no GPU, one, or several of one machine.
+IMAGENET := -c configs/data/$(if $(wildcard $(DATA)/*.tar),imagenet_wds,imagenet).yaml --data.root $(DATA)
+one_or_many = $(if $(filter 0,$(GPUS)),cpu,$(if $(filter 1,$(GPUS)),gpu,$(1)))
+TRAINER = -c configs/trainer/$(call one_or_many,ddp8).yaml $(DEVICES)
+TRAINER_LDM = -c configs/trainer/$(call one_or_many,ddp8_ldm).yaml $(DEVICES)
+DEVICES := $(if $(filter-out 0 1,$(GPUS)),--trainer.devices=$(GPUS))
+STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER)
+
 DEMO_LDM := -c configs/demo/ldm.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format bench tensorboard embedded-vfm strong weak latents ldm samples evaluate-tokenizer evaluate-ldm clean
+.PHONY: help install demo test test-all lint format bench tensorboard embedded-vfm strong weak ssim patchgan latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -72,34 +81,38 @@ tensorboard: install ## show the runs at http://localhost:6006
 embedded-vfm: install ## pretrain the embedded ViT again and draw its features
 	$(BIN)/python -m vfm_vae.embedded.pretrain --picture docs/embedded_pca.png
 
-strong: install ## strong alignment on ImageNet: make strong DATA=/path TRAINER=gpu|ddp8
-	$(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/strong.yaml -c configs/data/imagenet.yaml \
-	  -c configs/trainer/$(TRAINER).yaml --data.root $(DATA)
+strong: install ## stage 1, strong alignment, on ImageNet: make strong DATA=/path GPUS=8 (0 takes the CPU)
+	$(STAGE_FIT)
 
-weak: install ## weak alignment, from the strong stage: make weak DATA=/path TRAINER=gpu|ddp8
-	$(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/weak.yaml -c configs/data/imagenet.yaml \
-	  -c configs/trainer/$(TRAINER).yaml --data.root $(DATA)
+weak: install ## stage 2, weak alignment, from the strong stage
+	$(STAGE_FIT)
 
-latents: install ## cache ImageNet's latents for diffusion models: make latents STAGE=weak TRAINER=gpu|ddp8
-	$(TOKENIZER) predict -c runs/$(STAGE)/config.yaml -c configs/vfm_vae/latents.yaml \
-	  -c configs/trainer/$(TRAINER).yaml --ckpt_path runs/$(STAGE)/checkpoints/last.ckpt
+ssim: install ## stage 3, SSIM fine-tuning, from the weak stage
+	$(STAGE_FIT)
 
-ldm: install ## train LightningDiT-XL/1 on cached latents: make ldm RUN=epochs64|epochs80|epochs560 TRAINER=gpu|ddp8_ldm
-	$(LDM) fit -c configs/ldm/lightningdit.yaml -c configs/ldm/$(RUN).yaml -c configs/data/latents.yaml \
-	  -c configs/trainer/$(TRAINER).yaml
+patchgan: install ## stage 4, PatchGAN fine-tuning, from the SSIM stage
+	$(STAGE_FIT)
 
-samples: install ## draw 50 000 samples from a trained LightningDiT: make samples RUN=epochs64 TRAINER=gpu|ddp8_ldm
-	$(LDM) predict -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/samples.yaml -c configs/trainer/$(TRAINER).yaml \
-	  --ckpt_path runs/ldm/$(RUN)/checkpoints/last.ckpt --trainer.precision=32-true \
-	  --trainer.callbacks.directory=runs/ldm/$(RUN)/samples
+latents: install ## cache the latents of the data that STAGE was trained on: make latents STAGE=patchgan GPUS=8
+	$(TOKENIZER) predict -c runs/$(STAGE)/config.yaml -c configs/vfm_vae/latents.yaml $(TRAINER) \
+	  --ckpt_path runs/$(STAGE)/checkpoints/last.ckpt
 
-evaluate-tokenizer: install ## measure a trained tokenizer: make evaluate-tokenizer STAGE=weak TRAINER=gpu
-	$(TOKENIZER) test -c runs/$(STAGE)/config.yaml -c configs/vfm_vae/test.yaml -c configs/trainer/$(TRAINER).yaml \
-	  --ckpt_path runs/$(STAGE)/checkpoints/last.ckpt --trainer.precision=32-true
+ldm: install ## train LightningDiT-XL/1 on cached latents: make ldm RUN=epochs64|epochs80|epochs560 GPUS=8
+	$(LDM) fit -c configs/ldm/lightningdit.yaml -c configs/ldm/$(RUN).yaml -c configs/data/latents.yaml $(TRAINER_LDM)
 
-evaluate-ldm: install ## gFID and its kin of a trained LightningDiT: make evaluate-ldm RUN=epochs64 TRAINER=gpu|ddp8_ldm
-	$(LDM) test -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/test.yaml -c configs/trainer/$(TRAINER).yaml \
-	  --ckpt_path runs/ldm/$(RUN)/checkpoints/last.ckpt --trainer.precision=32-true
+samples: install ## draw 50 000 samples from a trained LightningDiT: make samples RUN=epochs64 GPUS=8
+	$(LDM) predict -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/samples.yaml $(TRAINER_LDM) --trainer.precision=32-true \
+	  --ckpt_path runs/ldm/$(RUN)/checkpoints/last.ckpt --trainer.callbacks.directory=runs/ldm/$(RUN)/samples
+
+evaluate: evaluate-tokenizer evaluate-ldm ## measure tokenizer and diffusion model: make evaluate STAGE=patchgan RUN=epochs64 GPUS=8
+
+evaluate-tokenizer: install ## rFID and its kin, alignment, probes of a trained tokenizer
+	$(TOKENIZER) test -c runs/$(STAGE)/config.yaml -c configs/vfm_vae/test.yaml $(TRAINER) --trainer.precision=32-true \
+	  --ckpt_path runs/$(STAGE)/checkpoints/last.ckpt
+
+evaluate-ldm: install ## gFID and its kin of a trained LightningDiT
+	$(LDM) test -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/test.yaml $(TRAINER_LDM) --trainer.precision=32-true \
+	  --ckpt_path runs/ldm/$(RUN)/checkpoints/last.ckpt
 
 clean: ## remove caches and the demo's results, not other runs
 	rm -rf runs/demo build .pytest_cache .ruff_cache .import_linter_cache *.egg-info

@@ -2,14 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+import webdataset
 
 ROOT = Path(__file__).parents[1]
 DEMO = ["-c", str(ROOT / "configs/demo/tokenizer.yaml")]
@@ -99,28 +98,25 @@ def test_fit_validate_predict(folder: Path):
     assert len(list((folder / "reconstructions").glob("*.png"))) == 26
 
 
-def test_killed_and_resumed_equals_uninterrupted(folder: Path):
-    assert run(folder, *small("fit", "--trainer.logger.init_args.name=whole"))[0] == 0
-    name = "--trainer.logger.init_args.name=killed"
-    last = folder / "runs/killed/checkpoints/last.ckpt"
-    process = start(folder, *small("fit", name, "--model.max_images=4800"))
-    deadline = time.monotonic() + 200
-    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 0 < torch.load(last, weights_only=True)["images_seen"] < 48  # in the middle of the first epoch
-    code, _, err = run(folder, *small("fit", name, "--ckpt_path=last"))
-    assert code == 0, err
-    whole, resumed = (
-        torch.load(folder / f"runs/{name}/checkpoints/last.ckpt", weights_only=True) for name in ("whole", "killed")
-    )
-    assert resumed["images_seen"] == whole["images_seen"] == 48
-    for key in ("state_dict", "ema"):
-        theirs, ours = whole[key], resumed[key]
-        theirs, ours = (theirs, ours) if key == "state_dict" else (theirs["weights"], ours["weights"])
-        assert theirs.keys() == ours.keys()
-        assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+@pytest.mark.parametrize(("percent", "expected"), [(1, 0), (10, 2)])
+def test_a_little_damage_is_borne_and_much_stops_with_its_place(
+    folder: Path, photos: Path, percent: int, expected: int
+):
+    content = next((photos / "train").glob("*/*.JPEG")).read_bytes()
+    (folder / "shards").mkdir()
+    for split, damaged in (("train", percent), ("val", 0)):
+        with webdataset.TarWriter(str(folder / f"shards/set-{split}-0000.tar")) as tar:
+            for number in range(100):
+                jpeg = content[: 300 if number < damaged else None]
+                tar.write({"__key__": f"{number:03d}", "jpg": jpeg, "cls": number % 13})
+    options = ["--data.source=shards", "--data.root=shards", "--data.num_workers=2", "--model.max_images=96"]
+    code, _, err = run(folder, *small("fit", *options))
+    assert code == expected, err
+    assert "damaged image left out: shards/set-train-0000.tar/000.jpg" in err or percent == 10
+    if expected:
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert line.startswith("error: max_bad_fraction: 2 of the 100 images in 'shards' are damaged, more than 1.00%")
+        assert "set-train-0000.tar/" in line and "Traceback" not in line
 
 
 MISTAKES = {

@@ -115,6 +115,21 @@ def test_stages_are_the_papers(full_size, stage):
     assert stage != "ssim" or adapter == {"adapter.widen"}
 
 
+@pytest.mark.parametrize("data", ["imagenet", "imagenet_wds"])
+def test_512_px_takes_the_same_model(full_size, data):
+    configs = ("vfm_vae/ssim.yaml", "vfm_vae/512px.yaml", f"data/{data}.yaml", "data/512px.yaml")
+    with torch.device("meta"):
+        cli = full_size(*configs)
+        module, datamodule = cli.model, cli.datamodule
+        assert count(module.model) == 139_770_642
+        for height, width in ((256, 256), (512, 512), (256, 384)):
+            decoded = module.model.decode(torch.zeros(1, 32, height // 16, width // 16))
+            assert decoded.image.shape == (1, 3, height, width)
+    assert (datamodule.image_size, datamodule.min_size) == (512, 512)
+    assert datamodule.batch_size * module.accumulate_grad_batches == 512
+    module.model.check_image_size(512)
+
+
 @pytest.mark.parametrize("stage", ["strong", "weak"])
 @pytest.mark.parametrize("vfm", [[], ["vfm_vae/vfm/dinov2_large.yaml"]])
 def test_discrete_stages_build(full_size, stage, vfm):
@@ -260,7 +275,8 @@ def test_evaluation_of_the_demo_builds():
 
 def test_every_config_is_covered_here():
     seen = {"data/imagenet.yaml", "data/photos.yaml", "demo/tokenizer.yaml", "demo/strong.yaml", "demo/weak.yaml"}
-    seen |= {"vfm_vae/base.yaml", "vfm_vae/strong.yaml", "vfm_vae/weak.yaml", "vfm_vae/vfm/dinov2_large.yaml"}
+    seen |= {"vfm_vae/base.yaml", *(f"vfm_vae/{stage}.yaml" for stage in STAGES), "vfm_vae/vfm/dinov2_large.yaml"}
+    seen |= {"vfm_vae/discrete.yaml", "vfm_vae/512px.yaml", "data/512px.yaml", "data/imagenet_wds.yaml"}
     seen |= {"trainer/cpu.yaml", "trainer/gpu.yaml", "trainer/ddp8.yaml", "trainer/ddp8_ldm.yaml"}
     seen |= {"ldm/lightningdit.yaml", "ldm/samples.yaml", *(f"ldm/{run}.yaml" for run in RUNS)}
     seen |= {f"ldm/size/{size}.yaml" for size in ("b", "l", "1p0b", "1p6b")}

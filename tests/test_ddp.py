@@ -165,6 +165,76 @@ torch.save(result, out / f"{devices}_{run.global_rank}.pt")
 """
 
 
+POISON = """
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from ldm.models.lightningdit import LightningDiT
+from ldm.module import DiffusionModule
+from vfm_vae.data.latents import LatentStatistics
+from vfm_vae.discriminators.projected import ProjectedDiscriminator
+from vfm_vae.losses.objective import Objective
+from vfm_vae.module import TokenizerModule
+from vfm_vae.modules.adapter import Adapter
+from vfm_vae.modules.decoder import Decoder
+from vfm_vae.tokenizer import VFMVAE
+from vfm_vae.types import Batch, LatentBatch
+from vfm_vae.vfm import FrozenVFM
+
+out, name, optimizer = Path(sys.argv[3]), "vit_photos_patch8_64", partial(torch.optim.AdamW, lr=1e-3)
+labels = torch.zeros(2, dtype=torch.int64)
+history = {"tokenizer": [], "diffusion": []}
+
+
+class Watch(Callback):
+    def __init__(self, name, part):
+        self.history, self.part, self.hook = history[name], part, None
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.before = [p.detach().clone() for p in module.parameters()]
+        if batch_idx == 1 and module.global_rank == 1:  # one rank alone, in its second batch
+            self.hook = self.part.register_forward_hook(lambda *args: args[-1] * float("nan"))
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if self.hook is not None:
+            self.hook.remove()
+        same = all(torch.equal(a, b) for a, b in zip(self.before, module.parameters()))
+        skipped = getattr(module, "skipped_steps", None)
+        self.history.append((same, int(module.guard.num_skipped if skipped is None else skipped)))
+
+
+def fit(module, batch, watch, strategy):
+    run = Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, limit_train_batches=3, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[watch],
+    )
+    run.fit(module, torch.utils.data.DataLoader([batch] * 6, batch_size=None))
+    return run
+
+
+torch.manual_seed(0)
+model = VFMVAE(Adapter([128], [8], 4, 1, 16, 128), Decoder(16, [16, 16, 16, 16, 8], [16], [], 0, w_channels=16),
+               FrozenVFM(name))
+opponent = ProjectedDiscriminator(name, size=64, layers=(1,))
+tokenizer = TokenizerModule(model, opponent, Objective(), optimizer, optimizer)
+images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+fit(tokenizer, Batch(images, labels, labels), Watch("tokenizer", model.adapter.widen),
+    "ddp_find_unused_parameters_true")
+denoiser = LightningDiT(4, 8, 2, 2, 32, 2, num_classes=13)
+diffusion = DiffusionModule(denoiser, optimizer)
+diffusion.normalization.take(LatentStatistics(torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1)))
+run = fit(diffusion, LatentBatch(torch.randn(2, 4, 8, 8), labels, labels), Watch("diffusion", denoiser.blocks[0]),
+          "ddp")
+weights = {f"{name}.{key}": p.detach() for name, m in (("t", tokenizer), ("d", diffusion))
+           for key, p in m.named_parameters()}
+torch.save({"history": history, "weights": weights}, out / f"2_{run.global_rank}.pt")
+"""
+
+
 def launch(folder: Path, photos: Path, devices: int, text: str = SCRIPT) -> list[dict]:
     script = folder / "script.py"
     script.write_text(text)
@@ -212,3 +282,14 @@ def test_two_processes_cache_measure_and_sample_as_one(tmp_path: Path, photos: P
         assert (ours["arr_1"] == theirs["arr_1"]).all()
     assert first["images_seen"] == one["images_seen"] == 24
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_both(tmp_path: Path, photos: Path):
+    first, second = launch(tmp_path, photos, 2, POISON)
+    for name in ("tokenizer", "diffusion"):
+        kept, skipped = zip(*first["history"][name], strict=True)
+        assert kept == (False, True, False)  # the second step alone changes nothing
+        assert skipped == (0, 1, 1)
+    assert first["history"] == second["history"]
+    for name, tensor in first["weights"].items():
+        assert tensor.isfinite().all() and torch.equal(tensor, second["weights"][name]), name

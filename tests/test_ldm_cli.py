@@ -2,10 +2,8 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -111,35 +109,6 @@ def test_fit_validate_predict(chain: Path):
         assert a["arr_0"].shape == (13, 64, 64, 3)
         assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
         assert a["arr_1"].tolist() == b["arr_1"].tolist() == list(range(13))
-
-
-def test_killed_and_resumed_equals_uninterrupted(chain: Path):
-    quick = ["--trainer.callbacks", "null"]
-    checkpoints = ["--trainer.callbacks+=callbacks.ema.EMA", "--trainer.callbacks.decay=0.9"]
-    checkpoints += ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]
-    checkpoints += ["--trainer.callbacks.save_last=true", "--trainer.callbacks.every_n_train_steps=1"]
-    checkpoints += ["--trainer.callbacks.enable_version_counter=false", "--trainer.limit_val_batches=0"]
-    whole, killed = ([*quick, *checkpoints, f"--trainer.logger.init_args.name={name}"] for name in ("whole", "killed"))
-    code, _, err = ldm(chain, *small_ldm("fit", *whole))
-    assert code == 0, err
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ldm", *small_ldm("fit", *killed, "--trainer.max_steps=100000")], cwd=chain,
-        env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    last, deadline = chain / "runs/killed/checkpoints/last.ckpt", time.monotonic() + 200
-    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 0 < torch.load(last, weights_only=True)["images_seen"] < 72
-    code, _, err = ldm(chain, *small_ldm("fit", *killed, "--ckpt_path=last"))
-    assert code == 0, err
-    theirs, ours = (
-        torch.load(chain / f"runs/{name}/checkpoints/last.ckpt", weights_only=True) for name in ("whole", "killed")
-    )
-    assert theirs["images_seen"] == ours["images_seen"] == 72
-    for a, b in ((theirs["state_dict"], ours["state_dict"]), (theirs["ema"]["weights"], ours["ema"]["weights"])):
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 INCEPTION = '{"class_path": "vfm_vae.metrics.inception.Inception", "init_args": {"weights": "nowhere.pth"}}'

@@ -1,14 +1,17 @@
 """From stage to stage: which weights train, which come from where, and the second opponent."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, Dataset
 from training import changed, repeat, weights
 
 from callbacks.ema import EMA
 from vfm_vae.discriminators.patchgan import PatchGAN
+from vfm_vae.types import Batch
 
 FINE = ["decoder.blocks.3", "decoder.blocks.4"]
 PATCHGAN_STAGE = {"l1": 0, "perceptual": 0, "multi_resolution": 0, "kl": 0, "alignment": 0}
@@ -125,6 +128,43 @@ def test_fine_tuning_leaves_the_latents_identity(patchgan_module, trainer, batch
     averages = torch.load(former, weights_only=True)["ema"]["weights"]
     module.load_state_dict(averages, strict=False)
     assert after == module.latent_identity()
+
+
+class Sizes(Dataset):
+    """Batches of several sizes, one of them not square."""
+
+    sizes = ((64, 64), (128, 128), (64, 96))
+
+    def __len__(self) -> int:
+        return 4 * len(self.sizes)
+
+    def __getitem__(self, index: int) -> Batch:
+        size = self.sizes[index % len(self.sizes)]
+        images = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
+        return Batch(images, torch.zeros(2, dtype=torch.int64), torch.arange(2))
+
+
+def test_one_model_trains_on_every_size(tiny_module, trainer):
+    objective = {"alignment": 1, "ssim": 1, "adversarial_patch": 0.1, "feature_matching": 0.1}
+    module = tiny_module(objective=objective, patchgan=PatchGAN(base_channels=4))
+    sides = []
+    module.model.decoder.register_forward_hook(lambda *args: sides.append(tuple(args[-1].image.shape[2:])))
+    run = trainer(max_epochs=1)
+    run.fit(module, DataLoader(Sizes(), batch_size=None))
+    assert run.global_step == 12 and module.guard.num_skipped == 0
+    assert {side for pair in sides for side in pair} > {64, 96, 128}
+
+
+@pytest.mark.slow
+def test_a_compiled_decoder_trains_alike_under_the_same_names(tiny_module, trainer, batch):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    plain, compiled = (tiny_module(objective={"alignment": 1}, torch_compile=wanted) for wanted in (False, True))
+    for module in (plain, compiled):
+        trainer(max_steps=2).fit(module, repeat(batch))
+    assert compiled.model.decoder._compiled_call_impl is not None
+    for name, tensor in plain.state_dict().items():
+        assert torch.allclose(compiled.state_dict()[name], tensor, atol=1e-3), name
 
 
 def test_a_weight_without_a_patchgan_is_refused(tiny_module):

@@ -73,8 +73,13 @@ def short_errors() -> Iterator[None]:
     except (ArgumentError, MisconfigurationException, ValueError) as error:
         if os.environ.get(DEBUG):
             raise
-        print(f"error: {' '.join(str(_named_by_us(error)).split())}\n({DEBUG}=1 shows the traceback)", file=sys.stderr)
+        print(f"error: {_one_line(_named_by_us(error))}\n({DEBUG}=1 shows the traceback)", file=sys.stderr)
         sys.exit(2)
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error says; of one that a loading process met, without the traceback that comes in its text."""
+    return " ".join(str(error).rpartition(f"\n{type(error).__name__}: ")[2].split())
 
 
 def _named_by_us(error: BaseException) -> BaseException:

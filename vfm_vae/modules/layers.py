@@ -62,6 +62,8 @@ class Blur(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Blurs every channel of `[B, C, H, W]`."""
         channels = x.shape[1]
+        if torch.compiler.is_compiling():  # the compiler has the padding's gradient for contiguous maps alone
+            x = x.contiguous()
         x = F.pad(x, [self.padding] * 4, mode="replicate")
         return F.conv2d(x, self.kernel.to(x.dtype).expand(channels, -1, -1, -1), groups=channels)
 

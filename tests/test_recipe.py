@@ -1,0 +1,156 @@
+"""The published recipe, stage after stage, by the commands that the README shows: its own configs, two steps each.
+
+Only sizes, data and networks that would be downloaded are replaced.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ldm.module import DiffusionModule
+from vfm_vae.cli import run as run_cli
+from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.module import TokenizerModule
+
+ROOT = Path(__file__).parents[1]
+BATCH = 8
+STAGES = ("strong", "weak", "ssim", "patchgan")
+
+TOY = """
+model:
+  model:
+    init_args:
+      vfm: {init_args: {name: vit_photos_patch8_64, layers: [0, 2, -1], input_scale: 1.0}}
+      adapter:
+        init_args:
+          {feature_channels: [128, 128, 128], layer_channels: [8, 8, 8], latent_channels: 4, decoded_channels: 16,
+           alignment_channels: 128}
+      decoder:
+        init_args:
+          {latent_channels: 16, channels: [16, 16, 16, 16, 16, 8], route_channels: [16, 16], attention_depths: [1],
+           num_res_blocks: 0, w_channels: 16}
+  discriminator: {init_args: {backbone: vit_photos_patch8_64, size: 64, layers: [0, 4]}}
+  objective:
+    init_args:
+      perceptual_loss: &vfm
+        class_path: vfm_vae.losses.reconstruction.VFMPerceptualLoss
+        init_args: {vfm: {class_path: vfm_vae.vfm.FrozenVFM, init_args: {name: vit_photos_patch8_64}}}
+data: {image_size: 64, min_size: 64, batch_size: 8, val_batch_size: 26, num_workers: 0}
+trainer:
+  log_every_n_steps: 1
+  val_check_interval: 2
+  callbacks:
+  - class_path: callbacks.ema.EMA
+  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+    init_args: {save_last: true, save_top_k: 1, enable_version_counter: false}
+"""
+TOY_TEST = """
+trainer:
+  callbacks:
+  - class_path: callbacks.ema.EMA
+  - class_path: callbacks.fid.DistributionCallback
+    init_args: {network: {class_path: vfm_vae.vfm.FrozenVFM, init_args: {name: vit_photos_patch8_64}}}
+  - class_path: callbacks.report.Report
+    init_args: {name: test}
+"""
+TOY_LDM = """
+model:
+  model: {init_args: {in_channels: 4, input_size: 4, depth: 2, width: 32, num_heads: 2}}
+  sampler: {init_args: {steps: 4}}
+data: {batch_size: 8, val_batch_size: 26, num_workers: 0}
+trainer:
+  max_steps: 2
+  callbacks:
+  - class_path: callbacks.ema.EMA
+    init_args: {decay: 0.9}
+  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+    init_args: {save_last: true, save_on_train_epoch_end: true, enable_version_counter: false}
+"""
+TOY_LDM_TEST = """
+data: {num_samples: 10}
+trainer:
+  callbacks:
+  - class_path: callbacks.ema.EMA
+    init_args: {decay: 0.9}
+  - class_path: callbacks.fid.DistributionCallback
+    init_args:
+      network: {class_path: vfm_vae.vfm.FrozenVFM, init_args: {name: vit_photos_patch8_64}}
+      reference: photos/train
+      image_size: 64
+      num_images: 10
+  - class_path: callbacks.report.Report
+    init_args: {name: test}
+"""
+
+
+def commands(*targets: str, **variables: str) -> list[list[str]]:
+    """What `make` would run for targets, without the program and what sets the allocator."""
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    dry = subprocess.run(
+        ["make", "--dry-run", "--assume-old=install", *targets, *settings],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [shlex.split(line) for line in dry.stdout.replace("\\\n", " ").splitlines()]
+    return [line[line.index("-m") + 1 :] for line in lines if "-m" in line and line[line.index("-m") + 1] != "venv"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, command: list[str], *options: str) -> None:
+    package, *arguments = command
+    monkeypatch.setattr(sys, "argv", [package, *arguments, *options])
+    run_cli({"vfm_vae": TokenizerModule, "ldm": DiffusionModule}[package], ImageNetDataModule)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, photos: Path) -> Path:
+    """Where the commands run: with the configs, the toy sizes, and photographs for ImageNet."""
+    folder = tmp_path
+    for name in ("toy", "toy_test", "toy_ldm", "toy_ldm_test"):
+        (folder / f"{name}.yaml").write_text(globals()[name.upper()])
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "photos").symlink_to(photos)
+    return folder
+
+
+@pytest.mark.parametrize("source", ["photos", "photos/shards"])
+def test_the_whole_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str):
+    monkeypatch.chdir(folder)
+    data = {"DATA": str(folder / source), "GPUS": "0"}
+    images = 0
+    for stage, command in zip(STAGES, commands(*STAGES, **data), strict=True):
+        assert f"configs/vfm_vae/{stage}.yaml" in command
+        images += 2 * BATCH
+        run(monkeypatch, command, "-c", "toy.yaml", f"--model.max_images={images}")
+        stored = torch.load(f"runs/{stage}/checkpoints/last.ckpt", weights_only=True)
+        assert stored["images_seen"] == images and stored["global_step"] == 2
+        assert all(tensor.isfinite().all() for tensor in stored["state_dict"].values())
+    assert any(name.startswith("patchgan.") for name in stored["state_dict"])
+    assert ("source: shards" in Path("runs/patchgan/config.yaml").read_text()) == source.endswith("shards")
+
+    predict, fit, *tests = commands("latents", "ldm", "evaluate", **data)
+    run(monkeypatch, predict, "--trainer.accelerator=cpu")
+    assert json.loads(Path("runs/latents/train/latents.json").read_text())["tokenizer"]["channels"] == 4
+    run(monkeypatch, fit, "-c", "toy_ldm.yaml")
+    for test, overlay in zip(tests, ("toy_test.yaml", "toy_ldm_test.yaml"), strict=True):
+        run(monkeypatch, test, "-c", overlay)
+    tokenizer, diffusion = (json.loads(Path(name).read_text()) for name in REPORTS)
+    assert tokenizer["test"]["metrics"]["test/psnr"] > 0
+    assert diffusion["test"]["metrics"]["test/fd_vit_photos_patch8_64/train"] > 0
+
+
+REPORTS = ("runs/patchgan/metrics.json", "runs/ldm/epochs64/metrics.json")
+
+
+def test_the_toy_keeps_the_stages_weights_and_rates():
+    """What the test replaces are sizes: nothing that a stage is about."""
+    toy = yaml.safe_load(TOY)["model"]
+    assert toy.keys() == {"model", "discriminator", "objective"}
+    assert toy["objective"]["init_args"].keys() == {"perceptual_loss"}

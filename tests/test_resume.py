@@ -1,0 +1,139 @@
+"""Killed in the middle of an epoch and resumed, by the command line: no sample twice, none lost, the same weights."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import DEMO, ENVIRONMENT, ROOT, SMALL
+
+from vfm_vae.data.latents import RunningStatistics, write_shard
+
+NUM_STEPS, BATCH, EPOCH = 9, 8, 6  # 52 images make six batches, so that the run ends within its second epoch
+
+# Every rank notes what it trains on, and every step is saved.
+WATCH = """
+import os
+from lightning.pytorch import Callback
+
+
+class Watch(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        with open(f"{os.environ['SEEN']}_{trainer.global_rank}.txt", "a") as file:
+            print(pl_module.images_seen, *batch.index.tolist(), file=file)
+"""
+OVERLAY = """
+data: {num_workers: 2, val_batch_size: 26}
+trainer:
+  limit_val_batches: 0
+  callbacks:
+  - class_path: callbacks.ema.EMA
+    init_args: {decay: 0.9}
+  - class_path: watch.Watch
+  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+    init_args: {save_last: true, every_n_train_steps: 1, enable_version_counter: false}
+"""
+SMALL_LDM = """
+model:
+  model: {init_args: {in_channels: 4, depth: 2, width: 32, num_heads: 2}}
+  tokenizer: null
+data: {root: latents, batch_size: 8}
+trainer:
+  logger:
+    class_path: lightning.pytorch.loggers.TensorBoardLogger
+    init_args: {save_dir: runs, name: ldm, version: ""}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, photos: Path) -> Path:
+    for name, text in (("watch.py", WATCH), ("small.yaml", SMALL), ("small_ldm.yaml", SMALL_LDM)):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "overlay.yaml").write_text(OVERLAY)
+    (tmp_path / "photos").symlink_to(photos)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(52, 4, 8, 8, generator=generator)
+    (tmp_path / "latents/train").mkdir(parents=True)
+    for shard, rows in enumerate(latents.split(20)):
+        tensors = {"latents": rows, "latents_flip": rows.flip(3), "labels": torch.arange(len(rows)) % 13}
+        write_shard(tmp_path / f"latents/train/shard{shard}.safetensors", tensors)
+    statistics = RunningStatistics(4)
+    statistics.add(latents)
+    statistics.compute().write(tmp_path / "latents/train/latents_stats.pt")
+    return tmp_path
+
+
+def command(source: str, ranks: int, name: str, num_steps: int) -> list[str]:
+    if source == "latents":
+        start = ["ldm", "fit", "-c", str(ROOT / "configs/demo/ldm.yaml"), "-c", "small_ldm.yaml", "-c", "overlay.yaml"]
+        start += [f"--trainer.max_steps={num_steps}"]
+    else:
+        start = ["vfm_vae", "fit", *DEMO, "-c", "small.yaml", "-c", "overlay.yaml"]
+        root = {"folder": "photos", "shards": "photos/shards"}[source]
+        start += [f"--data.source={source}", f"--data.root={root}", f"--model.max_images={num_steps * BATCH}"]
+    start += [f"--trainer.logger.init_args.name={name}", "--ckpt_path=last"]
+    if ranks > 1:
+        start += [f"--trainer.devices={ranks}", "--trainer.strategy=ddp_find_unused_parameters_true"]
+    return [sys.executable, "-m", *start]
+
+
+def start(folder: Path, source: str, ranks: int, name: str, num_steps: int = NUM_STEPS) -> subprocess.Popen:
+    environment = ENVIRONMENT | {"SEEN": name, "MASTER_ADDR": "127.0.0.1"}
+    with open(folder / f"{name}.err", "w") as err:
+        return subprocess.Popen(
+            command(source, ranks, name, num_steps), cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=err, start_new_session=True,
+        )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 200
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def seen(folder: Path, name: str, rank: int) -> dict[int, list[int]]:
+    """Numbers of the samples by the count of images after them."""
+    rows = [[int(number) for number in line.split()] for line in (folder / f"{name}_{rank}.txt").open()]
+    assert len({row[0] for row in rows}) == len(rows)  # no batch twice
+    return {row[0]: row[1:] for row in rows}
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("source", ["folder", "shards", "latents"])
+def test_killed_and_resumed_equals_uninterrupted(folder: Path, source: str, ranks: int):
+    whole = start(folder, source, ranks, "whole")
+    assert whole.wait(timeout=240) == 0, (folder / "whole.err").read_text()[-2000:]
+
+    last = folder / "runs/killed/checkpoints/last.ckpt"
+    killed = start(folder, source, ranks, "killed", num_steps=1000)
+    wait_for(killed, last.exists)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    at = torch.load(last, weights_only=True)["images_seen"]
+    assert 0 < at < EPOCH * BATCH, (folder / "killed.err").read_text()[-2000:]  # in the middle of the first epoch
+    for rank in range(ranks):  # what was trained on after the checkpoint is lost with it
+        (folder / f"killed_{rank}.txt").write_text(
+            "".join(f"{n} {' '.join(map(str, b))}\n" for n, b in seen(folder, "killed", rank).items() if n <= at)
+        )
+
+    resumed = start(folder, source, ranks, "killed")
+    assert resumed.wait(timeout=240) == 0, (folder / "killed.err").read_text()[-2000:]
+    batches = [seen(folder, "whole", rank) for rank in range(ranks)]
+    assert [seen(folder, "killed", rank) for rank in range(ranks)] == batches
+    assert [list(rank) for rank in batches] == [[BATCH * (step + 1) for step in range(NUM_STEPS)]] * ranks
+    epoch = [numbers for rank in batches for images, numbers in rank.items() if images <= EPOCH * BATCH]
+    first_epoch = [number for numbers in epoch for number in numbers]
+    assert len(set(first_epoch)) == len(first_epoch) == EPOCH * BATCH
+
+    theirs, ours = (
+        torch.load(folder / f"runs/{name}/checkpoints/last.ckpt", weights_only=True) for name in ("whole", "killed")
+    )
+    assert theirs["images_seen"] == ours["images_seen"] == NUM_STEPS * BATCH
+    for a, b in ((theirs["state_dict"], ours["state_dict"]), (theirs["ema"]["weights"], ours["ema"]["weights"])):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
