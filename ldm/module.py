@@ -53,7 +53,7 @@ class DiffusionModule(LightningModule):
         skipped_steps: Steps that were left out because a gradient was not finite.
     """
 
-    flops_per_batch: float | None = None  # not known; ThroughputMonitor asks for it
+    flops_per_batch: float | None = None  # counted by callbacks.throughput.Throughput
 
     def __init__(
         self,

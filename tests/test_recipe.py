@@ -47,8 +47,15 @@ trainer:
   val_check_interval: 2
   callbacks:
   - class_path: callbacks.ema.EMA
+  - class_path: callbacks.throughput.Throughput
+    init_args: {window_size: 2}
   - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-    init_args: {save_last: true, save_top_k: 1, enable_version_counter: false}
+    init_args:
+      {monitor: val/psnr, mode: max, filename: best, save_last: true, save_top_k: 1, enable_version_counter: false}
+  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+    init_args: {every_n_train_steps: 1000, save_last: true, save_top_k: 0, enable_version_counter: false}
+  - class_path: callbacks.preemption.StopOnSignal
+  - class_path: callbacks.rank_failure.EndTogether
 """
 TOY_TEST = """
 trainer:
@@ -131,6 +138,7 @@ def test_the_whole_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch, source:
         run(monkeypatch, command, "-c", "toy.yaml", f"--model.max_images={images}")
         stored = torch.load(f"runs/{stage}/checkpoints/last.ckpt", weights_only=True)
         assert stored["images_seen"] == images and stored["global_step"] == 2
+        assert {path.name for path in Path(f"runs/{stage}/checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
         assert all(tensor.isfinite().all() for tensor in stored["state_dict"].values())
     assert any(name.startswith("patchgan.") for name in stored["state_dict"])
     assert ("source: shards" in Path("runs/patchgan/config.yaml").read_text()) == source.endswith("shards")

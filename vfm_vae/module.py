@@ -61,7 +61,7 @@ class TokenizerModule(LightningModule):
         images_seen: Images trained on, over all ranks and stages.
     """
 
-    flops_per_batch: float | None = None  # not known; ThroughputMonitor asks for it
+    flops_per_batch: float | None = None  # counted by callbacks.throughput.Throughput
 
     def __init__(
         self,

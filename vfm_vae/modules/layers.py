@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +63,18 @@ class Blur(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Blurs every channel of `[B, C, H, W]`."""
         channels = x.shape[1]
-        if torch.compiler.is_compiling():  # the compiler has the padding's gradient for contiguous maps alone
-            x = x.contiguous()
-        x = F.pad(x, [self.padding] * 4, mode="replicate")
+        # The compiler takes the gradient of replicate padding for contiguous in memory, which it is not here.
+        pad = _replicate if torch.compiler.is_compiling() else partial(F.pad, mode="replicate")
+        x = pad(x, [self.padding] * 4)
         return F.conv2d(x, self.kernel.to(x.dtype).expand(channels, -1, -1, -1), groups=channels)
+
+
+def _replicate(x: Tensor, padding: Sequence[int]) -> Tensor:
+    """What `F.pad(x, padding, mode="replicate")` gives, of `[B, C, H, W]`."""
+    for dim, (before, after) in ((3, padding[:2]), (2, padding[2:])):
+        first, last = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
+        x = torch.cat([*[first] * before, x, *[last] * after], dim)
+    return x
 
 
 class UpsampleUnit(nn.Module):
