@@ -21,7 +21,13 @@ one_or_many = $(if $(filter 0,$(GPUS)),cpu,$(if $(filter 1,$(GPUS)),gpu,$(1)))
 TRAINER = -c configs/trainer/$(call one_or_many,ddp8).yaml $(DEVICES)
 TRAINER_LDM = -c configs/trainer/$(call one_or_many,ddp8_ldm).yaml $(DEVICES)
 DEVICES := $(if $(filter-out 0 1,$(GPUS)),--trainer.devices=$(GPUS))
-STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER)
+# Steps of 512 images and 1024 latents, whatever the number of GPUs: 16 and 32 at a time on each, which 80 GB hold.
+COUNT := $(if $(filter 0,$(GPUS)),1,$(GPUS))
+ONCE := $(if $(filter $(COUNT),1 2 4 8 16 32),$(shell expr 32 / $(COUNT)),$(error GPUS: 0, 1, 2, 4, 8, 16 or 32, so that batches divide; given $(GPUS)))
+EVERY := --trainer.val_check_interval=$(shell expr 5000 \* $(ONCE))
+BATCH := --data.batch_size=$(shell expr 16 \* $(COUNT)) --model.accumulate_grad_batches=$(ONCE) $(EVERY)
+BATCH_LDM := --data.batch_size=$(shell expr 32 \* $(COUNT)) --trainer.accumulate_grad_batches=$(ONCE) $(EVERY)
+STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER) $(BATCH)
 
 DEMO_LDM := -c configs/demo/ldm.yaml
 
@@ -98,7 +104,8 @@ latents: install ## cache the latents of the data that STAGE was trained on: mak
 	  --ckpt_path runs/$(STAGE)/checkpoints/last.ckpt
 
 ldm: install ## train LightningDiT-XL/1 on cached latents: make ldm RUN=epochs64|epochs80|epochs560 GPUS=8
-	$(LDM) fit -c configs/ldm/lightningdit.yaml -c configs/ldm/$(RUN).yaml -c configs/data/latents.yaml $(TRAINER_LDM)
+	$(LDM) fit -c configs/ldm/lightningdit.yaml -c configs/ldm/$(RUN).yaml -c configs/data/latents.yaml $(TRAINER_LDM) \
+	  $(BATCH_LDM)
 
 samples: install ## draw 50 000 samples from a trained LightningDiT: make samples RUN=epochs64 GPUS=8
 	$(LDM) predict -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/samples.yaml $(TRAINER_LDM) --trainer.precision=32-true \

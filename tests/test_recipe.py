@@ -35,6 +35,7 @@ model:
         init_args:
           {latent_channels: 16, channels: [16, 16, 16, 16, 16, 8], route_channels: [16, 16], attention_depths: [1],
            num_res_blocks: 0, w_channels: 16}
+  accumulate_grad_batches: 1
   discriminator: {init_args: {backbone: vit_photos_patch8_64, size: 64, layers: [0, 4]}}
   objective:
     init_args:
@@ -73,6 +74,7 @@ model:
 data: {batch_size: 8, val_batch_size: 26, num_workers: 0}
 trainer:
   max_steps: 2
+  accumulate_grad_batches: 1
   callbacks:
   - class_path: callbacks.ema.EMA
     init_args: {decay: 0.9}
@@ -154,11 +156,32 @@ def test_the_whole_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch, source:
     assert diffusion["test"]["metrics"]["test/fd_vit_photos_patch8_64/train"] > 0
 
 
+@pytest.mark.parametrize("gpus", [0, 1, 2, 4, 8, 16, 32])
+def test_steps_are_of_as_many_images_on_every_number_of_gpus(gpus: int):
+    stage, diffusion = commands("weak", "ldm", GPUS=str(gpus))
+
+    def option(command: list[str], name: str) -> int:
+        return next(int(word.split("=")[1]) for word in command if word.startswith(f"--{name}="))
+
+    for command, size, where in ((stage, 512, "model"), (diffusion, 1024, "trainer")):
+        accumulated = option(command, f"{where}.accumulate_grad_batches")
+        assert option(command, "data.batch_size") * accumulated == size
+        assert option(command, "trainer.val_check_interval") == 5000 * accumulated
+        kind = {0: "cpu", 1: "gpu"}.get(gpus, "ddp8" if where == "model" else "ddp8_ldm")
+        assert f"configs/trainer/{kind}.yaml" in command
+        assert (f"--trainer.devices={gpus}" in command) == (gpus > 1)
+
+
+def test_a_number_of_gpus_that_does_not_divide_is_refused():
+    dry = subprocess.run(["make", "-n", "weak", "GPUS=3"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert dry.returncode and "GPUS: 0, 1, 2, 4, 8, 16 or 32, so that batches divide; given 3" in dry.stderr
+
+
 REPORTS = ("runs/patchgan/metrics.json", "runs/ldm/epochs64/metrics.json")
 
 
 def test_the_toy_keeps_the_stages_weights_and_rates():
     """What the test replaces are sizes: nothing that a stage is about."""
     toy = yaml.safe_load(TOY)["model"]
-    assert toy.keys() == {"model", "discriminator", "objective"}
+    assert toy.keys() == {"model", "accumulate_grad_batches", "discriminator", "objective"}
     assert toy["objective"]["init_args"].keys() == {"perceptual_loss"}

@@ -316,7 +316,7 @@ class TokenizerModule(LightningModule):
             if self.init_from is not None and self.trainer.ckpt_path is None:
                 self._begin_from(self.init_from)
             if self.torch_compile:
-                self.model.decoder.compile()
+                self.model.decoder.compile(dynamic=False)
 
     def _begin_from(self, path: str) -> None:
         """Carries over weights, discriminator, averages and the image counter; optimisers start fresh."""

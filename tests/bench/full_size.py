@@ -9,6 +9,7 @@ of its own. A GPU's memory holds weights, gradients, optimiser states and averag
 """
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -40,32 +41,32 @@ def build(module: type[LightningModule], folder: str, configs: list[str], option
     """What configs describe, without callbacks."""
     (Path(folder) / "none.yaml").write_text(NONE)
     arguments = [f"--config={CONFIGS / name}" for name in configs] + [f"--config={folder}/none.yaml", *options]
+    if not torch.cuda.is_available():  # to count what one image costs, optimiser states are not needed
+        names = ("optimizer", *(("discriminator_optimizer",) if module is TokenizerModule else ()))
+        arguments += [f"--model.{name}={{class_path: torch.optim.SGD, init_args: {{lr: 0.0}}}}" for name in names]
     plain = {"auto_configure_optimizers": False, "save_config_callback": None}
     cli = Build(module, ImageNetDataModule, args=["fit", *arguments], **plain)
     return cli.model
 
 
-def tokenizer(folder: str, batch_size: int, compiled: bool) -> tuple[LightningModule, Batch]:
+def tokenizer(folder: str, batch_size: int, more: list[str]) -> tuple[LightningModule, Batch]:
     """The strong stage with random weights, and a batch of noise."""
     state = {f"features.{name}": tensor for name, tensor in vgg16(weights=None).features.state_dict().items()}
     torch.save(state, f"{folder}/vgg16.pth")
     options = [f"--model.objective.init_args.perceptual_loss.init_args.weights={folder}/vgg16.pth"]
     options += [f"--model.{part}.init_args.pretrained=false" for part in ("model.init_args.vfm", "discriminator")]
-    options += [f"--model.torch_compile={compiled}"]
     configs = ["vfm_vae/base.yaml", "vfm_vae/strong.yaml", "data/imagenet.yaml"]
-    module = build(TokenizerModule, folder, configs, options)
+    module = build(TokenizerModule, folder, configs, [*options, *more])
     module.equivariance.probability = module.equivariance.prior_probability = 0.0  # every step at full size
     images = torch.randint(256, (batch_size, 3, 256, 256), dtype=torch.uint8)
     return module, Batch(images, torch.zeros(batch_size, dtype=torch.int64), torch.arange(batch_size))
 
 
-def diffusion(folder: str, batch_size: int, compiled: bool) -> tuple[LightningModule, LatentBatch]:
+def diffusion(folder: str, batch_size: int, more: list[str]) -> tuple[LightningModule, LatentBatch]:
     """LightningDiT-XL/1, and a batch of noise."""
-    options = ["--model.tokenizer=null", f"--model.torch_compile={compiled}"]
-    if not torch.cuda.is_available():
-        options += ["--model.optimizer.init_args.fused=false"]
+    options = ["--model.tokenizer=null"]
     configs = ["ldm/lightningdit.yaml", "ldm/epochs64.yaml", "data/latents.yaml"]
-    module = build(DiffusionModule, folder, configs, options)
+    module = build(DiffusionModule, folder, configs, [*options, *more])
     module.normalization.take(LatentStatistics(torch.zeros(1, 32, 1, 1), torch.ones(1, 32, 1, 1)))
     labels = torch.randint(1000, (batch_size,))
     return module, LatentBatch(torch.randn(batch_size, 32, 16, 16), labels, torch.arange(batch_size))
@@ -122,11 +123,11 @@ def main() -> None:
     parser.add_argument("what", choices=["tokenizer", "diffusion"])
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--compile", action="store_true", help="by torch.compile")
+    parser.add_argument("--option", action="append", default=[], help="any of the command line, as --option=--a.b=c")
     parser.add_argument("--count", action="store_true", help="FLOPs and activations of one image, on the CPU")
     options = parser.parse_args()
     if options.count:
-        (flops, one, _), (_, two, _) = (measure(options.what, size, 1, False, "cpu") for size in (1, 2))
+        (flops, one, _), (_, two, _) = (measure(options.what, size, 1, options.option, "cpu") for size in (1, 2))
         rows = [
             ("FLOPs of an image, forward and backward", f"{flops / 1e12:.2f} T"),
             ("what autograd keeps for each image", f"{(two - one) / 2**20:.0f} MiB"),
@@ -135,7 +136,7 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.error("no GPU is at hand: give --count")
-    flops, _, seconds = measure(options.what, options.batch_size, options.steps, options.compile, "gpu")
+    flops, _, seconds = measure(options.what, options.batch_size, options.steps, options.option, "gpu")
     peak = get_available_flops(torch.device("cuda"), torch.bfloat16)
     rows = [
         ("images/s", f"{options.batch_size / seconds:.1f}"),
@@ -146,14 +147,16 @@ def main() -> None:
     table(f"{options.what}, batch {options.batch_size}, bf16-mixed, {device}", rows, "", "measured")
 
 
-def measure(what: str, batch_size: int, steps: int, compiled: bool, accelerator: str) -> tuple[int, int, float]:
-    """Trains a few steps; FLOPs of one, bytes that autograd keeps (on the CPU), and the median seconds of later ones."""
+def measure(what: str, batch_size: int, steps: int, more: list[str], accelerator: str) -> tuple[int, int, float]:
+    """Trains a few steps: FLOPs of one, bytes that autograd keeps (on the CPU), median seconds of later ones."""
+    gc.collect()  # what a former measurement left
     with tempfile.TemporaryDirectory() as folder:
-        module, batch = {"tokenizer": tokenizer, "diffusion": diffusion}[what](folder, batch_size, compiled)
-    clock = Clock(count=not compiled)
+        module, batch = {"tokenizer": tokenizer, "diffusion": diffusion}[what](folder, batch_size, more)
+    clock = Clock(count="--model.torch_compile=true" not in more)
     trainer = Trainer(
         accelerator=accelerator, devices=1, precision="bf16-mixed", max_steps=steps, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[EMA(), clock],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[clock] if accelerator == "cpu" else [EMA(), clock],
     )  # fmt: skip
     with saved_bytes() if accelerator == "cpu" else nullcontext(lambda: 0) as saved:
         trainer.fit(module, DataLoader([batch] * steps, batch_size=None))

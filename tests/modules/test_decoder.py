@@ -89,3 +89,19 @@ def test_options_that_do_not_fit(arguments, message):
 def test_a_grid_that_does_not_divide_by_four(decoder):
     with pytest.raises(ValueError, match="divide by 4, got 6x8"):
         decoder(torch.randn(1, 8, 6, 8))
+
+
+def test_activation_checkpointing_changes_memory_alone(decoder):
+    latent, gradients, kept = torch.randn(2, 8, 8, 8), [], []
+    for wanted in (False, True):
+        for block in decoder.blocks:
+            block.activation_checkpointing = wanted
+        decoder.zero_grad()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):  # noqa: B023
+            loss = decoder(latent).image.square().mean()
+        loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in decoder.parameters() if parameter.grad is not None])
+        kept.append(sum(sizes))
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < 0.6 * kept[0]

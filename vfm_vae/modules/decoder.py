@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vfm_vae.modules.layers import EqualizedLinear, SelfAttentionLayer, UpsampleUnit, activation
 from vfm_vae.modules.modulated import ModulatedConvNeXt, ToRGB
@@ -83,6 +84,7 @@ class DecoderBlock(nn.Module):
         attention_widening: Widening of each one's feed-forward layer.
         blur: Whether upsampling ends with a blur.
         noise_side: Sides of the legacy noise maps, or None.
+        activation_checkpointing: Whether ConvNeXt layers are computed again in the backward pass.
     """
 
     def __init__(
@@ -98,8 +100,10 @@ class DecoderBlock(nn.Module):
         attention_widening: int,
         blur: bool,
         noise_side: int | None,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         taps = ((1, 2, 1) if index < COARSE_BLUR_BLOCKS else (1, 4, 6, 4, 1)) if blur else None
         kernel = 5 if index < COARSE_KERNEL_BLOCKS else 7
         first = previous_channels is None
@@ -125,8 +129,9 @@ class DecoderBlock(nn.Module):
             Features `[B, C, 2H, 2W]`, their running sum, and the image computed from it, `[B, 3, 2H, 2W]`.
         """
         x = self.upsample(x)
+        again = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = layer(x, w)
+            x = checkpoint(layer, x, w, use_reentrant=False) if again else layer(x, w)
         x = self.attention(x)
         feature_sum = x if self.upsample_sum is None else self.upsample_sum(feature_sum) + x
         return x, feature_sum, self.to_rgb(feature_sum, w)
@@ -153,6 +158,7 @@ class Decoder(nn.Module):
         blur: Whether upsampling ends with a blur.
         legacy_noise: Whether ConvNeXt layers add the fixed noise maps of the published 256 px weights.
         channels_last: Memory layout; on CPU it halves the time of pointwise and depthwise convolutions.
+        activation_checkpointing: Compute ConvNeXt layers again in the backward pass rather than keep what is in them.
     """
 
     def __init__(
@@ -171,6 +177,7 @@ class Decoder(nn.Module):
         blur: bool = True,
         legacy_noise: bool = False,
         channels_last: bool = True,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -205,6 +212,7 @@ class Decoder(nn.Module):
                     attention_widening=attention_widening,
                     blur=blur,
                     noise_side=8 * 2**i if legacy_noise else None,
+                    activation_checkpointing=activation_checkpointing,
                 )
             )
 
