@@ -63,7 +63,7 @@ def _torch_resizes(resampling: str) -> bool:
     """Whether this torch has the filter; it takes a quarter of Pillow's time, and their pixels differ by 2 at most."""
     try:
         interpolate(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), (2, 2), mode=resampling, antialias=True)
-    except (NotImplementedError, ValueError):  # Lanczos came with torch 2.13
+    except (NotImplementedError, ValueError):  # older ones have no Lanczos
         return False
     return True
 
