@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vfm_vae.types import CountsImages
 
@@ -133,9 +134,9 @@ class EMA(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the average; in the module's state, puts the weights in training where it stands in for them."""
-        checkpoint["state_dict"].update(self._trained)
+        checkpoint["state_dict"].update(_whole(self._trained))
         if self.weights:
-            checkpoint["ema"] = {"weights": dict(self.weights), "images_seen": self.images_seen}
+            checkpoint["ema"] = {"weights": _whole(self.weights), "images_seen": self.images_seen}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes the average from the checkpoint, whether it goes on training or is evaluated."""
@@ -155,7 +156,7 @@ class EMA(Callback):
             if name not in parameters or parameters[name].shape != average.shape:
                 found = tuple(parameters[name].shape) if name in parameters else "no such parameter"
                 raise ValueError(f"ema: the average of {name!r}, {tuple(average.shape)}, does not fit: {found} here.")
-            self.weights[name] = average.to(parameters[name].device)
+            self.weights[name] = _placed_like(parameters[name], average)
 
     @torch.no_grad()
     def _swap_in(self, pl_module: LightningModule) -> None:
@@ -178,3 +179,16 @@ class EMA(Callback):
 def _precise(tensor: Tensor) -> Tensor:
     """In float32 or better: small steps would be lost in bfloat16."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _placed_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor on the parameter's device, and sharded over the ranks as the parameter is."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor) and not isinstance(tensor, DTensor):
+        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sharded tensors put together, on the CPU: all ranks must ask."""
+    return {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in tensors.items()}

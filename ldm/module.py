@@ -12,6 +12,8 @@ from lightning.pytorch.cli import OptimizerCallable
 # Set while LightningCLI builds a module from its config; only then are the hyper-parameters plain data.
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ldm import path
@@ -143,7 +145,8 @@ class DiffusionModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Leaves out a step whose gradients are not finite; all ranks have the same ones."""
-        self._grad_norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.log("train/grad_norm", self._grad_norm)
         if self._grad_norm.isfinite():
             self._skipped_in_a_row = 0
@@ -317,6 +320,15 @@ class DiffusionModule(LightningModule):
         """The denoiser's."""
         return self.optimizer(self.model.parameters())
 
+    def configure_model(self) -> None:
+        """Shards the denoiser over the ranks, block by block, where a ModelParallelStrategy has a mesh for that."""
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        for part in (*self.model.blocks, self.model):
+            # Without resharding, a validation would leave the outermost parameters whole, and averages couldn't return.
+            fully_shard(part, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
+        register_fsdp_forward_method(self.model, "block_features")
+
     def setup(self, stage: str) -> None:
         """Looks whether data, tokenizer and denoiser fit each other, before anything is computed."""
         if stage == "fit" and self.trainer.precision == "16-mixed":
@@ -395,7 +407,9 @@ class DiffusionModule(LightningModule):
         if "tokenizer" not in checkpoint:
             raise ValueError("ckpt_path: this is no checkpoint of a diffusion model")
         check_tokenizer(checkpoint["tokenizer"], self.latent_source, "ckpt_path: data and tokenizer at hand are")
-        stored = LatentStatistics(*(checkpoint["state_dict"][f"normalization.{name}"] for name in ("mean", "std")))
+        # A strategy that shards the model has loaded its state by now, and taken it out.
+        state = checkpoint.get("state_dict", self.normalization.state_dict(prefix="normalization."))
+        stored = LatentStatistics(*(state[f"normalization.{name}"] for name in ("mean", "std")))
         if stored.mean.shape != self.normalization.mean.shape:
             raise ValueError(
                 f"ckpt_path: the checkpoint is for latents of {stored.mean.shape[1]} channels, but model.in_channels "

@@ -96,12 +96,12 @@ class ImageShardDataset(ImageDataset):
 
     def open(self, index: int) -> BinaryIO:
         """An image's file, not decoded."""
-        descriptor = _opened(str(self.paths[self.shards[index]])).fileno()
-        return io.BytesIO(os.pread(descriptor, int(self.sizes[index]), int(self.offsets[index])))
+        shard = _opened(str(self.paths[self.shards[index]]))  # held, or another thread might have it closed
+        return io.BytesIO(os.pread(shard.fileno(), int(self.sizes[index]), int(self.offsets[index])))
 
 
 # Read without moving the file's position, so that threads and forked workers may share it; the oldest are closed.
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=128)
 def _opened(path: str) -> BinaryIO:
     return open(path, "rb", buffering=0)
 
