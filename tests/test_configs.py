@@ -1,5 +1,6 @@
 """Every config parses and builds what it describes; the full-size one has the published sizes."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +281,7 @@ def test_every_config_is_covered_here():
     seen = {"data/imagenet.yaml", "data/photos.yaml", "demo/tokenizer.yaml", "demo/strong.yaml", "demo/weak.yaml"}
     seen |= {"vfm_vae/base.yaml", *(f"vfm_vae/{stage}.yaml" for stage in STAGES), "vfm_vae/vfm/dinov2_large.yaml"}
     seen |= {"vfm_vae/discrete.yaml", "vfm_vae/512px.yaml", "data/512px.yaml", "data/imagenet_wds.yaml"}
+    seen |= {"trainer/multinode.yaml", "trainer/fsdp8_ldm.yaml"}
     seen |= {"trainer/cpu.yaml", "trainer/gpu.yaml", "trainer/ddp8.yaml", "trainer/ddp8_ldm.yaml"}
     seen |= {"ldm/lightningdit.yaml", "ldm/samples.yaml", *(f"ldm/{run}.yaml" for run in RUNS)}
     seen |= {f"ldm/size/{size}.yaml" for size in ("b", "l", "1p0b", "1p6b")}
@@ -289,13 +291,27 @@ def test_every_config_is_covered_here():
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == seen
 
 
-@pytest.mark.parametrize("name", ["gpu", "ddp8", "ddp8_ldm"])
-def test_gpu_trainers_parse(name):
-    parser = build("demo/tokenizer.yaml", "demo/strong.yaml", "trainer/cpu.yaml").parser
-    config = parser.parse_args(
-        ["fit", "--config", str(CONFIGS / "demo/tokenizer.yaml"), "--config", str(CONFIGS / f"trainer/{name}.yaml")]
-    )
-    assert config.fit.trainer.precision == "bf16-mixed"
+@pytest.mark.parametrize(
+    ("names", "ranks", "strategy"),
+    [
+        (["gpu"], 1, "SingleDeviceStrategy"),
+        (["ddp8"], 8, "DDPStrategy"),
+        (["ddp8_ldm"], 8, "DDPStrategy"),
+        (["fsdp8_ldm"], 8, "ModelParallelStrategy"),
+        (["ddp8", "multinode"], 32, "DDPStrategy"),
+        (["ddp8_ldm", "multinode"], 32, "DDPStrategy"),
+    ],
+)
+def test_trainers_of_gpus_build(names, ranks, strategy):
+    trainers = [f"trainer/{name}.yaml" for name in names]
+    cli = build("demo/tokenizer.yaml", "demo/strong.yaml", *trainers, options=["--trainer.accelerator=cpu"])
+    assert type(cli.trainer.strategy).__name__ == strategy
+    assert cli.trainer.world_size == ranks and cli.config.fit.trainer.accelerator == "cpu"
+    assert cli.trainer.precision == "bf16-mixed"
+    if ranks > 1:
+        assert cli.trainer.strategy._timeout == timedelta(minutes=10)
+    if names[0] == "ddp8":  # both players' turns leave parameters unused
+        assert cli.trainer.strategy._ddp_kwargs["find_unused_parameters"]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The training step: what it changes, what it leaves alone, and that it goes on where it was."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -241,3 +242,24 @@ def test_reconstructions_are_rounded_or_truncated(tiny_module, batch):
     assert all(torch.allclose(x, x.round(), atol=1e-3) for x in pixels)
     difference = pixels[0].round() - pixels[1].round()
     assert set(difference.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="on the CPU, torch.compile needs a C++ compiler")
+def test_a_compiled_decoder_gives_the_same_gradients_under_the_same_names(tiny_module, trainer, batch):
+    plain, compiled = tiny_module(), tiny_module(torch_compile=True)
+    names = list(compiled.state_dict())
+    trainer(max_steps=2).fit(compiled, repeat(batch))
+    assert compiled.model.decoder._compiled_call_impl is not None
+    assert list(compiled.state_dict()) == names and compiled.guard.num_skipped == 0
+
+    plain.load_state_dict(compiled.state_dict())
+    latent = torch.randn(2, 16, 8, 8)
+    for module in (plain, compiled):
+        module.zero_grad()
+        decoded = module.model.decoder(latent)
+        sum(image.square().mean() for image in (decoded.image, *decoded.multiscale)).backward()
+    expected = dict(plain.model.decoder.named_parameters())
+    for name, parameter in compiled.model.decoder.named_parameters():
+        scale = expected[name].grad.abs().max()
+        assert torch.allclose(parameter.grad, expected[name].grad, atol=1e-4 * scale), name

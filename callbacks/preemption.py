@@ -1,0 +1,171 @@
+"""A run that is told to stop saves what it has and ends."""
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.loops.progress import _BatchProgress
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import distributed
+
+
+class StopOnSignal(Checkpoint):
+    """On a signal, writes the `last` checkpoint of the run's ModelCheckpoint after the present step, and ends.
+
+    With `ckpt_path: last` the same command goes on exactly where the run was, in the middle of an epoch, too. The
+    signal may reach one rank only: it sets a flag there, and after a step all ranks ask each other for theirs. A stop
+    waits for the end of an optimiser's step, because a checkpoint holds no half-accumulated gradients. No validation is
+    run; one that was due or had begun is done as a whole after the resume. (What a validation computes after its last
+    batch is not interrupted.) Until training begins, signals do what they did before.
+
+    The process ends by `SystemExit` out of `Trainer.fit`, with code 0: whoever started it sees a command that did what
+    it was told, and one that went wrong differs from it. Give `exit_code` where a scheduler restarts jobs by their
+    code alone. SLURM leaves `KillWait` between SIGTERM and SIGKILL, torchrun 30 seconds; torchrun itself ends with code
+    1, and hands SIGUSR1 on only if `--signals-to-handle` says so.
+
+    Under SLURM it replaces Lightning's auto-requeue, which would save from within the signal's handler, so in the
+    middle of a step, to an `hpc_ckpt_*` file that from then on goes before `ckpt_path`. Instead, the requeue signal
+    (SIGUSR1, as `sbatch --signal=SIGUSR1@120` sends it two minutes before the time limit) ends the run as described,
+    and rank zero calls `scontrol requeue`; if that fails, it warns, and the code is 1. SIGTERM, by which jobs are
+    cancelled or preempted, requeues nothing: SLURM does that itself where it is set up to.
+
+    List it after the ModelCheckpoint. All ranks must have equally many batches, as our DataModule sees to. Where
+    training runs in another thread than the main one, Python hands it no signals, and nothing happens.
+
+    Args:
+        signals: names of the signals that stop the run.
+        every_n_steps: steps between two times that the ranks ask each other.
+        exit_code: of the process that was stopped.
+        requeue: whether the requeue signal requeues a SLURM job.
+
+    Raises:
+        ValueError: if an option is not possible; when training is set up, if no ModelCheckpoint keeps `last`.
+        SystemExit: when the run was stopped.
+    """
+
+    def __init__(
+        self,
+        signals: Sequence[str] = ("SIGTERM", "SIGUSR1"),
+        every_n_steps: int = 1,
+        exit_code: int = 0,
+        requeue: bool = True,
+    ) -> None:
+        known = signal.Signals.__members__
+        for name in signals:
+            if name not in known or known[name] in (signal.SIGKILL, signal.SIGSTOP):
+                raise ValueError(f"signals: {name!r} is no signal that can be caught; such are SIGTERM and SIGUSR1")
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps: must be at least 1, given {every_n_steps}")
+        if not 0 <= exit_code <= 255:
+            raise ValueError(f"exit_code: must lie in 0..255, given {exit_code}")
+        self.signals = [known[name] for name in signals]
+        self.every_n_steps, self.exit_code, self.requeue = every_n_steps, exit_code, requeue
+        self._received = 0  # number of the signal
+        self._asked = 0  # step
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Looks for the checkpoint; takes SLURM's requeue signal from Lightning."""
+        if stage != "fit":
+            return
+        if not any(checkpoint.save_last is True for checkpoint in _model_checkpoints(trainer)):
+            raise ValueError("trainer.callbacks: StopOnSignal needs a ModelCheckpoint with save_last: true")
+        environment = _slurm(trainer)
+        if environment is not None:
+            environment.auto_requeue = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on, signals are noted. Lightning's handler of SIGTERM, which breaks off, stands aside."""
+        self._received, self._asked = 0, trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            self._previous |= {number: signal.signal(number, self._note) for number in self.signals}
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._received = number
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Where a step ended, stops if any rank was told to."""
+        if trainer.global_step - self._asked < self.every_n_steps:
+            return
+        epoch = trainer.fit_loop.epoch_loop
+        if epoch._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            return  # the validation's first batch stops, and the checkpoint knows that it is due
+        self._asked = trainer.global_step
+        number = self._agreed(trainer)
+        if number:
+            self._stop(trainer, number)
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Stops in a validation, which is then done anew when the run goes on."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        number = self._agreed(trainer)
+        if number:
+            _rewind(trainer.fit_loop.epoch_loop.val_loop.batch_progress)
+            self._stop(trainer, number)
+
+    def _agreed(self, trainer: Trainer) -> int:
+        """The signal that any rank received, or 0; the same on all ranks."""
+        if trainer.world_size == 1:
+            return self._received
+        number = torch.tensor(self._received, device=trainer.strategy.root_device)
+        distributed.all_reduce(number, distributed.ReduceOp.MAX)
+        return int(number)
+
+    def _stop(self, trainer: Trainer, number: int) -> None:
+        name, code = signal.Signals(number).name, self.exit_code
+        for checkpoint in _model_checkpoints(trainer):
+            if checkpoint.save_last is True:
+                checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
+                rank_zero_info(f"{name}: saved {checkpoint.last_model_path} after step {trainer.global_step}")
+        environment = _slurm(trainer)
+        if self.requeue and environment is not None and number == environment.requeue_signal:
+            code = code if not trainer.is_global_zero or _requeue() else 1
+        raise SystemExit(code)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives the signals back, before Lightning gives back what it found itself."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives them back."""
+        self.on_train_end(trainer, pl_module)
+
+
+def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _slurm(trainer: Trainer) -> SLURMEnvironment | None:
+    """SLURM's job, also where one device needs no strategy that would know it."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return environment if isinstance(environment, SLURMEnvironment) else None
+
+
+def _requeue() -> bool:
+    """Puts this job, or this task of an array, back into SLURM's queue; whether that went well."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        rank_zero_warn(f"the checkpoint is saved, but the job was not requeued: {error}")
+        return False
+    return True
+
+
+def _rewind(progress: _BatchProgress) -> None:
+    """Lets a loop look like one that broke off in its first batch: Lightning then runs it again as a whole."""
+    total = progress.total
+    total.started = total.ready
+    total.processed = total.completed = total.ready - 1
+    progress.current.reset()

@@ -1,0 +1,70 @@
+"""When one rank fails, the others end as well, and soon."""
+
+import os
+import sys
+import threading
+import time
+import traceback
+
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class EndTogether(Callback):
+    """Sees to it that processes which Lightning started itself don't outlive each other's failure.
+
+    Lightning's rank zero starts the others of its machine and kills everything within five seconds where one of them
+    fails. Two cases stay open, in which ranks would wait for the process group's timeout, or for ever where they wait
+    for nothing that has one:
+
+    - rank zero fails: the others watch whether it is still there, and end when it is not;
+    - a rank fails with an error but can't end, because its backend waits for the others while it is torn down: after
+      `grace_seconds` it shows its error and ends nevertheless. (So in a script for several ranks, an exception out of
+      `Trainer.fit` is nothing to be caught and lived with.)
+
+    Torchrun, and `srun --kill-on-bad-exit=1`, watch the ranks that they start themselves. For a rank that hangs but
+    lives there is the timeout of the process group, which the strategies in configs/trainer set to ten minutes.
+
+    Args:
+        grace_seconds: that a rank with an error has to end by itself.
+
+    Raises:
+        ValueError: if the time is not positive.
+    """
+
+    def __init__(self, grace_seconds: float = 30.0) -> None:
+        if grace_seconds <= 0:
+            raise ValueError(f"grace_seconds: must be positive, given {grace_seconds:g}")
+        self.grace_seconds = grace_seconds
+        self._over = threading.Event()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begins to watch."""
+        self._over.clear()
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
+            watch = (os.getppid(), f"rank {trainer.global_rank} ends: the process that started it is gone", self._over)
+            threading.Thread(target=_end_with, args=watch, daemon=True).start()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Watches no longer: after a good end each rank does what its script says."""
+        self._over.set()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leaves the rank some time to end; whoever exits on purpose takes the time it needs."""
+        if trainer.world_size > 1 and isinstance(exception, Exception):
+            threading.Thread(target=_end_after, args=(self.grace_seconds, exception), daemon=True).start()
+
+
+def _end_with(parent: int, message: str, over: threading.Event) -> None:
+    while not over.wait(1.0):
+        if os.getppid() != parent:
+            print(message, file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def _end_after(seconds: float, exception: Exception) -> None:
+    time.sleep(seconds)
+    traceback.print_exception(exception)
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,0 +1,326 @@
+"""Runs that are told to stop: they save, end with a known code, and go on as if nothing had been."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import Dataset
+
+from callbacks.ema import EMA
+from callbacks.preemption import StopOnSignal
+from vfm_vae.data.sampling import ResumableLoader, TrainingSampler
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+
+# The demo's tokenizer at a size that trains in seconds, saving at the end of an epoch only.
+SMALL = """
+model:
+  max_images: 96
+  model:
+    init_args:
+      adapter: {init_args: {layer_channels: [8, 8, 8], latent_channels: 4, decoded_channels: 16}}
+      decoder:
+        init_args:
+          latent_channels: 16
+          channels: [16, 16, 16, 16, 8]
+          route_channels: [16, 16]
+          attention_depths: []
+          num_res_blocks: 0
+          w_channels: 16
+data:
+  root: photos
+  photos: {size: 64, train_per_class: 4, val_per_class: 2}
+  batch_size: 8
+  val_batch_size: 26
+trainer:
+  limit_val_batches: 0
+  logger:
+    class_path: lightning.pytorch.loggers.TensorBoardLogger
+    init_args: {save_dir: runs, name: small, version: ""}
+  callbacks:
+  - class_path: callbacks.ema.EMA
+  - class_path: sender.Ready
+  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+    init_args: {save_last: true, enable_version_counter: false}
+  - class_path: callbacks.preemption.StopOnSignal
+"""
+
+# Tells the test when a step was done, and waits there for the signal: so the test knows which step it reaches.
+SENDER = """
+import time
+from pathlib import Path
+from lightning.pytorch import Callback
+
+
+class Ready(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        name = trainer.logger.name
+        if name != "whole" and trainer.global_step == 3:
+            Path(f"ready_{name}").touch()
+            while not Path(f"sent_{name}").exists():
+                time.sleep(0.01)
+"""
+
+
+def fit(folder: Path, name: str, *options: str) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "vfm_vae",
+        "fit",
+        "-c",
+        str(ROOT / "configs/demo/tokenizer.yaml"),
+        "-c",
+        "run.yaml",
+    ]
+    command += [f"--trainer.logger.init_args.name={name}", *options]
+    pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT | {"PYTHONPATH": str(folder)}, **pipes)
+
+
+def end(process: subprocess.Popen, timeout: float = 100) -> int:
+    """The exit code, and standard error where it is not what one hopes for."""
+    _, error = process.communicate(timeout=timeout)
+    print(error.decode()[-3000:])
+    return process.returncode
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 100
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def same(ours: object, theirs: object) -> bool:
+    """Whether two parts of checkpoints are equal bit for bit."""
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs
+
+
+PARTS = ("state_dict", "ema", "optimizer_states", "images_seen", "global_step", "epoch", "guard")
+
+
+def test_the_command_line_saves_ends_and_goes_on(tmp_path: Path, photos: Path):
+    (tmp_path / "photos").symlink_to(photos)
+    (tmp_path / "run.yaml").write_text(SMALL)
+    (tmp_path / "sender.py").write_text(SENDER)
+    last = "checkpoints/last.ckpt"
+    stopped = {name: fit(tmp_path, name) for name in ("SIGTERM", "SIGUSR1")}
+    for name, process in stopped.items():
+        wait_for(tmp_path / f"ready_{name}", process)
+        process.send_signal(signal.Signals[name])
+        (tmp_path / f"sent_{name}").touch()
+        assert end(process) == 0
+        assert torch.load(tmp_path / "runs" / name / last, weights_only=True)["global_step"] == 3  # of 6 in the epoch
+    runs = [fit(tmp_path, "SIGTERM"), fit(tmp_path, "whole")]
+    assert [end(process) for process in runs] == [0, 0]  # the demo's config says `ckpt_path: last`
+    resumed, whole = (torch.load(tmp_path / "runs" / name / last, weights_only=True) for name in ("SIGTERM", "whole"))
+    assert whole["images_seen"] == 96
+    for part in PARTS:
+        assert same(resumed[part], whole[part]), part
+
+
+RANKS = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from callbacks.preemption import StopOnSignal
+
+out, name = Path(sys.argv[1]), sys.argv[2]
+
+class Module(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).sum()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+class Signal(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 4 and trainer.global_rank == 1:
+            (out / "sent").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.Signals[name])
+    def on_exception(self, trainer, module, exception):
+        steps, code = trainer.global_step, exception.code
+        (out / f"rank{trainer.global_rank}").write_text(f"{time.time()} {steps} {code}")
+
+trainer = Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", logger=False, default_root_dir=out, enable_progress_bar=False,
+    enable_model_summary=False, max_epochs=1,
+    callbacks=[
+        Signal(), ModelCheckpoint(out, save_last=True, save_top_k=0), StopOnSignal(every_n_steps=3, exit_code=7)
+    ],
+)
+trainer.fit(Module(), torch.utils.data.DataLoader(torch.randn(1000, 2)))
+"""
+
+
+def test_a_signal_to_one_rank_stops_both(tmp_path: Path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path), "SIGTERM"]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    code = end(process, timeout=60)
+    sent = float((tmp_path / "sent").read_text())
+    for rank in (0, 1):
+        when, step, exit_code = (tmp_path / f"rank{rank}").read_text().split()
+        assert float(when) - sent < 5
+        assert (step, exit_code) == ("6", "7")  # in step 5 it was told to, after step 6 they asked each other
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
+    assert code == 7
+
+
+class Raise(Callback):
+    """Sends the process a signal in a step of training, or in a batch of a validation."""
+
+    def __init__(self, step: int | None = None, validation: tuple[int, int] | None = None, name: str = "SIGTERM"):
+        self.step, self.validation, self.signal = step, validation, signal.Signals[name]
+        self.batches, self.validations = [], 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches += [batch.index.tolist()]
+        if trainer.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.signal)
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.validation == (trainer.global_step, batch_idx):
+            os.kill(os.getpid(), self.signal)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.validations += 1
+        self.loss = float(trainer.callback_metrics["val/loss"]) if "val/loss" in trainer.callback_metrics else None
+
+
+class Drawn(Dataset):
+    """As the loader that keeps its place asks for samples."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, draw):
+        return self.dataset[draw.index]
+
+
+@pytest.fixture
+def run(trainer, new_module, data, tmp_path):
+    """Trains in the folder `name` until the end or a signal; returns the code, the last checkpoint, who watched."""
+
+    def loader():
+        sampler, collate = TrainingSampler(data.train_set, 4), data.val_dataloader().collate_fn
+        return ResumableLoader(Drawn(data.train_set), batch_size=4, sampler=sampler, collate_fn=collate)
+
+    data.train_dataloader = loader
+
+    def start(name: str, sender: Callback | None = None, accumulate: int = 1, **kwargs):
+        sender = sender or Raise()
+        saves = ModelCheckpoint(tmp_path / name, save_last=True, save_top_k=0, enable_version_counter=False)
+        options = {"enable_checkpointing": True, "max_steps": 12, "check_val_every_n_epoch": None} | kwargs
+        fitting = trainer(EMA(), sender, saves, StopOnSignal(), val_check_interval=5, **options)
+        code = None
+        try:
+            fitting.fit(new_module(accumulate), data, ckpt_path="last", weights_only=True)
+        except SystemExit as stop:
+            code = stop.code
+        return code, torch.load(tmp_path / name / "last.ckpt", weights_only=True), sender
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "told", [{"step": 2}, {"step": 5}, {"validation": (5, 0)}, {"validation": (5, 1)}, {"step": 9}]
+)
+def test_stopped_anywhere_equals_uninterrupted(run, told):
+    """In the middle of an epoch, where a validation is due, in it, and after it."""
+    _, whole, whole_sender = run("whole")
+    code, stopped, first = run("stopped", Raise(**told))
+    assert code == 0 and stopped["global_step"] == (told.get("step") or 5)
+    code, resumed, second = run("stopped")
+    assert code is None
+    assert first.batches + second.batches == whole_sender.batches
+    assert first.validations + second.validations == whole_sender.validations == 2  # each one whole, none twice
+    assert second.loss == whole_sender.loss
+    for part in ("state_dict", "ema", "optimizer_states", "images_seen", "global_step", "epoch"):
+        assert same(resumed[part], whole[part]), part
+    counted = [
+        state["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] for state in (whole, resumed)
+    ]
+    assert counted[0] == counted[1]
+
+
+def test_accumulated_gradients_are_not_lost(run):
+    code, stopped, _ = run("stopped", Raise(step=2), accumulate=2, limit_val_batches=0)
+    assert code == 0 and stopped["global_step"] == 2 and stopped["images_seen"] == 16  # both batches of the step
+    _, resumed, _ = run("stopped", accumulate=2, limit_val_batches=0)
+    _, whole, _ = run("whole", accumulate=2, limit_val_batches=0)
+    assert same(resumed["state_dict"], whole["state_dict"])
+
+
+def test_handlers_return(run):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    for name, sender in (("whole", None), ("stopped", Raise(step=2, name="SIGUSR1"))):
+        run(name, sender)
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_slurm_job_is_requeued_by_its_signal_alone(run, tmp_path, monkeypatch, works):
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n{"true" if works else "exit 1"}\n')
+    scontrol.chmod(0o755)
+    job = {
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_JOB_ID": "12",
+        "SLURM_NODEID": "0",
+        "SLURM_PROCID": "0",
+    }
+    job |= {"SLURM_LOCALID": "0", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    cluster = {"plugins": [SLURMEnvironment()]}
+    assert run("preempted", Raise(step=2), **cluster)[0] == 0
+    assert not (tmp_path / "calls").exists()
+    assert run("requeued", Raise(step=2, name="SIGUSR1"), **cluster)[0] == (0 if works else 1)
+    assert (tmp_path / "calls").read_text() == "requeue 12\n"
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"signals": ["SIGKILL"]}, "signals: 'SIGKILL'"),
+        ({"signals": ["TERM"]}, "signals: 'TERM'"),
+        ({"every_n_steps": 0}, "every_n_steps: must be at least 1"),
+        ({"exit_code": 256}, "exit_code: must lie in 0..255"),
+    ],
+)
+def test_impossible_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        StopOnSignal(**options)
+
+
+@pytest.mark.parametrize("save_last", [None, "link"])
+def test_there_must_be_a_last_checkpoint(trainer, module, data, save_last):
+    fitting = trainer(ModelCheckpoint(save_last=save_last), StopOnSignal(), enable_checkpointing=True)
+    with pytest.raises(ValueError, match="StopOnSignal needs a ModelCheckpoint with save_last: true"):
+        fitting.fit(module, data)

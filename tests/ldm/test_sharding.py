@@ -1,0 +1,99 @@
+"""A denoiser sharded over two processes (FSDP2) trains, saves and goes on as one that each process holds whole."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from callbacks.ema import EMA
+from ldm.guidance import Guidance
+from ldm.models.lightningdit import LightningDiT
+from ldm.module import DiffusionModule
+from ldm.samplers import Euler
+from vfm_vae.data.datamodule import ImageNetDataModule
+
+cache, out = sys.argv[1], Path(sys.argv[2])
+
+
+def fit(name, strategy, max_steps):
+    torch.manual_seed(0)
+    denoiser = LightningDiT(4, 4, 2, 2, 32, 2, num_classes=5)
+    for parameter in filter(lambda p: p.requires_grad, denoiser.parameters()):  # many begin at zero
+        torch.nn.init.normal_(parameter, std=0.05)
+    module = DiffusionModule(denoiser, partial(torch.optim.AdamW, lr=1e-3, fused=True), Euler(4), Guidance(2.0))
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, precision="bf16-mixed", gradient_clip_val=0.5,
+        max_steps=max_steps, max_epochs=-1, check_val_every_n_epoch=None, val_check_interval=2, num_sanity_val_steps=0,
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[EMA(decay=0.9), ModelCheckpoint(out / name, save_last=True, save_top_k=0, every_n_train_steps=1,
+                                                   enable_version_counter=False)],
+    )
+    data = ImageNetDataModule(cache, source="latents", batch_size=4, val_batch_size=2, num_workers=0)
+    trainer.fit(module, datamodule=data, ckpt_path="last", weights_only=True)
+    losses = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    parameter = next(module.model.blocks.parameters())
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return losses, local.numel() / parameter.numel()
+
+
+def sharded():
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+
+results = {"whole": fit("whole", "ddp", 5)}
+fit("sharded", sharded(), 3)
+results |= {"sharded": fit("sharded", sharded(), 5)}
+fit("begun_whole", "ddp", 3)
+fit("begun_whole", sharded(), 5)
+torch.save(results, out / f"rank{torch.distributed.get_rank()}.pt")
+"""
+
+
+def close(ours: object, theirs: object) -> bool:
+    """Equal but for the order in which a norm is summed: gradients are clipped by it."""
+    if isinstance(ours, torch.Tensor):
+        return type(ours) is torch.Tensor and torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(close(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(close, ours, theirs))
+    return ours == theirs
+
+
+def test_sharded_and_resumed_equals_whole(tmp_path: Path, cache: Path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), str(cache), str(tmp_path)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    ranks = sorted(tmp_path.glob("rank*.pt"))
+    assert len(ranks) == 2, process.stderr[-3000:]
+    for (losses, share), (sharded_losses, sharded_share) in (torch.load(rank).values() for rank in ranks):
+        assert sharded_losses == pytest.approx(losses, rel=1e-5) and losses
+        assert (share, sharded_share) == (1, 0.5)
+    names = ("whole", "sharded", "begun_whole")
+    whole, *others = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in names)
+    assert whole["global_step"] == 5
+    for part in ("state_dict", "ema", "optimizer_states", "images_seen", "global_step"):
+        assert all(close(other[part], whole[part]) for other in others), part
