@@ -205,7 +205,7 @@ def test_small_images_are_listed_once_and_left_out(tree):
 
 def test_a_list_of_small_images_elsewhere(tree, tmp_path):
     data = datamodule(tree, min_size=17, small_list=str(tmp_path / "missing" / "small.txt"))
-    with pytest.raises(ValueError, match=r"small_list: can't write '.*small.txt' .*; give another path"):
+    with pytest.raises(ValueError, match=r"small_list: can't write '.*small.txt' .*; give another place"):
         data.prepare_data()
     (tmp_path / "small.txt").write_text("apple/000.JPEG\n")
     data = datamodule(tree, min_size=17, small_list=str(tmp_path / "small.txt"))

@@ -1,6 +1,5 @@
 """The DataModule that serves images to both models."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vfm_vae.data.folder import ImageFolderDataset, list_classes
-from vfm_vae.data.images import ImageDataset
+from vfm_vae.data.images import ImageDataset, write_at_once
 from vfm_vae.data.latents import LatentDataset, LatentStatistics, split_folder
 from vfm_vae.data.sampling import Draw, EvaluationSampler, GivenOrder, ResumableLoader, TrainingSampler
 from vfm_vae.data.shards import ImageShardDataset, list_shards, read_index
@@ -259,14 +258,7 @@ class ImageNetDataModule(LightningDataModule):
 
     def _write_small_list(self) -> None:
         names = self._images("train", self.evaluation_transform).small(self.min_size)
-        partial = self.small_list.with_name(f"{self.small_list.name}.{os.getpid()}")
-        try:
-            partial.write_text("".join(f"{name}\n" for name in names))
-            partial.replace(self.small_list)  # at once, so that nobody reads half a list
-        except OSError as error:
-            raise ValueError(
-                f"small_list: can't write {str(self.small_list)!r} ({error}); give another path"
-            ) from error
+        write_at_once(self.small_list, "".join(f"{name}\n" for name in names).encode(), "small_list")
 
 
 class SampleNumbers(Dataset):

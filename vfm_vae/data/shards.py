@@ -18,7 +18,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from vfm_vae.data.images import EXTENSIONS, ImageDataset, kept
+from vfm_vae.data.images import EXTENSIONS, ImageDataset, kept, write_at_once
 from vfm_vae.data.transforms import Transform
 
 log = logging.getLogger(__name__)
@@ -220,13 +220,9 @@ def _save_index(file: Path, shards: dict[str, Shard]) -> None:
     }
     columns = ("names", "offsets", "sizes", "labels")
     arrays = {column: np.concatenate([getattr(s, column) for s in shards.values()]) for column in columns}
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as stream:
-            np.savez(stream, shards=np.array(json.dumps(described)), **arrays)
-        partial.replace(file)  # at once, so that nobody reads half an index
-    except OSError as error:
-        raise ValueError(f"cache_dir: can't write {str(file)!r} ({error}); give another folder") from error
+    content = io.BytesIO()
+    np.savez(content, shards=np.array(json.dumps(described)), **arrays)
+    write_at_once(file, content.getvalue(), "cache_dir")
 
 
 def _load_index(file: Path) -> dict[str, Shard]:
