@@ -16,7 +16,7 @@ LDM := $(TUNED) $(BIN)/python -m ldm
 FIT := $(TOKENIZER) fit
 
 # A folder of tar shards or of images; no GPU, one, or several of one machine.
-IMAGENET := -c configs/data/$(if $(wildcard $(DATA)/*.tar),imagenet_wds,imagenet).yaml --data.root $(DATA)
+IMAGENET := -c configs/data/$(if $(wildcard $(DATA)/*.tar $(DATA)/*/*.tar),imagenet_wds,imagenet).yaml --data.root $(DATA)
 one_or_many = $(if $(filter 0,$(GPUS)),cpu,$(if $(filter 1,$(GPUS)),gpu,$(1)))
 TRAINER = -c configs/trainer/$(call one_or_many,ddp8).yaml $(DEVICES)
 TRAINER_LDM = -c configs/trainer/$(call one_or_many,ddp8_ldm).yaml $(DEVICES)
@@ -25,8 +25,9 @@ DEVICES := $(if $(filter-out 0 1,$(GPUS)),--trainer.devices=$(GPUS))
 COUNT := $(if $(filter 0,$(GPUS)),1,$(GPUS))
 ONCE := $(if $(filter $(COUNT),1 2 4 8 16 32),$(shell expr 32 / $(COUNT)),$(error GPUS: 0, 1, 2, 4, 8, 16 or 32, so that batches divide; given $(GPUS)))
 EVERY := --trainer.val_check_interval=$(shell expr 5000 \* $(ONCE))
-BATCH := --data.batch_size=$(shell expr 16 \* $(COUNT)) --model.accumulate_grad_batches=$(ONCE) $(EVERY)
-BATCH_LDM := --data.batch_size=$(shell expr 32 \* $(COUNT)) --trainer.accumulate_grad_batches=$(ONCE) $(EVERY)
+MEASURED := --data.val_batch_size=$(shell expr 64 \* $(COUNT))
+BATCH := --data.batch_size=$(shell expr 16 \* $(COUNT)) --model.accumulate_grad_batches=$(ONCE) $(EVERY) $(MEASURED)
+BATCH_LDM := --data.batch_size=$(shell expr 32 \* $(COUNT)) --trainer.accumulate_grad_batches=$(ONCE) $(EVERY) $(MEASURED)
 STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER) $(BATCH)
 
 DEMO_LDM := -c configs/demo/ldm.yaml
@@ -100,7 +101,7 @@ patchgan: install ## stage 4, PatchGAN fine-tuning, from the SSIM stage
 	$(STAGE_FIT)
 
 latents: install ## cache the latents of the data that STAGE was trained on: make latents STAGE=patchgan GPUS=8
-	$(TOKENIZER) predict -c runs/$(STAGE)/config.yaml -c configs/vfm_vae/latents.yaml $(TRAINER) \
+	$(TOKENIZER) predict -c runs/$(STAGE)/config.yaml -c configs/vfm_vae/latents.yaml $(TRAINER) $(MEASURED) \
 	  --ckpt_path runs/$(STAGE)/checkpoints/last.ckpt
 
 ldm: install ## train LightningDiT-XL/1 on cached latents: make ldm RUN=epochs64|epochs80|epochs560 GPUS=8
@@ -108,17 +109,20 @@ ldm: install ## train LightningDiT-XL/1 on cached latents: make ldm RUN=epochs64
 	  $(BATCH_LDM)
 
 samples: install ## draw 50 000 samples from a trained LightningDiT: make samples RUN=epochs64 GPUS=8
-	$(LDM) predict -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/samples.yaml $(TRAINER_LDM) --trainer.precision=32-true \
+	$(LDM) predict -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/samples.yaml $(TRAINER_LDM) $(MEASURED) \
+	  --trainer.precision=32-true \
 	  --ckpt_path runs/ldm/$(RUN)/checkpoints/last.ckpt --trainer.callbacks.directory=runs/ldm/$(RUN)/samples
 
 evaluate: evaluate-tokenizer evaluate-ldm ## measure tokenizer and diffusion model: make evaluate STAGE=patchgan RUN=epochs64 GPUS=8
 
 evaluate-tokenizer: install ## rFID and its kin, alignment, probes of a trained tokenizer
-	$(TOKENIZER) test -c runs/$(STAGE)/config.yaml -c configs/vfm_vae/test.yaml $(TRAINER) --trainer.precision=32-true \
+	$(TOKENIZER) test -c runs/$(STAGE)/config.yaml -c configs/vfm_vae/test.yaml $(TRAINER) $(MEASURED) \
+	  --trainer.precision=32-true \
 	  --ckpt_path runs/$(STAGE)/checkpoints/last.ckpt
 
 evaluate-ldm: install ## gFID and its kin of a trained LightningDiT
-	$(LDM) test -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/test.yaml $(TRAINER_LDM) --trainer.precision=32-true \
+	$(LDM) test -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/test.yaml $(TRAINER_LDM) $(MEASURED) \
+	  --trainer.precision=32-true \
 	  --ckpt_path runs/ldm/$(RUN)/checkpoints/last.ckpt
 
 clean: ## remove caches and the demo's results, not other runs

@@ -132,7 +132,8 @@ class CKNNACallback(EvaluationCallback):
         """Extracts the features of the chosen images."""
         is_numbers_alone = isinstance(batch, Batch) and not batch.has_images
         chosen = self.chosen(batch.index)
-        if not self._active or is_numbers_alone or (self._stores and not chosen.any()):
+        sharded = pl_module.device_mesh is not None  # over the ranks, all of which a pass then needs
+        if not self._active or is_numbers_alone or (self._stores and not chosen.any() and not sharded):
             return  # but on a rank's first batch: it must know the features' names all the same
         part = rows_of(batch, chosen)
         # Of images the module may have all features at hand from validation; latents that are not chosen cost a pass.

@@ -128,8 +128,8 @@ class SampleImages(Callback):
         self._directory = Path(trainer.log_dir or trainer.default_root_dir) / "images"
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws."""
-        if trainer.sanity_checking or not trainer.is_global_zero or not pl_module.can_decode:
+        """Draws, on all ranks alike: a model that is sharded over them needs all."""
+        if trainer.sanity_checking or not pl_module.can_decode:
             return
         labels = torch.tensor(self.classes).repeat_interleave(self.num_images)
         numbers = torch.arange(len(labels))
@@ -139,6 +139,8 @@ class SampleImages(Callback):
                     to_uint8(pl_module.draw(*part, guidance_scale=scale).images).cpu()
                     for part in zip(numbers.split(self.batch_size), labels.split(self.batch_size), strict=True)
                 ]
+            if not trainer.is_global_zero:
+                continue
             grid = make_grid(torch.cat(images), nrow=self.num_images, padding=2, pad_value=255)
             name = f"samples_guidance_{scale:g}"
             show(trainer, grid, self._directory / f"{name}.png", f"val/{name}")

@@ -121,10 +121,9 @@ class StopOnSignal(Checkpoint):
 
     def _stop(self, trainer: Trainer, number: int) -> None:
         name, code = signal.Signals(number).name, self.exit_code
-        for checkpoint in _model_checkpoints(trainer):
-            if checkpoint.save_last is True:
-                checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
-                rank_zero_info(f"{name}: saved {checkpoint.last_model_path} after step {trainer.global_step}")
+        checkpoint = next(callback for callback in _model_checkpoints(trainer) if callback.save_last is True)
+        checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
+        rank_zero_info(f"{name}: saved {checkpoint.last_model_path} after step {trainer.global_step}")
         environment = _slurm(trainer)
         if self.requeue and environment is not None and number == environment.requeue_signal:
             code = code if not trainer.is_global_zero or _requeue() else 1

@@ -51,10 +51,8 @@ trainer:
   - class_path: callbacks.throughput.Throughput
     init_args: {window_size: 2}
   - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-    init_args:
-      {monitor: val/psnr, mode: max, filename: best, save_last: true, save_top_k: 1, enable_version_counter: false}
-  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-    init_args: {every_n_train_steps: 1000, save_last: true, save_top_k: 0, enable_version_counter: false}
+    init_args: {monitor: val/psnr, mode: max, filename: best, enable_version_counter: false}
+  - class_path: callbacks.checkpoint.LastCheckpoint
   - class_path: callbacks.preemption.StopOnSignal
   - class_path: callbacks.rank_failure.EndTogether
 """
@@ -78,8 +76,7 @@ trainer:
   callbacks:
   - class_path: callbacks.ema.EMA
     init_args: {decay: 0.9}
-  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-    init_args: {save_last: true, save_on_train_epoch_end: true, enable_version_counter: false}
+  - class_path: callbacks.checkpoint.LastCheckpoint
 """
 TOY_LDM_TEST = """
 data: {num_samples: 10}

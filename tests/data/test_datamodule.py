@@ -142,7 +142,8 @@ class Ranks:
 
     def __init__(self, rank, world_size):
         self.global_rank, self.world_size = rank, world_size
-        self.fit_loop = None
+        self.fit_loop = self.lightning_module = None
+        self.accumulate_grad_batches, self.val_check_interval = 1, 1.0
 
 
 def shares(root, ranks, loader, **kwargs):
@@ -183,8 +184,16 @@ def test_ranks_get_padding_only_where_needed(make_tree):
 def test_a_batch_that_does_not_divide_over_ranks_is_refused(tree):
     with pytest.raises(ValueError, match="val_batch_size: 3 images in total don't divide over 2 ranks"):
         shares(tree, 2, "val_dataloader", val_batch_size=3)
-    with pytest.raises(ValueError, match="batch_size: 64 is more than the 12 training images"):
+    with pytest.raises(ValueError, match="batch_size: a step takes 64 images, more than the 12 of training"):
         shares(tree, 1, "train_dataloader", batch_size=64)
+
+
+def test_accumulated_steps_end_with_the_epoch_and_before_a_validation(tree, tmp_path):
+    kwargs = {"max_steps": 2, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2}
+    model = fit(tmp_path, datamodule(tree, batch_size=4), val_check_interval=2, **kwargs)  # 12 images
+    assert [seen[0] for seen in model.seen] == [0, 0, "val", "val", 1, 1, "val", "val"]
+    with pytest.raises(ValueError, match=r"trainer\.val_check_interval: 3 batches end in the middle of a step"):
+        fit(tmp_path, datamodule(tree, batch_size=4), val_check_interval=3, **kwargs)
 
 
 def test_small_images_are_listed_once_and_left_out(tree):

@@ -55,8 +55,20 @@ def test_training_order_depends_on_seed_and_epoch():
 
 
 def test_too_small_a_data_set_is_refused():
-    with pytest.raises(ValueError, match="batch_size: 16 is more than the 10 training images"):
+    with pytest.raises(ValueError, match="batch_size: a step takes 16 images, more than the 10 of training"):
         TrainingSampler(range(10), 8, num_replicas=2, rank=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_epoch_holds_whole_steps(ranks):
+    def sampler(rank, batches_per_step):
+        return TrainingSampler(range(100), 8 // ranks, num_replicas=ranks, rank=rank, batches_per_step=batches_per_step)
+
+    one, four = (list(sampler(0, batches)) for batches in (1, 4))
+    assert len(one) == 12 * 8 // ranks and len(four) == 12 * 8 // ranks
+    assert len(list(sampler(0, 5))) == 10 * 8 // ranks  # not 12 batches, of which two would make no step
+    with pytest.raises(ValueError, match="a step takes 104 images, more than the 100 of training"):
+        sampler(0, 13)
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 16, 17, 23])

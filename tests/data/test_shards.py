@@ -1,5 +1,7 @@
 import io
 import logging
+import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch.utils.data import DataLoader
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.sampling import TrainingSampler
-from vfm_vae.data.shards import ImageShardDataset, list_shards, read_index
+from vfm_vae.data.shards import READ_AT_ONCE, ImageShardDataset, list_shards, read_index
 from vfm_vae.data.transforms import CentreCrop
 
 SHARD = 5
@@ -114,6 +116,57 @@ def test_small_images_are_found_in_shards(root):
     assert (root / "train_under_16px.txt").read_text() == "imagenet1k-train-0002.tar/wide.jpg\n"
     assert len(data.train_set) == 10 and len(data.val_set) == 6
     assert {path.name for path in root.glob("*.npz")} == {"train_shards.npz", "val_shards.npz"}
+
+
+def test_the_list_of_small_images_follows_the_shards(root):
+    def data():
+        data = ImageNetDataModule(str(root), source="shards", image_size=8, batch_size=4, num_workers=0, min_size=16)
+        data.prepare_data()
+        data.setup("fit")
+        return data
+
+    assert len(data().train_set) == 13
+    write(root / "imagenet1k-train-0002.tar", [{"__key__": "wide", "jpg": jpeg(1, (300, 12)), "cls": 1}])
+    assert len(data().train_set) == 10
+
+
+def test_headers_alone_are_read_to_find_small_images(root, monkeypatch):
+    write(root / "imagenet1k-train-0002.tar", [{"__key__": "large", "jpg": jpeg(1, (600, 500)), "cls": 1}])
+    images, read = dataset(root), []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: read.append(size) or pread(file, size, offset))
+    assert images.sizes[10] > 3 * READ_AT_ONCE
+    assert images.small(16) == []
+    assert sum(read) == images.sizes[:10].sum() + READ_AT_ONCE
+    with images.open(10) as file:
+        assert file.read() == jpeg(1, (600, 500))
+
+
+def test_validation_shards_alone_are_enough_to_measure(root):
+    for path in root.glob("*train*.tar"):
+        path.unlink()
+    data = ImageNetDataModule(str(root), source="shards", image_size=8, batch_size=4, num_workers=0)
+    data.prepare_data()
+    data.setup("test")
+    assert len(data.val_set) == 6
+    with pytest.raises(ValueError, match="has no shards with 'train'"):
+        data.setup("fit")
+
+
+def test_what_the_disk_did_not_give_is_tried_again_the_next_time(root, tmp_path, monkeypatch):
+    index, real = tmp_path / "index.npz", tarfile.open
+
+    def stale(path, *args, **kwargs):
+        if path.name == "imagenet1k-train-0001.tar":
+            raise OSError("stale file handle")
+        return real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", stale)
+        read_index(list_shards(root, "train"), index, retry=True)
+    assert len(dataset(root, index=index, max_bad_fraction=0.9)) == 8  # all ranks take what the first one found
+    assert len(read_index(list_shards(root, "train"), index, retry=True)[1].names) == 5
+    assert len(dataset(root, index=index)) == 13
 
 
 def test_shuffling_stays_within_a_few_shards():

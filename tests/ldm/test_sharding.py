@@ -21,13 +21,22 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from callbacks.ema import EMA
+from callbacks.images import SampleImages
 from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
 from ldm.module import DiffusionModule
 from ldm.samplers import Euler
 from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.vfm import Frozen
 
 cache, out = sys.argv[1], Path(sys.argv[2])
+
+
+class Colours(Frozen):  # shows latents as they are
+    identity = {"channels": 4, "compression": 16, "vfm": "none", "fingerprint": "none"}
+
+    def decode(self, z):
+        return z[:, :3].clamp(-1, 1)
 
 
 def fit(name, strategy, max_steps):
@@ -35,13 +44,15 @@ def fit(name, strategy, max_steps):
     denoiser = LightningDiT(4, 4, 2, 2, 32, 2, num_classes=5)
     for parameter in filter(lambda p: p.requires_grad, denoiser.parameters()):  # many begin at zero
         torch.nn.init.normal_(parameter, std=0.05)
-    module = DiffusionModule(denoiser, partial(torch.optim.AdamW, lr=1e-3, fused=True), Euler(4), Guidance(2.0))
+    optimizer, decoder = partial(torch.optim.AdamW, lr=1e-3, fused=True), Colours(torch.nn.Identity())
+    module = DiffusionModule(denoiser, optimizer, Euler(4), Guidance(2.0), decoder)
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy=strategy, precision="bf16-mixed", gradient_clip_val=0.5,
         max_steps=max_steps, max_epochs=-1, check_val_every_n_epoch=None, val_check_interval=2, num_sanity_val_steps=0,
         logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[EMA(decay=0.9), ModelCheckpoint(out / name, save_last=True, save_top_k=0, every_n_train_steps=1,
-                                                   enable_version_counter=False)],
+        default_root_dir=out / name,
+        callbacks=[EMA(decay=0.9), SampleImages([0, 1], 2), ModelCheckpoint(
+            out / name, save_last=True, save_top_k=0, every_n_train_steps=1, enable_version_counter=False)],
     )
     data = ImageNetDataModule(cache, source="latents", batch_size=4, val_batch_size=2, num_workers=0)
     trainer.fit(module, datamodule=data, ckpt_path="last", weights_only=True)
@@ -93,6 +104,8 @@ def test_sharded_and_resumed_equals_whole(tmp_path: Path, cache: Path):
         assert sharded_losses == pytest.approx(losses, rel=1e-5) and losses
         assert (share, sharded_share) == (1, 0.5)
     names = ("whole", "sharded", "begun_whole")
+    pictures = [(tmp_path / name / "images/samples_guidance_1.png").read_bytes() for name in names[:2]]
+    assert len(pictures) == 2  # all ranks draw, or a sharded model would wait for ever
     whole, *others = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in names)
     assert whole["global_step"] == 5
     for part in ("state_dict", "ema", "optimizer_states", "images_seen", "global_step"):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -13,7 +13,7 @@ from vfm_vae.data.folder import ImageFolderDataset, list_classes
 from vfm_vae.data.images import ImageDataset, write_at_once
 from vfm_vae.data.latents import LatentDataset, LatentStatistics, split_folder
 from vfm_vae.data.sampling import Draw, EvaluationSampler, GivenOrder, ResumableLoader, TrainingSampler
-from vfm_vae.data.shards import ImageShardDataset, list_shards, read_index
+from vfm_vae.data.shards import ImageShardDataset, find_shards, read_index
 from vfm_vae.data.transforms import CentreCrop, RandomCrop, ResizeAndCrop, Transform
 from vfm_vae.embedded.photos import write_photos
 from vfm_vae.types import Batch, LatentBatch
@@ -127,8 +127,9 @@ class ImageNetDataModule(LightningDataModule):
             write_photos(self.root, **self.photos)
         if self.source == "shards":
             for split in ("train", "val"):
-                read_index(list_shards(self.root, split), self._shard_index(split))
-        if self.min_size and self.source != "latents" and not self.small_list.is_file():
+                if paths := find_shards(self.root, split):
+                    read_index(paths, self._shard_index(split), retry=True)
+        if self.min_size and self.source != "latents" and not self._small_list_is_new():
             self._write_small_list()
 
     def setup(self, stage: str | None = None) -> None:
@@ -170,8 +171,13 @@ class ImageNetDataModule(LightningDataModule):
         return LatentStatistics.read(folder) if folder.is_dir() else None
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled, augmented; the same number of full batches on every rank."""
+        """Shuffled, augmented; on every rank the same number of full batches, which make whole steps.
+
+        Raises:
+            ValueError: if a validation would fall between the batches that make one step.
+        """
         size, ranks = self._share("batch_size", self.batch_size)
+        ranks["batches_per_step"] = _batches_per_step(self.trainer)
         if isinstance(self.train_set, ImageDataset):
             ranks |= {"shards": self.train_set.shards, "mixed_shards": self.mixed_shards}
         sampler = TrainingSampler(self.train_set, size, seed=self.seed, **ranks)
@@ -256,9 +262,35 @@ class ImageNetDataModule(LightningDataModule):
             "generator": torch.Generator(),
         }
 
+    def _small_list_is_new(self) -> bool:
+        """Whether it is there; one that was made here must be as new as the index of the shards that it lists."""
+        if not self.small_list.is_file():
+            return False
+        index = self._shard_index("train")
+        is_ours = self.small_list.parent == self.cache_dir and index.is_file()
+        return not is_ours or self.small_list.stat().st_mtime >= index.stat().st_mtime
+
     def _write_small_list(self) -> None:
         names = self._images("train", self.evaluation_transform).small(self.min_size)
         write_at_once(self.small_list, "".join(f"{name}\n" for name in names).encode(), "small_list")
+
+
+def _batches_per_step(trainer: Trainer | None) -> int:
+    """Batches whose gradients are accumulated, by the module where it does that itself.
+
+    Raises:
+        ValueError: if a validation would fall between them, where gradients would be lost.
+    """
+    if trainer is None:
+        return 1
+    number = getattr(trainer.lightning_module, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+    interval = trainer.val_check_interval
+    if isinstance(interval, int) and not isinstance(interval, bool) and interval % number:
+        raise ValueError(
+            f"trainer.val_check_interval: {interval} batches end in the middle of a step, which takes {number} "
+            f"(accumulate_grad_batches); give a multiple of {number}"
+        )
+    return number
 
 
 class SampleNumbers(Dataset):

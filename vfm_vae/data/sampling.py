@@ -30,7 +30,7 @@ class Draw(NamedTuple):
 
 
 class TrainingSampler(DistributedSampler):
-    """Shuffles by (seed, epoch) and gives each rank its part of every batch; the incomplete last batch is dropped.
+    """Shuffles by (seed, epoch) and gives each rank its part of every batch; an incomplete last step is dropped.
 
     The batches over all ranks do not depend on the number of ranks. Where images lie in shards, a few shards are mixed
     at a time and others left alone, so that reading stays within those. It is a `DistributedSampler` so that Lightning
@@ -44,12 +44,13 @@ class TrainingSampler(DistributedSampler):
         rank: this process's.
         shards: number of the shard that each sample lies in, `[len(dataset)]`; None shuffles all samples together.
         mixed_shards: how many shards are mixed at a time.
+        batches_per_step: batches whose gradients make one step; an epoch holds whole steps.
 
     Attributes:
         num_skipped: samples of this rank that the next iteration leaves out, because a former run has seen them.
 
     Raises:
-        ValueError: the data set is smaller than one batch.
+        ValueError: the data set is smaller than what makes one step.
     """
 
     def __init__(
@@ -62,15 +63,17 @@ class TrainingSampler(DistributedSampler):
         rank: int = 0,
         shards: np.ndarray | None = None,
         mixed_shards: int = 64,
+        batches_per_step: int = 1,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, seed=seed)
         self.batch_size = batch_size
         self.shards, self.mixed_shards = shards, mixed_shards
-        self.num_batches = len(dataset) // (batch_size * num_replicas)
+        step = batch_size * num_replicas * batches_per_step
+        self.num_batches = len(dataset) // step * batches_per_step
         self.num_skipped = 0
         if self.num_batches == 0:
             raise ValueError(
-                f"batch_size: {batch_size * num_replicas} is more than the {len(dataset)} training images; lower it"
+                f"batch_size: a step takes {step} images, more than the {len(dataset)} of training; lower it"
             )
 
     def __iter__(self) -> Iterator[Draw]:

@@ -21,6 +21,9 @@ import numpy as np
 from vfm_vae.data.images import EXTENSIONS, ImageDataset, kept, write_at_once
 from vfm_vae.data.transforms import Transform
 
+UNKNOWN = -1
+READ_AT_ONCE = 1 << 16  # holds the header of nearly every image, and half of most
+
 log = logging.getLogger(__name__)
 
 
@@ -96,14 +99,54 @@ class ImageShardDataset(ImageDataset):
 
     def open(self, index: int) -> BinaryIO:
         """An image's file, not decoded."""
-        shard = _opened(str(self.paths[self.shards[index]]))  # held, or another thread might have it closed
-        return io.BytesIO(os.pread(shard.fileno(), int(self.sizes[index]), int(self.offsets[index])))
+        shard = _opened(str(self.paths[self.shards[index]]))
+        return io.BufferedReader(Member(shard, int(self.offsets[index]), int(self.sizes[index])), READ_AT_ONCE)
 
 
-# Read without moving the file's position, so that threads and forked workers may share it; the oldest are closed.
+class Member(io.RawIOBase):
+    """A part of an open file, as a file of its own; read without moving the position of the whole.
+
+    Args:
+        file: the whole; held, so that nobody closes it.
+        offset: where the part begins.
+        size: of the part.
+    """
+
+    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+        self.file, self.offset, self.size, self.position = file, offset, size, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Reads what comes next."""
+        size = min(len(buffer), max(self.size - self.position, 0))
+        content = os.pread(self.file.fileno(), size, self.offset + self.position)
+        buffer[: len(content)] = content
+        self.position += len(content)
+        return len(content)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves within the part."""
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+
+# Threads and forked workers may share them; the oldest are closed where nobody reads them.
 @lru_cache(maxsize=128)
 def _opened(path: str) -> BinaryIO:
     return open(path, "rb", buffering=0)
+
+
+def find_shards(root: str | Path, split: str) -> list[Path]:
+    """The shards of a split, sorted by name; "val" is in "validation", too."""
+    root = Path(root)
+    return sorted([*root.glob(f"*{split}*.tar"), *(root / split).glob("*.tar")], key=lambda path: path.name)
 
 
 def list_shards(root: str | Path, split: str) -> list[Path]:
@@ -116,18 +159,20 @@ def list_shards(root: str | Path, split: str) -> list[Path]:
     layout = f"expected are tar shards such as {root}/imagenet1k-{split}-0000.tar"
     if not root.is_dir():
         raise ValueError(f"root: there is no folder {str(root)!r}; {layout}")
-    paths = sorted([*root.glob(f"*{split}*.tar"), *(root / split).glob("*.tar")], key=lambda path: path.name)
+    paths = find_shards(root, split)
     if not paths:
         raise ValueError(f"root: {str(root)!r} has no shards with {split!r} in their names; {layout}")
     return paths
 
 
-def read_index(paths: list[Path], file: Path | None = None, num_threads: int = 8) -> list[Shard]:
+def read_index(paths: list[Path], file: Path | None = None, retry: bool = False, num_threads: int = 8) -> list[Shard]:
     """Looks through shards, those alone that an index does not know yet, and keeps what it found.
 
     Args:
         paths: of the shards.
         file: the index; None keeps none.
+        retry: whether to look again at shards that the disk or the network did not give. One process does so, and all
+            others take what it found.
         num_threads: shards that are read at once.
 
     Raises:
@@ -138,6 +183,8 @@ def read_index(paths: list[Path], file: Path | None = None, num_threads: int = 8
 
     def is_known(path: Path, stat: os.stat_result) -> bool:
         shard = known.get(path.name)
+        if shard is not None and shard.size == UNKNOWN:
+            return not retry
         return shard is not None and (shard.size, shard.modified) == (stat.st_size, stat.st_mtime_ns)
 
     new = [path for path, stat in zip(paths, stats, strict=True) if not is_known(path, stat)]
@@ -167,11 +214,14 @@ def index_shard(path: Path) -> Shard:
                 except ValueError as error:
                     damage.append(f"sample {key!r} has no whole number as its label ({error})")
             whole = _ends_well(path, tar.offset)
-    except (tarfile.TarError, OSError) as error:
+        if not whole:
+            damage.append(f"breaks off after {len(rows)} images")
+    except tarfile.TarError as error:
         damage.append(f"unreadable from {len(rows)} images on ({error})")
-        return Shard(stat.st_size, stat.st_mtime_ns, *_columns(rows), damage, whole=False)
-    if not whole:
-        damage.append(f"breaks off after {len(rows)} images")
+        whole = False
+    except OSError as error:  # of the disk or the network, and perhaps gone the next time: so not to be kept
+        damage.append(f"not read from {len(rows)} images on ({error})")
+        return Shard(UNKNOWN, UNKNOWN, *_columns(rows), damage, whole=False)
     return Shard(stat.st_size, stat.st_mtime_ns, *_columns(rows), damage, whole)
 
 

@@ -1,0 +1,32 @@
+"""The checkpoint that a run goes on from."""
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps `last.ckpt`: written every so many steps of the optimiser, and when training ends.
+
+    Lightning's own writes at a training's end only what it has never written before, and once more in the middle of an
+    accumulated step when a run goes on from a checkpoint.
+
+    Args:
+        every_n_steps: steps of the optimiser.
+
+    Raises:
+        ValueError: if the number is below 1.
+    """
+
+    def __init__(self, every_n_steps: int = 1000) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps: must be at least 1, given {every_n_steps}")
+        super().__init__(save_last=True, save_top_k=0, every_n_train_steps=every_n_steps, enable_version_counter=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A step that a run begins or goes on after is in no need of being written."""
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes what training ends with."""
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
