@@ -16,7 +16,7 @@ LDM := $(TUNED) $(BIN)/python -m ldm
 FIT := $(TOKENIZER) fit
 
 # A folder of tar shards or of images; no GPU, one, or several of one machine.
-IMAGENET := -c configs/data/$(if $(wildcard $(DATA)/*.tar $(DATA)/*/*.tar),imagenet_wds,imagenet).yaml --data.root $(DATA)
+IMAGENET := -c configs/data/$(if $(wildcard $(DATA)/*.tar $(DATA)/train/*.tar),imagenet_wds,imagenet).yaml --data.root $(DATA)
 one_or_many = $(if $(filter 0,$(GPUS)),cpu,$(if $(filter 1,$(GPUS)),gpu,$(1)))
 TRAINER = -c configs/trainer/$(call one_or_many,ddp8).yaml $(DEVICES)
 TRAINER_LDM = -c configs/trainer/$(call one_or_many,ddp8_ldm).yaml $(DEVICES)
