@@ -103,7 +103,7 @@ BOUND = 10.0
         (0, "kill", "deaf"),
         (0, "raise", "deaf"),
         (0, "stuck", "deaf"),
-        (1, "stuck", "deaf"),
+        pytest.param(1, "stuck", "deaf", marks=pytest.mark.slow),
     ],
 )
 def test_the_job_ends(tmp_path: Path, rank: int, how: str, waits: str):
