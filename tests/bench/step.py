@@ -62,7 +62,6 @@ def build(folder: Path) -> Build:
         # The draws would make some steps smaller than others.
         "--model.equivariance.init_args.probability=0",
         "--model.equivariance.init_args.prior_probability=0",
-        "--model.accumulate_grad_batches=1",
         "--trainer.enable_checkpointing=false",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
