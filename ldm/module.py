@@ -17,10 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ldm import path
+from ldm.compatibility import check_classes, check_images, check_latents, check_statistics, check_tokenizer
 from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
 from ldm.models.denoiser import Denoiser
-from ldm.normalization import LatentNormalization, check_tokenizer
+from ldm.normalization import LatentNormalization
 from ldm.samplers import Euler, Sampler
 from vfm_vae.data.latents import LatentDataset, LatentStatistics, RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
@@ -340,39 +341,15 @@ class DiffusionModule(LightningModule):
         data = self.trainer.datamodule
         if stage == "predict" or data is None:
             return
-        if (data.num_classes or 0) > self.model.num_classes:
-            raise ValueError(
-                f"model.num_classes: the data has labels up to {data.num_classes - 1}, but the denoiser knows "
-                f"{self.model.num_classes} classes"
-            )
+        check_classes(data.num_classes, self.model)
         for dataset in filter(None, (data.train_set, data.val_set)):
             if isinstance(dataset, LatentDataset):
-                self._meet_latents(dataset)
+                check_latents(dataset, self.model, self.latent_source)
+                self.latent_source = self.latent_source or dataset.tokenizer
             else:
-                self._meet_images(data.image_size)
-
-    def _meet_latents(self, dataset: LatentDataset) -> None:
-        if dataset.shape != self.model.latent_shape:
-            raise ValueError(
-                f"data.root: the latents in {str(dataset.folder)!r} are {dataset.shape} (channels, rows, columns), but "
-                f"model.in_channels and input_size say {self.model.latent_shape}"
-            )
-        check_tokenizer(self.latent_source, dataset.tokenizer, f"data.root: the latents in {str(dataset.folder)!r} are")
-        self.latent_source = self.latent_source or dataset.tokenizer
-        statistics = self.trainer.datamodule.latent_statistics
-        if statistics is not None and not self.normalization.is_known:
-            self.normalization.take(statistics)
-
-    def _meet_images(self, image_size: int) -> None:
-        if self.tokenizer is None:
-            raise ValueError("model.tokenizer: training on images needs one; give its checkpoint, or cached latents")
-        self.tokenizer.network.check_image_size(image_size)
-        sides = (image_size // self.tokenizer.identity["compression"],) * 2
-        if sides != self.model.input_size:
-            raise ValueError(
-                f"data.image_size: {image_size} pixels give latents of {sides}, but the denoiser takes "
-                f"{self.model.input_size}"
-            )
+                check_images(data.image_size, self.tokenizer, self.model)
+        if data.latent_statistics is not None and not self.normalization.is_known:
+            self.normalization.take(data.latent_statistics)
 
     def on_fit_start(self) -> None:
         """Measures the latents' statistics where neither a cache nor a checkpoint brought any."""
@@ -410,16 +387,7 @@ class DiffusionModule(LightningModule):
         # A strategy that shards the model has loaded its state by now, and taken it out.
         state = checkpoint.get("state_dict", self.normalization.state_dict(prefix="normalization."))
         stored = LatentStatistics(*(state[f"normalization.{name}"] for name in ("mean", "std")))
-        if stored.mean.shape != self.normalization.mean.shape:
-            raise ValueError(
-                f"ckpt_path: the checkpoint is for latents of {stored.mean.shape[1]} channels, but model.in_channels "
-                f"is {self.model.in_channels}"
-            )
-        if self.normalization.is_known and self.normalization.differs_from(stored):
-            raise ValueError(
-                "ckpt_path: the checkpoint was trained on latents with clearly other means or deviations than those at "
-                "hand, so they are of another tokenizer or made otherwise"
-            )
+        check_statistics(stored, self.normalization)
         self.images_seen = checkpoint["images_seen"]
         self.skipped_steps = checkpoint["skipped_steps"]
         self.latent_source = self.latent_source or checkpoint["tokenizer"]

@@ -1,8 +1,5 @@
 """Latents at mean 0 and standard deviation 1, and back."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -57,22 +54,3 @@ class LatentNormalization(nn.Module):
     def inverse(self, x: Tensor) -> Tensor:
         """Brings normalised latents `[B, C, h, w]` back to where the tokenizer decodes them."""
         return x * self.std + self.mean
-
-
-def check_tokenizer(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None, what: str) -> None:
-    """Compares two tokenizers by what makes their latents; nothing is said of one that is not known.
-
-    Args:
-        expected: Identity of the tokenizer whose latents are wanted.
-        found: Identity of the one whose latents there are.
-        what: Begins the message.
-
-    Raises:
-        ValueError: if they differ.
-    """
-    if expected is None or found is None or expected["fingerprint"] == found["fingerprint"]:
-        return
-    raise ValueError(
-        f"{what} of another tokenizer ({found['vfm']}, {found['fingerprint'][:12]}…) than was expected "
-        f"({expected['vfm']}, {expected['fingerprint'][:12]}…); latents of two tokenizers can't be mixed"
-    )

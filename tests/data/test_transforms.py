@@ -95,3 +95,15 @@ def test_the_published_crop_is_torchvisions(size):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     theirs = Compose([Resize(16, InterpolationMode.BILINEAR), CenterCrop(16)])(Image.fromarray(pixels))
     assert torch.equal(ResizeAndCrop(16)(Image.fromarray(pixels)), to_tensor(theirs))
+
+
+@pytest.mark.parametrize("resampling", ["lanczos", "bicubic"])
+def test_torch_and_pillow_resize_alike(resampling):
+    """Which of the two does it depends on what torch has."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    for size in (32, 64, 128):
+        crop = RandomCrop(size, resampling=resampling)
+        crops = []
+        for crop._by_torch in (True, False):
+            crops.append(crop(noise, np.random.default_rng(1)).int())
+        assert (crops[0] - crops[1]).abs().max() <= 2

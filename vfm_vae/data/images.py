@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 log = logging.getLogger(__name__)
 
 
-class ImageDataset(Dataset):
+class ImageDataset(Dataset, ABC):
     """Images by number; subclasses say where they lie.
 
     A damaged image is named in the log once and counted, over all workers of this rank. In training the next good image
@@ -73,9 +74,9 @@ class ImageDataset(Dataset):
         self.labels = np.array(labels, dtype=np.int64)
         self._damaged = torch.zeros(len(names), dtype=torch.bool).share_memory_()  # seen by all workers
 
+    @abstractmethod
     def open(self, index: int) -> BinaryIO:
         """An image's file, not decoded."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         """Number of images."""

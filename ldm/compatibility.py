@@ -1,0 +1,96 @@
+"""Whether data, tokenizer, denoiser and checkpoint fit each other; each check says before anything is computed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ldm.models.denoiser import Denoiser
+from ldm.normalization import LatentNormalization
+from vfm_vae.data.latents import LatentDataset, LatentStatistics
+from vfm_vae.tokenizer import FrozenTokenizer
+
+
+def check_classes(num_classes: int | None, denoiser: Denoiser) -> None:
+    """Compares the data's classes, where they are known, with the denoiser's.
+
+    Raises:
+        ValueError: if the data has more.
+    """
+    if (num_classes or 0) > denoiser.num_classes:
+        raise ValueError(
+            f"model.num_classes: the data has labels up to {num_classes - 1}, but the denoiser knows "
+            f"{denoiser.num_classes} classes"
+        )
+
+
+def check_latents(dataset: LatentDataset, denoiser: Denoiser, expected: Mapping[str, Any] | None) -> None:
+    """Compares cached latents with the denoiser, and their tokenizer with the expected one.
+
+    Raises:
+        ValueError: if they are of another shape, or another tokenizer's.
+    """
+    if dataset.shape != denoiser.latent_shape:
+        raise ValueError(
+            f"data.root: the latents in {str(dataset.folder)!r} are {dataset.shape} (channels, rows, columns), but "
+            f"model.in_channels and input_size say {denoiser.latent_shape}"
+        )
+    check_tokenizer(expected, dataset.tokenizer, f"data.root: the latents in {str(dataset.folder)!r} are")
+
+
+def check_images(image_size: int, tokenizer: FrozenTokenizer | None, denoiser: Denoiser) -> None:
+    """Compares the latents that a tokenizer would make of images with the denoiser.
+
+    Args:
+        image_size: Side of the images in pixels.
+        tokenizer: Encodes them.
+        denoiser: Takes the latents.
+
+    Raises:
+        ValueError: if there is no tokenizer, or the size fits one of the two not.
+    """
+    if tokenizer is None:
+        raise ValueError("model.tokenizer: training on images needs one; give its checkpoint, or cached latents")
+    tokenizer.network.check_image_size(image_size)
+    sides = (image_size // tokenizer.identity["compression"],) * 2
+    if sides != denoiser.input_size:
+        raise ValueError(
+            f"data.image_size: {image_size} pixels give latents of {sides}, but the denoiser takes "
+            f"{denoiser.input_size}"
+        )
+
+
+def check_statistics(stored: LatentStatistics, normalization: LatentNormalization) -> None:
+    """Compares the statistics of latents in a checkpoint with those at hand, where there are any.
+
+    Raises:
+        ValueError: if they are of another number of channels, or clearly others.
+    """
+    channels = normalization.mean.shape[1]
+    if stored.mean.shape[1] != channels:
+        raise ValueError(
+            f"ckpt_path: the checkpoint is for latents of {stored.mean.shape[1]} channels, but model.in_channels "
+            f"is {channels}"
+        )
+    if normalization.is_known and normalization.differs_from(stored):
+        raise ValueError(
+            "ckpt_path: the checkpoint was trained on latents with clearly other means or deviations than those at "
+            "hand, so they are of another tokenizer or made otherwise"
+        )
+
+
+def check_tokenizer(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None, what: str) -> None:
+    """Compares two tokenizers by what makes their latents; nothing is said of one that is not known.
+
+    Args:
+        expected: Identity of the tokenizer whose latents are wanted.
+        found: Identity of the one whose latents there are.
+        what: Begins the message.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    if expected is None or found is None or expected["fingerprint"] == found["fingerprint"]:
+        return
+    raise ValueError(
+        f"{what} of another tokenizer ({found['vfm']}, {found['fingerprint'][:12]}…) than was expected "
+        f"({expected['vfm']}, {expected['fingerprint'][:12]}…); latents of two tokenizers can't be mixed"
+    )
