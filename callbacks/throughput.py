@@ -87,7 +87,7 @@ class Throughput(ThroughputMonitor):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learns what the device can do."""
         super().setup(trainer, pl_module, stage)
-        self.available_flops = self.peak_flops or _peak_flops(trainer)
+        self.available_flops = self.peak_flops or peak_flops(trainer)
         for throughput in self._throughputs.values():
             throughput.available_flops = self.available_flops
         if stage == "fit":
@@ -99,7 +99,7 @@ class Throughput(ThroughputMonitor):
         """Begins to count."""
         if len(self._counts) < self.count_batches:
             self._counting.enter_context(torch.compiler.set_stance("force_eager"))
-            self._counter = self._counting.enter_context(_counter())
+            self._counter = self._counting.enter_context(flop_counter())
 
     @rank_zero_only
     def on_train_batch_end(
@@ -122,11 +122,12 @@ class Throughput(ThroughputMonitor):
         self._counter = None
 
 
-def _counter() -> FlopCounterMode:
+def flop_counter() -> FlopCounterMode:
+    """Counts the operations of products within it, the CPU's fused attention included."""
     return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
 
 
-def _peak_flops(trainer: Trainer) -> float | None:
+def peak_flops(trainer: Trainer) -> float | None:
     """What a device's data sheet says of its products in 16 bits; None where it or another precision is not known."""
     device = trainer.strategy.root_device
     if device.type != "cuda" or str(trainer.precision) not in ("bf16-mixed", "bf16-true", "16-mixed", "16-true"):

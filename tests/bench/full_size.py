@@ -18,7 +18,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 from step import CONFIGS, Build
 from timing import table
@@ -28,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import vgg16
 
 from callbacks.ema import EMA
+from callbacks.throughput import flop_counter, peak_flops
 from ldm.module import DiffusionModule
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import LatentStatistics
@@ -87,7 +87,7 @@ class Clock(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
         """Starts the clock, or the counter."""
         if batch_idx == 0 and self._count:
-            self._counter = FlopCounterMode(display=False)
+            self._counter = flop_counter()
             self._counter.__enter__()
         self._start = time.perf_counter()
 
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--count", action="store_true", help="FLOPs and activations of one image, on the CPU")
     options = parser.parse_args()
     if options.count:
-        (flops, one, _), (_, two, _) = (measure(options.what, size, 1, options.option, "cpu") for size in (1, 2))
+        (flops, one, *_), (_, two, *_) = (measure(options.what, size, 1, options.option, "cpu") for size in (1, 2))
         rows = [
             ("FLOPs of an image, forward and backward", f"{flops / 1e12:.2f} T"),
             ("what autograd keeps for each image", f"{(two - one) / 2**20:.0f} MiB"),
@@ -136,8 +136,7 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.error("no GPU is at hand: give --count")
-    flops, _, seconds = measure(options.what, options.batch_size, options.steps, options.option, "gpu")
-    peak = get_available_flops(torch.device("cuda"), torch.bfloat16)
+    flops, _, seconds, peak = measure(options.what, options.batch_size, options.steps, options.option, "gpu")
     rows = [
         ("images/s", f"{options.batch_size / seconds:.1f}"),
         ("peak memory", f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"),
@@ -147,8 +146,11 @@ def main() -> None:
     table(f"{options.what}, batch {options.batch_size}, bf16-mixed, {device}", rows, "", "measured")
 
 
-def measure(what: str, batch_size: int, steps: int, more: list[str], accelerator: str) -> tuple[int, int, float]:
-    """Trains a few steps: FLOPs of one, bytes that autograd keeps (on the CPU), median seconds of later ones."""
+def measure(
+    what: str, batch_size: int, steps: int, more: list[str], accelerator: str
+) -> tuple[int, int, float, float | None]:
+    """Trains a few steps: FLOPs of one, bytes that autograd keeps (on the CPU), seconds of later ones, and the
+    device's peak."""
     gc.collect()  # what a former measurement left
     with tempfile.TemporaryDirectory() as folder:
         module, batch = {"tokenizer": tokenizer, "diffusion": diffusion}[what](folder, batch_size, more)
@@ -160,7 +162,8 @@ def measure(what: str, batch_size: int, steps: int, more: list[str], accelerator
     )  # fmt: skip
     with saved_bytes() if accelerator == "cpu" else nullcontext(lambda: 0) as saved:
         trainer.fit(module, DataLoader([batch] * steps, batch_size=None))
-        return clock.flops, saved(), statistics.median(clock.seconds[5:] or clock.seconds)
+        seconds = statistics.median(clock.seconds[5:] or clock.seconds)
+        return clock.flops, saved(), seconds, peak_flops(trainer)
 
 
 if __name__ == "__main__":

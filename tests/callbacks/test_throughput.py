@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from callbacks.throughput import PEAK_FLOPS, Throughput, _peak_flops
+from callbacks.throughput import PEAK_FLOPS, Throughput, peak_flops
 
 B = 4
 # Multiplications of one image: the generator forward (16 * 8 twice), its weights' gradients, the gradient between its
@@ -172,7 +172,7 @@ def test_peaks(monkeypatch, trainer, name, precision, peak):
     monkeypatch.setattr(type(any_trainer), "precision", precision)
     monkeypatch.setattr(any_trainer.strategy, "_root_device", torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert _peak_flops(any_trainer) == peak
+    assert peak_flops(any_trainer) == peak
     assert all(value > 1e14 for value in PEAK_FLOPS.values())
 
 
