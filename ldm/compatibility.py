@@ -58,8 +58,13 @@ def check_images(image_size: int, tokenizer: FrozenTokenizer | None, denoiser: D
         )
 
 
-def check_statistics(stored: LatentStatistics, normalization: LatentNormalization) -> None:
+def check_statistics(stored: LatentStatistics, normalization: LatentNormalization, option: str) -> None:
     """Compares the statistics of latents in a checkpoint with those at hand, where there are any.
+
+    Args:
+        stored: In the checkpoint.
+        normalization: At hand.
+        option: Names the checkpoint.
 
     Raises:
         ValueError: if they are of another number of channels, or clearly others.
@@ -67,18 +72,18 @@ def check_statistics(stored: LatentStatistics, normalization: LatentNormalizatio
     channels = normalization.mean.shape[1]
     if stored.mean.shape[1] != channels:
         raise ValueError(
-            f"ckpt_path: the checkpoint is for latents of {stored.mean.shape[1]} channels, but model.in_channels "
+            f"{option}: the checkpoint is for latents of {stored.mean.shape[1]} channels, but model.in_channels "
             f"is {channels}"
         )
     if normalization.is_known and normalization.differs_from(stored):
         raise ValueError(
-            "ckpt_path: the checkpoint was trained on latents with clearly other means or deviations than those at "
+            f"{option}: the checkpoint was trained on latents with clearly other means or deviations than those at "
             "hand, so they are of another tokenizer or made otherwise"
         )
 
 
 def check_tokenizer(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None, what: str) -> None:
-    """Compares two tokenizers by what makes their latents; nothing is said of one that is not known.
+    """Compares two tokenizers by what makes their latents; of one that is not known, or only by name, less is said.
 
     Args:
         expected: Identity of the tokenizer whose latents are wanted.
@@ -88,9 +93,20 @@ def check_tokenizer(expected: Mapping[str, Any] | None, found: Mapping[str, Any]
     Raises:
         ValueError: if they differ.
     """
-    if expected is None or found is None or expected["fingerprint"] == found["fingerprint"]:
+    if expected is None or found is None:
+        return
+    # Where the weights of a VFM are not known there is no fingerprint, and the rest has to agree.
+    by_name = None in (expected["fingerprint"], found["fingerprint"])
+    if all(
+        expected.get(x) == found.get(x) for x in (("vfm", "channels", "compression") if by_name else ("fingerprint",))
+    ):
         return
     raise ValueError(
-        f"{what} of another tokenizer ({found['vfm']}, {found['fingerprint'][:12]}…) than was expected "
-        f"({expected['vfm']}, {expected['fingerprint'][:12]}…); latents of two tokenizers can't be mixed"
+        f"{what} of another tokenizer ({_short(found)}) than was expected ({_short(expected)}); latents of two "
+        "tokenizers can't be mixed"
     )
+
+
+def _short(identity: Mapping[str, Any]) -> str:
+    fingerprint = identity["fingerprint"]
+    return f"{identity['vfm']}, {'weights not known' if fingerprint is None else fingerprint[:12] + '…'}"

@@ -1,110 +1,146 @@
-"""Published weights of diffusion models, brought to our names."""
+"""`python -m ldm.convert`: published weights of diffusion models, or a checkpoint of training, as a folder."""
 
-import re
+from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
-from torch import Tensor
+import yaml
+from jsonargparse import ArgumentParser
 
-from ldm.models.lightningdit import LightningDiT
+from ldm.guidance import Guidance
+from ldm.models.denoiser import Denoiser
+from ldm.models.reg import REG
+from ldm.pipeline import LatentDiffusion
+from ldm.published import (
+    denoiser_from_published,
+    lightningdit_from_published,
+    reg_from_published,
+    to_published,
+)
+from ldm.samplers import Euler, EulerMaruyama, Sampler
+from vfm_vae.cli import short_errors
+from vfm_vae.data.latents import LatentStatistics
+from vfm_vae.pretrained import describe
+from vfm_vae.published import pick, read_published
 
-# Published → ours, applied in this order.
-RENAMES = [
-    (r"^x_embedder\.", "patch_embed."),
-    (r"^t_embedder\.", "time_embed."),
-    (r"^y_embedder\.embedding_table\.", "label_embed."),
-    (r"^final_layer\.norm_final\.", "final.norm."),
-    (r"^final_layer\.adaLN_modulation\.1\.", "final.modulation."),
-    (r"^final_layer\.linear\.", "final.out."),
-    (r"\.adaLN_modulation\.1\.", ".modulation."),
-    (r"\.norm1\.", ".norm_attention."),
-    (r"\.norm2\.", ".norm_mlp."),
-    (r"\.attn\.q_norm\.", ".attention.query_norm."),
-    (r"\.attn\.k_norm\.", ".attention.key_norm."),
-    (r"\.attn\.proj\.", ".attention.out."),
-    (r"\.attn\.", ".attention."),
-    (r"\.mlp\.w12\.", ".mlp.gate_value."),
-    (r"\.mlp\.w3\.", ".mlp.out."),
-    (r"\.mlp\.fc1\.", ".mlp.0."),
-    (r"\.mlp\.fc2\.", ".mlp.2."),
-]
+__all__ = ["denoiser_from_published", "lightningdit_from_published", "reg_from_published", "to_published"]
 
-OPTIONS = {
-    "depth": "depth",
-    "hidden_size": "width",
-    "num_heads": "num_heads",
-    "input_size": "input_size",
-    "in_channels": "in_channels",
-    "patch_size": "patch_size",
-    "num_classes": "num_classes",
-    "use_qknorm": "qk_norm",
-    "use_swiglu": "swiglu",
-    "use_rope": "rotary",
-    "use_rmsnorm": "rms_norm",
-}
-
-# What the public class takes where its configuration is silent.
-DEFAULTS = {"qk_norm": False, "swiglu": False, "rotary": False, "rms_norm": False}
-
-# Options that change the network in ways that no published VFM-VAE model uses.
-REFUSED = ("wo_shift", "learn_sigma")
+CHECKPOINT, OVERLAY = "training.ckpt", "model.yaml"
 
 
-def lightningdit_from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> LightningDiT:
-    """Builds the LightningDiT of a public configuration and fills it with public weights.
+def convert(
+    source: str,
+    out: str,
+    config: str | None = None,
+    statistics: str | None = None,
+    tokenizer: str | None = None,
+) -> None:
+    """Brings a diffusion model into a folder that the Python interface and the command lines read.
+
+    From published weights come `config.json`, `model.safetensors` and `README.md`, for `LatentDiffusion`; and
+    `training.ckpt` and `model.yaml`, with which `python -m ldm` goes on training (model.init_from), samples and
+    measures. From a checkpoint of training come the first three. Averaged weights are taken where there are any.
 
     Args:
-        state_dict: Weights under their published names.
-        config: Arguments of the public class by their names, such as `hidden_size` and `use_qknorm`; instead of
-            depth, width, heads and patch size, `registry_name` may name a size, such as `LightningDiT-XL/1`.
-
-    Returns:
-        The model, in eval mode.
-
-    Raises:
-        ValueError: if the configuration has options that are not supported, names are missing or left over, or the
-            fixed position and rotary tables are not the ones that this model makes itself.
+        source: Public file of weights, or a checkpoint that `python -m ldm fit` wrote.
+        out: The folder, which is made if it is missing.
+        config: The public YAML that belongs to published weights; not needed where the file holds the arguments of its
+            training script.
+        statistics: `latents_stats.pt` of the latents that the published weights were trained on.
+        tokenizer: The tokenizer of these latents, whose identity is noted: a folder, a checkpoint, or `owner/model`.
     """
-    model = _build(config)
-    weights = {_rename(name): tensor for name, tensor in state_dict.items()}
-    _check_tables(model, weights)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    missing, unexpected = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
-    if missing or unexpected:
-        raise ValueError(f"the weights do not fit the config: missing {missing}; left over {unexpected}")
-    model.load_state_dict(weights)
-    return model.eval()
+    content = read_published(source)
+    if isinstance(content, Mapping) and "tokenizer" in content and "state_dict" in content:
+        LatentDiffusion.from_checkpoint(source, tokenizer).save_pretrained(out)
+        print(f"{out}: the diffusion model of {source}")
+        return
+    trained, averaged = pick(content, "x_embedder.")
+    if trained is None and averaged is None:
+        raise ValueError(f"source: {source!r} holds no weights of a LightningDiT or a SiT (x_embedder.…)")
+    if statistics is None:
+        raise ValueError("statistics: latents are normalised by those of training: give the model's latents_stats.pt")
+    published = _read_config(content, config)
+    network = denoiser_from_published(averaged or trained, published)
+    model = LatentDiffusion(network, *_sampling(network, published.get("sample") or {})).eval()
+    model.normalization.take(_matching(LatentStatistics.read(statistics), network))
+    if tokenizer is not None:
+        model.use_tokenizer(tokenizer)
+        model.latent_source = model.tokenizer.network.latent_identity()
+    model.save_pretrained(out)
+    other = None if averaged is None or trained is None else denoiser_from_published(trained, published)
+    checkpoint = _checkpoint(model, other)
+    torch.save(checkpoint, Path(out) / CHECKPOINT)
+    (Path(out) / OVERLAY).write_text(yaml.safe_dump({"model": checkpoint["hyper_parameters"]}, sort_keys=False))
+    print(f"{out}: the {type(network).__name__} of {source}")
 
 
-def _build(config: Mapping[str, Any]) -> LightningDiT:
-    unused = [name for name in REFUSED if config.get(name)]
-    unknown = config.keys() - OPTIONS.keys() - set(REFUSED) - {"registry_name"}
-    if unused or unknown:
-        raise ValueError(f"config: {sorted({*unused, *unknown})} is not supported; known are {', '.join(OPTIONS)}")
-    options = DEFAULTS | {OPTIONS[name]: value for name, value in config.items() if name in OPTIONS}
-    if "registry_name" in config:
-        if sizes := config.keys() & {"depth", "hidden_size", "num_heads", "patch_size"}:
-            raise ValueError(f"config: registry_name says what {sorted(sizes)} are; leave one of them out")
-        return LightningDiT.of_size(config["registry_name"].removeprefix("LightningDiT-"), **options)
-    return LightningDiT(**options)
+def _read_config(content: Any, path: str | None) -> Mapping[str, Any]:
+    """The public YAML; without one, the arguments of training that a public file may hold."""
+    if path is None:
+        arguments = content.get("args") if isinstance(content, Mapping) else None
+        if arguments is None:
+            raise ValueError("config: published weights need the public YAML that they were trained with")
+        return vars(arguments) if isinstance(arguments, Namespace) else arguments
+    if not Path(path).is_file():
+        raise ValueError(f"config: there is no file {path!r}")
+    config = yaml.safe_load(Path(path).read_text())
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config: {path!r} holds no options")
+    return config
 
 
-def _rename(name: str) -> str:
-    for pattern, ours in RENAMES:
-        name = re.sub(pattern, ours, name)
-    return name
+def _sampling(network: Denoiser, options: Mapping[str, Any]) -> tuple[Sampler, Guidance]:
+    """How published samples were drawn; the public LightningDiT guides the first three channels alone."""
+    if isinstance(network, REG):
+        return EulerMaruyama(), Guidance()
+    steps, shift = options.get("num_sampling_steps", 250), options.get("timestep_shift", 0.3)
+    guidance = Guidance(options.get("cfg_scale", 1.0), start=options.get("cfg_interval_start", 0.125), channels=3)
+    return Euler(steps, shift or 1.0), guidance
 
 
-def _check_tables(model: LightningDiT, weights: dict[str, Tensor]) -> None:
-    """Takes the fixed tables out of the weights, after a look whether they are ours."""
-    expected = {"pos_embed": model.position[None]}
-    if model.rotary_cos is not None:  # stored for every channel, so each angle twice
-        expected["feat_rope.freqs_cos"] = model.rotary_cos.repeat_interleave(2, dim=1)
-        expected["feat_rope.freqs_sin"] = model.rotary_sin.repeat_interleave(2, dim=1)
-    for name, table in expected.items():
-        stored = weights.pop(name, None)
-        if stored is None or stored.is_meta:
-            continue
-        if stored.shape != table.shape or not torch.allclose(stored.float(), table, atol=1e-4):
-            raise ValueError(f"{name}: the stored table is not the fixed one of input_size={model.input_size}")
+def _matching(statistics: LatentStatistics, network: Denoiser) -> LatentStatistics:
+    channels = statistics.mean.shape[1]
+    if channels != network.in_channels:
+        raise ValueError(f"statistics: of {channels} channels, but the denoiser takes {network.in_channels}")
+    return statistics
+
+
+def _checkpoint(model: LatentDiffusion, trained: Denoiser | None) -> dict[str, Any]:
+    """What `python -m ldm` reads: weights without states of optimisers.
+
+    Args:
+        model: With the averaged weights, or with the only ones that there are.
+        trained: With the others.
+    """
+    averaged = model.state_dict()
+    others = {} if trained is None else {f"model.{name}": tensor for name, tensor in trained.state_dict().items()}
+    checkpoint = {
+        "state_dict": averaged | others,
+        "images_seen": 0,
+        "skipped_steps": 0,
+        "tokenizer": model.latent_source,
+        "hyper_parameters": describe(model)["init_args"],
+        "pytorch-lightning_version": lightning.__version__,
+        "epoch": 0,
+        "global_step": 0,
+    }
+    if trained is not None:
+        weights = {f"model.{name}": averaged[f"model.{name}"] for name, _ in trained.named_parameters()}
+        checkpoint["ema"] = {"weights": weights, "images_seen": 0}
+    return checkpoint
+
+
+def main() -> None:
+    """The command line."""
+    parser = ArgumentParser(exit_on_error=False, prog="python -m ldm.convert", description=__doc__)
+    parser.add_argument("source", help="Public file of weights, or a checkpoint that `python -m ldm fit` wrote.")
+    parser.add_function_arguments(convert, skip={"source"})
+    with short_errors():
+        convert(**parser.parse_args().as_dict())
+
+
+if __name__ == "__main__":
+    main()

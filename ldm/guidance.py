@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vfm_vae.pretrained import remembers_arguments
+
 ConditionalField = Callable[[Tensor, Tensor, Tensor], Tensor]
 VelocityField = Callable[[Tensor, Tensor], Tensor]
 
@@ -25,6 +27,7 @@ class Guidance:
         ValueError: if an option lies outside its range.
     """
 
+    @remembers_arguments
     def __init__(self, scale: float = 1.0, start: float = 0.0, end: float = 1.0, channels: int | None = None):
         if not 0 <= start <= end <= 1:
             raise ValueError(f"start, end: 0 <= start <= end <= 1 is needed, given {start} and {end}")

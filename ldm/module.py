@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
+from ldm.pipeline import draw_latents
 from ldm.samplers import Euler, Sampler
 from vfm_vae.data.latents import LatentDataset, LatentStatistics, RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
@@ -48,6 +50,8 @@ class DiffusionModule(LightningModule):
         label_mode: Classes of samples: `random`, as published numbers have it, or `balanced`, equally many of each.
         predict: What prediction gives, decoded `images` or `latents`.
         statistics_images: Training images whose latents give the statistics for normalising, where the data is images.
+        init_from: Checkpoint whose weights training begins with, averaged ones where it has them; its optimiser and its
+            counters are left.
         torch_compile: Compile the denoiser in training.
         seed: Of every step's randomness, and of samples.
 
@@ -71,6 +75,7 @@ class DiffusionModule(LightningModule):
         label_mode: Literal["random", "balanced"] = "random",
         predict: Literal["images", "latents"] = "images",
         statistics_images: int = 10_000,
+        init_from: str | None = None,
         torch_compile: bool = False,
         seed: int = 0,
     ):
@@ -89,6 +94,7 @@ class DiffusionModule(LightningModule):
         self.label_mode = label_mode
         self.predict = predict
         self.statistics_images = statistics_images
+        self.init_from = init_from
         self.torch_compile = torch_compile
         self.seed = seed
         self.images_seen = self.skipped_steps = 0
@@ -275,16 +281,12 @@ class DiffusionModule(LightningModule):
         """
         if decode and not self.can_decode:
             raise ValueError("model.tokenizer: images need a tokenizer that decodes latents; or set predict: latents")
-        if not self.normalization.is_known:
-            raise ValueError("ckpt_path: only a trained model can sample; give its checkpoint")
         index = index.to(self.device)
-        noise, shape = IndexedNoise("sample", self.seed, index, self.device), self.model.latent_shape
+        noise = IndexedNoise("sample", self.seed, index, self.device)
         chosen = self._choose_labels(noise, index)  # drawn in any case, so that the noise is the same
         labels = chosen if labels is None else labels.to(self.device)
         guidance = self.guidance if guidance_scale is None else self.guidance.with_scale(guidance_scale)
-        field = guidance.field(self.model, labels, self.model.null_label)
-        x = self.sampler(field, noise.normal(*shape), lambda: noise.normal(*shape))  # [B, C, h, w]
-        latents = self.normalization.inverse(x.float())
+        latents = draw_latents(self.model, self.normalization, self.sampler, guidance, noise, labels)
         images = self.tokenizer.decode(latents) if decode else None
         return Samples(images, latents, labels, index)
 
@@ -299,8 +301,8 @@ class DiffusionModule(LightningModule):
     def evaluation_settings(self) -> dict[str, Any]:
         """All that samples depend on."""
         return {
-            "sampler": {"class": type(self.sampler).__name__, **vars(self.sampler)},
-            "guidance": vars(self.guidance),
+            "sampler": {"class": type(self.sampler).__name__, **self.sampler.arguments},
+            "guidance": self.guidance.arguments,
             "label_mode": self.label_mode,
             "seed": self.seed,
             "content": self.predict,
@@ -351,6 +353,21 @@ class DiffusionModule(LightningModule):
         if data.latent_statistics is not None and not self.normalization.is_known:
             self.normalization.take(data.latent_statistics)
 
+        if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
+            self._begin_from(self.init_from)
+
+    def _begin_from(self, path: str) -> None:
+        """Takes weights and statistics of a checkpoint over."""
+        if not Path(path).is_file():
+            raise ValueError(f"init_from: there is no checkpoint {path!r}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        self._check_origin(checkpoint, "init_from")
+        try:
+            self.load_state_dict(checkpoint["state_dict"] | checkpoint.get("ema", {}).get("weights", {}))
+        except RuntimeError as error:
+            raise ValueError(f"init_from: {path!r} holds another model: {error}") from error
+        self.latent_source = self.latent_source or checkpoint["tokenizer"]
+
     def on_fit_start(self) -> None:
         """Measures the latents' statistics where neither a cache nor a checkpoint brought any."""
         if not self.normalization.is_known:
@@ -381,13 +398,16 @@ class DiffusionModule(LightningModule):
         Raises:
             ValueError: if the checkpoint belongs to another tokenizer's latents than the data or the tokenizer at hand.
         """
-        if "tokenizer" not in checkpoint:
-            raise ValueError("ckpt_path: this is no checkpoint of a diffusion model")
-        check_tokenizer(checkpoint["tokenizer"], self.latent_source, "ckpt_path: data and tokenizer at hand are")
-        # A strategy that shards the model has loaded its state by now, and taken it out.
-        state = checkpoint.get("state_dict", self.normalization.state_dict(prefix="normalization."))
-        stored = LatentStatistics(*(state[f"normalization.{name}"] for name in ("mean", "std")))
-        check_statistics(stored, self.normalization)
+        self._check_origin(checkpoint, "ckpt_path")
         self.images_seen = checkpoint["images_seen"]
         self.skipped_steps = checkpoint["skipped_steps"]
         self.latent_source = self.latent_source or checkpoint["tokenizer"]
+
+    def _check_origin(self, checkpoint: Mapping[str, Any], option: str) -> None:
+        if "tokenizer" not in checkpoint:
+            raise ValueError(f"{option}: this is no checkpoint of a diffusion model")
+        check_tokenizer(checkpoint["tokenizer"], self.latent_source, f"{option}: data and tokenizer at hand are")
+        # A strategy that shards the model has loaded its state by now, and taken it out.
+        state = checkpoint.get("state_dict", self.normalization.state_dict(prefix="normalization."))
+        stored = LatentStatistics(*(state[f"normalization.{name}"] for name in ("mean", "std")))
+        check_statistics(stored, self.normalization, option)

@@ -14,6 +14,7 @@ from torchdiffeq import odeint
 
 from ldm.guidance import VelocityField
 from ldm.path import score
+from vfm_vae.pretrained import remembers_arguments
 
 Noise = Callable[[], Tensor]
 
@@ -63,6 +64,7 @@ class GridSampler(Sampler):
         ValueError: if an option lies outside its range.
     """
 
+    @remembers_arguments
     def __init__(self, steps: int = 250, shift: float = 1.0):
         if steps < 2:
             raise ValueError(f"steps: a grid has at least 2 points, given {steps}")
@@ -121,6 +123,7 @@ class Dopri5(Sampler):
         rtol: Relative tolerance of a step.
     """
 
+    @remembers_arguments
     def __init__(self, atol: float = 1e-6, rtol: float = 1e-3):
         self.atol, self.rtol = atol, rtol
 
@@ -144,6 +147,7 @@ class EulerMaruyama(Sampler):
         ValueError: if an option lies outside its range.
     """
 
+    @remembers_arguments
     def __init__(self, steps: int = 250, last: float = 0.04):
         if steps < 2:
             raise ValueError(f"steps: at least 2, given {steps}")

@@ -69,9 +69,7 @@ def test_published_names_are_all_accounted_for():
     assert tokenizer_from_published(weights | vfm, config).training is False
     name = "synthesis.blocks.1.conv0.dwconv.bias"
     without = {key: tensor for key, tensor in weights.items() if key != name}
-    with pytest.raises(
-        ValueError, match=r"missing \['decoder\.blocks\.1\.layers\.0\.depthwise\.bias'\]; left over \[\]"
-    ):
+    with pytest.raises(ValueError, match=r"missing \['synthesis\.blocks\.1\.conv0\.dwconv\.bias'\]; left over \[\]"):
         tokenizer_from_published(without, config)
     with pytest.raises(ValueError, match="left over"):
         tokenizer_from_published(weights | {"synthesis.unheard.of": torch.zeros(1)}, config)

@@ -1,58 +1,55 @@
-"""Weights under the public implementation's names, brought to ours."""
+"""`python -m vfm_vae.convert`: published weights, or a checkpoint of training, as a folder that is loaded by name."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import lightning
+import timm
 import torch
-from torch import Tensor
+import yaml
+from jsonargparse import ArgumentParser
+from torch import Tensor, nn
 
-from vfm_vae.modules.adapter import Adapter, Projection
+from vfm_vae.cli import short_errors
+from vfm_vae.discriminators.patchgan import PatchGAN
+from vfm_vae.discriminators.projected import DiscriminatorHead
+from vfm_vae.losses.guard import NonFiniteGuard
+from vfm_vae.modules.adapter import Adapter, Projection, ProjectionAttention
 from vfm_vae.modules.decoder import Decoder
+from vfm_vae.modules.layers import Blur, UpsampleUnit
+from vfm_vae.pretrained import describe
+from vfm_vae.published import (
+    Names,
+    discriminator_names,
+    from_published,
+    patchgan_names,
+    pick,
+    read_published,
+    to_published,
+    tokenizer_names,
+)
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.vfm import FrozenVFM
 
+CHECKPOINT, OVERLAY = "training.ckpt", "model.yaml"
+ENCODER = "vfm_encoder."  # the frozen VFM, which is named and not stored
+
 PROJECTIONS: dict[str, Projection] = {"attnproj": "attention", "conv": "conv"}
 
-# Prefixes and infixes, published → ours; applied in this order.
-RENAMES = [
-    (r"^ldm_adapter\.patch_quants\.(\d+)\.0\.(blocks\.)?", r"adapter.layers.\1."),
-    (r"^ldm_adapter\.final_quant\.(blocks\.)?", "adapter.fuse."),
-    (r"^ldm_adapter\.post_quant\.(blocks\.)?", "adapter.widen."),
-    (r"^ldm_adapter\.linear_proj\.", "adapter.alignment."),
-    (r"^mapping\.x_avg$", "decoder.mapping.average"),
-    (r"^mapping\.mlp\.fc0\.", "decoder.mapping.hidden."),
-    (r"^mapping\.mlp\.fc1\.", "decoder.mapping.out."),
-    (r"^synthesis\.blocks\.", "decoder.blocks."),
-    (r"\.norm1\.", ".norm_attention."),
-    (r"\.norm2\.", ".norm_mlp."),
-    (r"\.norm3\.", ".norm_proj."),
-    (r"\.mlp\.w0\.", ".mlp.gate."),
-    (r"\.mlp\.w1\.", ".mlp.value."),
-    (r"\.mlp\.w2\.", ".mlp.out."),
-    (r"\.self_attns\.(\d+)\.attn\.to_out\.", r".attention.\1.out."),
-    (r"\.self_attns\.(\d+)\.attn\.norm\.gamma$", r".attention.\1.norm.gain"),
-    (r"\.self_attns\.(\d+)\.attn\.", r".attention.\1."),
-    (r"\.self_attns\.(\d+)\.ff\.0\.gamma$", r".attention.\1.feed_forward.0.gain"),
-    (r"\.self_attns\.(\d+)\.ff\.", r".attention.\1.feed_forward."),
-    (r"\.attn\.", ".attention."),
-    (r"\.seperate_upsample_conv\.", ".upsample."),
-    (r"\.last_upsample_conv\.", ".upsample_sum."),
-    (r"\.torgb\.affine\.proj\.", ".to_rgb.style.affine."),
-    (r"\.torgb\.", ".to_rgb."),
-    (r"\.affine_pw1\.proj\.", ".style.affine."),
-    (r"\.conv0\.", ".layers.0."),
-    (r"\.dwconv\.", ".depthwise."),
-    (r"\.pwconv1\.weight$", ".expand"),
-    (r"\.pwconv1\.bias$", ".expand_bias"),
-    (r"\.pwconv2\.", ".contract."),
-    (r"\.gamma$", ".layer_scale"),
-    (r"\.noise_const$", ".noise.map"),
-    (r"\.noise_strength$", ".noise.strength"),
+# Names of VFMs on the Hugging Face hub → timm's.
+VFMS = [
+    (r"siglip2-giant-opt-(patch\d+)-(\d+)", r"vit_giantopt_\1_siglip_\2.v2_webli"),
+    (r"siglip2-(\w+)-(patch\d+)-(\d+)", r"vit_\1_\2_siglip_\3.v2_webli"),
+    (r"siglip-(\w+)-(patch\d+)-(\d+)", r"vit_\1_\2_siglip_\3.webli"),
+    (r"dinov2-with-registers-(\w+)", r"vit_\1_patch14_reg4_dinov2.lvd142m"),
+    (r"dinov2-(\w+)", r"vit_\1_patch14_dinov2.lvd142m"),
+    (r"vit-mae-huge", r"vit_huge_patch14_224.mae"),
+    (r"vit-mae-(\w+)", r"vit_\1_patch16_224.mae"),
+    (r"clip-vit-(\w+)-(patch\d+)-336", r"vit_\1_\2_clip_336.openai"),
+    (r"clip-vit-(\w+)-(patch\d+)", r"vit_\1_\2_clip_224.openai"),
 ]
-
-# Constants that our modules make themselves, and the frozen encoder, which is named and not stored.
-DROPPED = re.compile(r"^vfm_encoder\.|\.zero_k_bias$|\.blur_weight$|\.resample_filter$")
 
 
 def tokenizer_from_published(
@@ -69,21 +66,31 @@ def tokenizer_from_published(
         The tokenizer, in eval mode.
 
     Raises:
-        ValueError: if the configuration is of another kind of model, or names are missing or left over.
+        ValueError: if the configuration is of another kind of model, or names are missing or left over, or tensors
+            are of another shape.
     """
-    model = build(config, vfm)
-    weights = dict(_renamed(state_dict))
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    missing, unexpected = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
-    if missing or unexpected:
-        raise ValueError(f"the weights do not fit the config: missing {missing}; left over {unexpected}")
-    # 1x1 convolutions are plain matrices here, and gains lack their trailing dimensions.
-    model.load_state_dict({name: tensor.reshape(shapes[name]) for name, tensor in weights.items()})
+    model = build_published(config, vfm)
+    model.load_state_dict(_weights(model, state_dict))
     return model.eval()
 
 
-def build(config: Mapping[str, Any], vfm: FrozenVFM | None = None) -> VFMVAE:
-    """Builds the model of a public configuration, with fresh weights."""
+def tokenizer_to_published(model: VFMVAE) -> dict[str, Tensor]:
+    """All generator weights under their published names, but for the VFM's; for the public code to read.
+
+    Raises:
+        ValueError: if the model has a quantizer, whose published names are not known.
+    """
+    if model.quantizer is not None:
+        raise ValueError("model: published names of a quantizer are not known")
+    return to_published(model.state_dict(), tokenizer_names, _constants(model))
+
+
+def build_published(config: Mapping[str, Any], vfm: FrozenVFM | None = None) -> VFMVAE:
+    """Builds the model of a public configuration, with fresh weights.
+
+    Raises:
+        ValueError: if the configuration lacks options, or asks for what there is not here.
+    """
     wanted = {
         "compression_mode": "continuous",
         "conditional": False,
@@ -94,25 +101,42 @@ def build(config: Mapping[str, Any], vfm: FrozenVFM | None = None) -> VFMVAE:
     }
     for option, value in wanted.items():
         if config.get(option, value) != value:
-            raise ValueError(f"{option}={config[option]!r} is not supported, only {value!r} is")
-    layers, z_channels = list(config["patch_from_layers"]), config["z_dimension"]
-    feature_channels = list(config["patch_in_dimensions"])
-    decoded_channels = z_channels * config["decompress_factor"]
-    # Patches of 16 pixels of the enlarged image, against the latent's cells.
-    unshuffle = round(config["scale_factor"] * config["resolution_compression_factor"] / config.get("patch_size", 16))
-    adapter = Adapter(
+            raise ValueError(f"config: {option}={config[option]!r} is not supported, only {value!r} is")
+    try:
+        adapter = _adapter(config)
+        decoder = _decoder(config, config["z_dimension"] * config["decompress_factor"])
+    except KeyError as error:
+        raise ValueError(f"config: the option {error} is missing; give the public YAML whole") from error
+    return VFMVAE(adapter, decoder, vfm)
+
+
+def timm_name(vfm_name: str) -> str | None:
+    """What timm calls a VFM of the Hugging Face hub, which may be given by its local path; None if it has none such."""
+    name = vfm_name.rstrip("/").rpartition("/")[2]
+    for pattern, replacement in VFMS:
+        if re.fullmatch(pattern, name):
+            name = re.sub(pattern, replacement, name)
+            break
+    return name if timm.is_model(name) else None
+
+
+def _adapter(config: Mapping[str, Any]) -> Adapter:
+    layers, feature_channels = list(config["patch_from_layers"]), list(config["patch_in_dimensions"])
+    patch = re.search(r"patch(\d+)", timm_name(config["vfm_name"]) or "")
+    # Patches of the enlarged image, against the latent's cells.
+    unshuffle = config["scale_factor"] * config["resolution_compression_factor"] / (int(patch[1]) if patch else 16)
+    return Adapter(
         feature_channels=feature_channels,
-        layer_channels=config["patch_out_dimensions"],
-        latent_channels=z_channels,
-        unshuffle=unshuffle,
-        decoded_channels=decoded_channels,
+        layer_channels=list(config["patch_out_dimensions"]),
+        latent_channels=config["z_dimension"],
+        unshuffle=round(unshuffle),
+        decoded_channels=config["z_dimension"] * config["decompress_factor"],
         alignment_channels=feature_channels[layers.index(-1)] if -1 in layers else feature_channels[-1],
         encode_projection=PROJECTIONS[config["how_to_compress"]],
         decode_projection=PROJECTIONS[config["how_to_decompress"]],
         encode_layers=config["attnproj_quant_layers"],
         decode_layers=config["attnproj_post_quant_layers"],
     )
-    return VFMVAE(adapter, _decoder(config, decoded_channels), vfm)
 
 
 def _decoder(config: Mapping[str, Any], decoded_channels: int) -> Decoder:
@@ -143,22 +167,187 @@ def _per_block(indices: Sequence[int], values: Sequence[int]) -> list[int]:
     return [by_index.get(i, 0) for i in range(max(by_index, default=-1) + 1)]
 
 
-def _renamed(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in state_dict.items():
-        if DROPPED.search(name) or name.endswith((".to_k.weight", ".to_v.weight")):
-            continue
-        if name.endswith(".to_q.weight"):  # queries, keys and values are one matrix here
-            tensor = torch.cat([state_dict[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"])
-            name = name.replace(".to_q.", ".qkv.")
-        yield _rename(name), tensor
+def _weights(model: VFMVAE, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    trained = {name: tensor for name, tensor in published.items() if not name.startswith(ENCODER)}
+    return from_published(model.state_dict(), trained, tokenizer_names, _constants(model))
 
 
-def _rename(name: str) -> str:
-    if route := re.match(r"synthesis\.z_convs\.(\d+)\.(\d+)\.(\d+)\.(.*)", name):
-        block, stage, layer = map(int, route.groups()[:3])
-        last = stage == (1 if block == 2 else 2)  # an (un)shuffle stands before or between the two stages
-        return f"decoder.routes.{block}.{layer + (6 if last else 1)}.{route[4]}"
-    name = re.sub(r"\.convs1\.(\d+)\.", lambda match: f".layers.{int(match[1]) + 1}.", name)
-    for pattern, ours in RENAMES:
-        name = re.sub(pattern, ours, name)
-    return name
+def _constants(model: VFMVAE) -> dict[str, Tensor]:
+    """What the public code stores and our modules make themselves: biases of keys, and the kernels of blurs."""
+    constants = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ProjectionAttention):
+            (published,) = tokenizer_names(f"{name}.zero_k_bias")
+            constants[published] = torch.zeros_like(module.q_bias)
+        elif isinstance(module, UpsampleUnit) and isinstance(module.blur, Blur):
+            (published,) = tokenizer_names(f"{name}.blur_weight")
+            constants[published] = module.blur.kernel.repeat(module.pointwise.out_channels // 4, 1, 1, 1)
+    return constants
+
+
+def opponents_from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Discriminators' weights as TokenizerModule names them, `discriminator.heads…` and `patchgan.scales…`.
+
+    Args:
+        state_dict: Published discriminator weights: heads, a PatchGAN of either variant, or both; those of the frozen
+            backbone are passed over.
+
+    Raises:
+        ValueError: if names are missing or left over.
+    """
+    heads = {name: tensor for name, tensor in state_dict.items() if name.startswith("heads.")}
+    patches = {name: tensor for name, tensor in state_dict.items() if name.startswith("patchgan_discriminator.")}
+    if other := sorted(n for n in state_dict.keys() - heads.keys() - patches.keys() if not n.startswith("dino.")):
+        raise ValueError(f"the discriminators' weights have left over {other}")
+    opponents: dict[str, Tensor] = {}
+    with torch.device("meta"):
+        if heads:
+            number = 1 + max(int(name.split(".")[1]) for name in heads)
+            width = heads["heads.0.main.0.0.bias"].numel()
+            module = nn.ModuleDict({"heads": nn.ModuleList(DiscriminatorHead(width) for _ in range(number))})
+            opponents |= _taken("discriminator.", module, heads, discriminator_names(number))
+        if patches:
+            features = any("_layer" in name for name in patches)
+            scales, first = ("scale", "scale0_layer0.0") if features else ("layer", "layer0.0")
+            number = 1 + max(int(re.search(rf"\.{scales}(\d+)", name)[1]) for name in patches)
+            channels = patches[f"patchgan_discriminator.{first}.bias"].numel()
+            module = PatchGAN(num_scales=number, base_channels=channels)
+            opponents |= _taken("patchgan.", module, patches, patchgan_names(number, features))
+    return opponents
+
+
+def _taken(prefix: str, module: nn.Module, published: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+    taken = from_published(module.state_dict(), published, names, {})
+    return {f"{prefix}{name}": tensor for name, tensor in taken.items()}
+
+
+def read_config(path: str) -> tuple[dict[str, Any], int]:
+    """Reads a public YAML.
+
+    Returns:
+        Its `G_kwargs`, and after how many images that stage of training ends (0 if it does not say).
+
+    Raises:
+        ValueError: if it is no such file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"config: there is no file {path!r}")
+    config = yaml.safe_load(Path(path).read_text())
+    generator = config.get("G_kwargs", config) if isinstance(config, Mapping) else {}
+    if "patch_from_layers" not in generator:
+        raise ValueError(f"config: {path!r} is no public VFM-VAE configuration, which has G_kwargs")
+    return dict(generator), 1000 * int(config.get("total_kimg", 0))
+
+
+def convert(
+    source: str,
+    out: str,
+    config: str | None = None,
+    vfm: str | None = None,
+    vfm_weights: str | None = None,
+    images_seen: int | None = None,
+) -> None:
+    """Brings a tokenizer into a folder that the Python interface and the command lines read.
+
+    From published weights come `config.json`, `model.safetensors` and `README.md`, for `VFMVAE.from_pretrained` and
+    wherever a tokenizer is asked for; and `training.ckpt` and `model.yaml`, with which `python -m vfm_vae` goes on
+    training (model.init_from), measures, and caches latents. From a checkpoint of training come the first three.
+
+    Args:
+        source: Public file of weights, or a checkpoint that `python -m vfm_vae fit` wrote.
+        out: The folder, which is made if it is missing.
+        config: The public YAML that belongs to published weights.
+        vfm: timm's name of the VFM, where the public YAML's can't be told.
+        vfm_weights: File with the VFM's weights; with it, their fingerprint is noted and the fit is checked.
+        images_seen: Images that the weights were trained on, where it is not the public YAML's total_kimg.
+    """
+    content = read_published(source)
+    if isinstance(content, Mapping) and "vfm" in content and "state_dict" in content:
+        VFMVAE.from_checkpoint(source, vfm=vfm_weights is not None, vfm_weights=vfm_weights).save_pretrained(out)
+        print(f"{out}: the tokenizer of {source}")
+        return
+    if config is None:
+        raise ValueError("config: published weights need the public YAML that they were trained with")
+    generator, trained_images = read_config(config)
+    trained, averaged = pick(content, "ldm_adapter.")
+    if trained is None and averaged is None:
+        raise ValueError(f"source: {source!r} holds no weights of a VFM-VAE generator (ldm_adapter.…)")
+    model = tokenizer_from_published(averaged or trained, generator)
+    model.absent_vfm = _vfm_source(generator, vfm)
+    if vfm_weights is not None:
+        model.attach_vfm(vfm_weights)
+    opponents = pick(content, "heads.")[0] or pick(content, "patchgan_discriminator.")[0] or {}
+    model.save_pretrained(out)
+    checkpoint = _checkpoint(
+        model,
+        None if averaged is None or trained is None else _weights(model, trained),
+        opponents_from_published(opponents),
+        trained_images if images_seen is None else images_seen,
+    )
+    torch.save(checkpoint, Path(out) / CHECKPOINT)
+    overlay = {"model": {"model": checkpoint["hyper_parameters"]["model"]}}
+    (Path(out) / OVERLAY).write_text(yaml.safe_dump(overlay, sort_keys=False))
+    kinds = sorted({name.partition(".")[0] for name in checkpoint["state_dict"]} - {"model"})
+    print(f"{out}: the tokenizer of {source}, with {', '.join(kinds) or 'no discriminators'}")
+
+
+def _vfm_source(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    name = name or timm_name(config["vfm_name"])
+    if name is None:
+        raise ValueError(f"vfm: {config['vfm_name']!r} is no VFM that timm is known to have; give timm's name for it")
+    return {
+        "name": name,
+        "layers": list(config["patch_from_layers"]),
+        "input_scale": config["scale_factor"],
+        "weights": None,
+        "pretrained": True,
+        "model_args": None,
+        "fingerprint": None,
+    }
+
+
+def _checkpoint(
+    model: VFMVAE, trained: Mapping[str, Tensor] | None, opponents: Mapping[str, Tensor], images_seen: int
+) -> dict[str, Any]:
+    """What `python -m vfm_vae` reads: weights without states of optimisers, see `TokenizerModule`.
+
+    Args:
+        model: With the averaged weights, or with the only ones that there are.
+        trained: The others.
+        opponents: As `opponents_from_published` gives them.
+        images_seen: Counter.
+    """
+    source = model.vfm_source()
+    arguments = {name: value for name, value in source.items() if name != "fingerprint"}
+    description = describe(model)
+    description["init_args"]["vfm"] = {"class_path": "vfm_vae.vfm.FrozenVFM", "init_args": arguments}
+    averaged = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    state = averaged if trained is None else {f"model.{name}": tensor for name, tensor in trained.items()}
+    checkpoint = {
+        "state_dict": state | dict(opponents),
+        "images_seen": images_seen,
+        "guard": NonFiniteGuard().state_dict(),
+        "vfm": {"name": source["name"], "fingerprint": source["fingerprint"]},
+        "hyper_parameters": {"model": description},
+        "pytorch-lightning_version": lightning.__version__,
+        "epoch": 0,
+        "global_step": 0,
+    }
+    if trained is not None:
+        parameters = {f"model.{name}" for name, _ in model.named_parameters()}
+        weights = {name: tensor for name, tensor in averaged.items() if name in parameters}
+        checkpoint["ema"] = {"weights": weights, "images_seen": images_seen}
+    return checkpoint
+
+
+def main() -> None:
+    """The command line."""
+    parser = ArgumentParser(exit_on_error=False, prog="python -m vfm_vae.convert", description=__doc__)
+    parser.add_argument("source", help="Public file of weights, or a checkpoint that `python -m vfm_vae fit` wrote.")
+    parser.add_function_arguments(convert, skip={"source"})
+    with short_errors():
+        convert(**parser.parse_args().as_dict())
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 # Set while LightningCLI builds a module from its config; only then are the hyper-parameters plain data.
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -27,6 +28,8 @@ from vfm_vae.stages import begin, freeze_all_but, read_stage
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Batch, Decoded, Encoded, WeightAverage
 from vfm_vae.vfm import check_vfm, sha256_of, vfm_identity
+
+OPPONENTS = ("discriminator.", "patchgan.")
 
 
 class TokenizerModule(LightningModule):
@@ -321,7 +324,7 @@ class TokenizerModule(LightningModule):
     def _begin_from(self, path: str) -> None:
         """Carries over weights, discriminator, averages and the image counter; optimisers start fresh."""
         checkpoint = read_stage(path, self.model.vfm)
-        begin(self, checkpoint, path, fresh="patchgan.")
+        begin(self, checkpoint, path, fresh=OPPONENTS)
         self.images_seen = checkpoint["images_seen"]
         self._average = checkpoint.get("ema")
 
@@ -342,10 +345,18 @@ class TokenizerModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes them back.
 
+        Evaluation asks nothing of discriminators, which published weights may lack.
+
         Raises:
-            ValueError: if the weights belong to another VFM.
+            ValueError: if the weights belong to another VFM, or training is to go on without the optimisers' states.
         """
         check_vfm(self.model.vfm, checkpoint)
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and not checkpoint.get("optimizer_states"):
+            raise ValueError("ckpt_path: the checkpoint has weights alone: begin a stage from it, by model.init_from")
+        if not fitting:
+            state = {n: w for n, w in checkpoint["state_dict"].items() if not n.startswith(OPPONENTS)}
+            checkpoint["state_dict"] = state | {n: w for n, w in self.state_dict().items() if n.startswith(OPPONENTS)}
         self.images_seen = checkpoint["images_seen"]
         self.guard.load_state_dict(checkpoint["guard"])
 

@@ -31,21 +31,22 @@ def read_stage(path: str, vfm: FrozenVFM) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def begin(module: nn.Module, checkpoint: Mapping[str, Any], path: str, fresh: str) -> None:
+def begin(module: nn.Module, checkpoint: Mapping[str, Any], path: str, fresh: Sequence[str]) -> None:
     """Takes over the weights of a former stage; parts that don't train, the averages of them.
 
     Args:
         module: What is trained.
         checkpoint: As `read_stage` gives it.
         path: Where it was read, for messages.
-        fresh: Beginning of the names that the former stage may lack, since they come with this one.
+        fresh: Beginnings of names that the checkpoint may lack, since they come with this stage.
 
     Raises:
         ValueError: if the checkpoint holds another model.
     """
     weights = dict(checkpoint["state_dict"])
-    if not any(name.startswith(fresh) for name in weights):
-        weights |= {name: tensor for name, tensor in module.state_dict().items() if name.startswith(fresh)}
+    for part in fresh:
+        if not any(name.startswith(part) for name in weights):
+            weights |= {name: tensor for name, tensor in module.state_dict().items() if name.startswith(part)}
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:

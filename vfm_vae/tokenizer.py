@@ -6,18 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.modules.quantizer import QuantizedPosterior, VectorQuantizer
+from vfm_vae.pretrained import Pretrained, build, describe, load, read_pretrained, remembers_arguments
 from vfm_vae.types import Decoded
 from vfm_vae.vfm import Frozen, FrozenVFM, check_vfm, sha256_of
 
+CARD = """# VFM-VAE: latents of {channels} channels, {compression} times smaller than the image
 
-class VFMVAE(nn.Module):
+A tokenizer for latent diffusion models that was trained on the frozen {vfm} (arXiv 2510.18457), whose own weights are
+not in here.
+
+```python
+from vfm_vae.tokenizer import VFMVAE
+
+model = VFMVAE.from_pretrained("this folder, or owner/model on the hub")
+z = model.encode(images).mode()  # images [B, 3, H, W] in [-1, 1]
+images = model.decode(z).image
+```
+"""
+
+
+class VFMVAE(nn.Module, Pretrained):
     """Frozen VFM → adapter → posterior → adapter → decoder.
 
     Args:
@@ -26,10 +40,14 @@ class VFMVAE(nn.Module):
         vfm: The encoder; without one the model takes VFM features from the caller, and decodes.
         quantizer: Makes the latent discrete; without one it is Gaussian.
 
+    Attributes:
+        absent_vfm: The VFM that the weights belong to, as `FrozenVFM.source` says it, where it is known by name alone.
+
     Raises:
         ValueError: if the parts do not fit each other.
     """
 
+    @remembers_arguments
     def __init__(
         self,
         adapter: Adapter,
@@ -42,9 +60,104 @@ class VFMVAE(nn.Module):
         self.adapter = adapter
         self.decoder = decoder
         self.quantizer = quantizer
+        self.absent_vfm: dict[str, Any] | None = None
         self._check_quantizer()
         if vfm is not None:
             self._check_fit(vfm)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        vfm: bool = True,
+        vfm_weights: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> "VFMVAE":
+        """Loads a folder that `save_pretrained` wrote, or a model of the Hugging Face hub.
+
+        Args:
+            name: The folder, or the hub's `owner/model`.
+            vfm: Whether to load the VFM, too; without it the model decodes, and encodes features.
+            vfm_weights: File with the VFM's weights, to take instead of a download.
+            revision: Branch, tag or commit on the hub.
+            token: Of the hub; the one that `hf auth login` stored if not given.
+
+        Returns:
+            The tokenizer, in eval mode.
+
+        Raises:
+            ValueError: if there is no such model, it is in a format that is not this version's, or its VFM can't be
+                had or has other weights than it was trained on.
+        """
+        config, tensors = read_pretrained(name, cls, revision, token)
+        model = load(cls, name, config, tensors)
+        model.absent_vfm = config["vfm"]
+        return model.attach_vfm(vfm_weights) if vfm else model
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, vfm: bool = True, vfm_weights: str | None = None) -> "VFMVAE":
+        """Loads a checkpoint of training; its averaged weights where it has them.
+
+        Args:
+            path: File that `python -m vfm_vae fit` wrote.
+            vfm: Whether to load the VFM, too.
+            vfm_weights: File with the VFM's weights, where the one that training read is not at hand.
+
+        Returns:
+            The tokenizer, in eval mode.
+
+        Raises:
+            ValueError: if the file is no tokenizer's checkpoint, or its VFM can't be had or is another.
+        """
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        description = stored.get("hyper_parameters", {}).get("model")
+        if not isinstance(description, Mapping) or "vfm" not in stored:
+            raise ValueError(
+                f"checkpoint: {str(path)!r} does not describe a tokenizer; give one that `python -m vfm_vae fit` wrote"
+            )
+        arguments = dict(description["init_args"])
+        source = FrozenVFM.arguments_of(arguments.pop("vfm")) | {"fingerprint": stored["vfm"]["fingerprint"]}
+        model = build(cls, {**description, "init_args": arguments})
+        weights = stored["state_dict"] | stored.get("ema", {}).get("weights", {})
+        prefix = "model."
+        model.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
+        model.absent_vfm = source
+        return model.eval().attach_vfm(vfm_weights) if vfm else model.eval()
+
+    def attach_vfm(self, weights: str | None = None) -> "VFMVAE":
+        """Loads the VFM that is known by name, and returns the model.
+
+        Args:
+            weights: File with its weights, to take instead of those that training read or of a download.
+
+        Raises:
+            ValueError: if its weights can't be had, or they are others.
+        """
+        if self.absent_vfm is None:
+            raise ValueError("vfm: the model does not say which VFM it was trained on; pass one to VFMVAE(…)")
+        arguments = {name: value for name, value in self.absent_vfm.items() if name != "fingerprint"}
+        vfm = FrozenVFM(**arguments | ({} if weights is None else {"weights": weights}))
+        check_vfm(vfm, {"vfm": self.absent_vfm})
+        self._check_fit(vfm)
+        self.vfm = vfm
+        return self
+
+    def vfm_source(self) -> dict[str, Any] | None:
+        """The VFM that the weights belong to, with its fingerprint where that is known; None where nothing is."""
+        return self.absent_vfm if self.vfm is None else self.vfm.source()
+
+    def pretrained_config(self) -> dict[str, Any]:
+        """What `config.json` says: the model without the VFM, and which VFM that is."""
+        model, source = describe(self), self.vfm_source()
+        model["init_args"]["vfm"] = None
+        return {"model": model, "vfm": None if source is None else source | {"weights": None}}
+
+    def model_card(self) -> str:
+        """What the card says."""
+        source = self.vfm_source()
+        name = "vision foundation model" if source is None else source["name"]
+        return CARD.format(channels=self.latent_channels, compression=self.compression, vfm=name)
 
     def _check_quantizer(self) -> None:
         if self.adapter.gaussian != (self.quantizer is None):
@@ -100,24 +213,25 @@ class VFMVAE(nn.Module):
         """Channels of the latent."""
         return self.adapter.latent_channels
 
-    def latent_identity(self) -> dict[str, str | int]:
+    def latent_identity(self) -> dict[str, Any]:
         """What a cache of latents, and a model trained on it, say of where they come from.
 
         The fingerprint is of all that makes the latents and of nothing else: tokenizers that differ in their decoders
-        alone share it.
+        alone share it. It is None where the VFM's weights are not known.
 
         Raises:
-            ValueError: if the model has no VFM.
+            ValueError: if the model has no VFM, nor knows of one.
         """
-        if self.vfm is None:
+        source = self.vfm_source()
+        if source is None:
             raise ValueError("this VFMVAE has no VFM, so its latents have no identity: pass vfm=FrozenVFM(…)")
         encoding = nn.ModuleDict({"layers": self.adapter.layers, "fuse": self.adapter.fuse}).state_dict()
         if self.quantizer is not None:
             encoding["codebooks"] = self.quantizer.codebooks
-        settings = [self.vfm.fingerprint(), list(self.vfm.layers), self.vfm.input_scale, self.adapter.unshuffle]
+        settings = [source["fingerprint"], list(source["layers"]), source["input_scale"], self.adapter.unshuffle]
         return {
-            "vfm": self.vfm.name,
-            "fingerprint": sha256_of(encoding, str(settings)),
+            "vfm": source["name"],
+            "fingerprint": None if source["fingerprint"] is None else sha256_of(encoding, str(settings)),
             "channels": self.latent_channels,
             "compression": self.compression,
         }
@@ -177,12 +291,13 @@ class VFMVAE(nn.Module):
 
 
 class FrozenTokenizer(Frozen):
-    """A trained tokenizer, read from a checkpoint of its training; it never trains again and is never saved.
+    """A trained tokenizer; it never trains again and is never saved.
 
     Computes in float32 or, under autocast, as that says.
 
     Args:
-        checkpoint: File that `python -m vfm_vae fit` wrote; its averaged weights are taken where it has them.
+        checkpoint: File that `python -m vfm_vae fit` wrote, of which the averaged weights are taken where it has them;
+            or a folder that `save_pretrained` or `python -m vfm_vae.convert` wrote, or `owner/model` on the hub.
         vfm_weights: File with the VFM's weights, where the one that training read is not at hand.
 
     Attributes:
@@ -190,21 +305,18 @@ class FrozenTokenizer(Frozen):
         identity: Of its latents, see `VFMVAE.latent_identity`.
 
     Raises:
-        ValueError: if there is no such checkpoint, it is no tokenizer's, or its VFM can't be had.
+        ValueError: if there is no such tokenizer, or its VFM can't be had.
     """
 
     network: VFMVAE
 
     def __init__(self, checkpoint: str, vfm_weights: str | None = None) -> None:
-        if not Path(checkpoint).is_file():
+        if Path(checkpoint).is_file():
+            network = VFMVAE.from_checkpoint(checkpoint, vfm_weights=vfm_weights)
+        elif Path(checkpoint).suffix == ".ckpt":
             raise ValueError(f"checkpoint: there is no tokenizer at {checkpoint!r}; train one first")
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        network = _rebuild(stored, checkpoint, vfm_weights)
-        check_vfm(network.vfm, stored)
-        weights = stored["state_dict"] | stored.get("ema", {}).get("weights", {})
-        prefix = "model."
-        weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-        network.load_state_dict(weights)
+        else:
+            network = VFMVAE.from_pretrained(checkpoint, vfm_weights=vfm_weights)
         super().__init__(network)
         self.identity = network.latent_identity()
 
@@ -217,19 +329,3 @@ class FrozenTokenizer(Frozen):
         """Images `[B, 3, H, W]` in [-1, 1] of latents `[B, C, h, w]`, without gradients."""
         with torch.no_grad():
             return self.network.decode(z).image.clamp(-1, 1)
-
-
-def _rebuild(stored: Mapping[str, Any], path: str, vfm_weights: str | None) -> VFMVAE:
-    """The model that a checkpoint describes, with weights in its VFM only."""
-    description = stored.get("hyper_parameters", {}).get("model")
-    if not isinstance(description, Mapping) or "vfm" not in stored:
-        raise ValueError(
-            f"checkpoint: {path!r} does not describe a tokenizer; give one that `python -m vfm_vae fit` wrote"
-        )
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(VFMVAE, "model")
-    if vfm_weights is not None:
-        description = {**description, "init_args": {**description["init_args"]}}
-        vfm = description["init_args"]["vfm"]
-        description["init_args"]["vfm"] = {**vfm, "init_args": {**vfm["init_args"], "weights": vfm_weights}}
-    return parser.instantiate_classes(parser.parse_object({"model": description})).model

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfm_vae import embedded  # noqa: F401  importing it registers the embedded model with timm
+from vfm_vae.pretrained import remembers_arguments
 from vfm_vae.types import VFMFeatures
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -167,6 +169,7 @@ class FrozenVFM(Frozen):
     mean: Tensor
     std: Tensor
 
+    @remembers_arguments
     def __init__(
         self,
         name: str,
@@ -190,6 +193,17 @@ class FrozenVFM(Frozen):
         for statistic in ("mean", "std"):
             values = torch.tensor(network.pretrained_cfg[statistic]).view(3, 1, 1)
             self.register_buffer(statistic, values, persistent=False)
+
+    @classmethod
+    def arguments_of(cls, description: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments of the VFM that a config or a checkpoint describes, by name."""
+        given = description["init_args"]
+        parameters = list(inspect.signature(cls).parameters.values())
+        return {p.name: given[p.name] if p.default is p.empty else given.get(p.name, p.default) for p in parameters}
+
+    def source(self) -> dict[str, Any]:
+        """What it takes to have this VFM again: its arguments, and the `fingerprint` of its weights."""
+        return {**self.arguments, "layers": list(self.layers), "fingerprint": self.fingerprint()}
 
     def forward(self, images: Tensor) -> VFMFeatures:
         """Features of `images: [B, 3, H, W] in [-1, 1]`, without gradients."""
@@ -294,6 +308,8 @@ def vfm_identity(vfm: FrozenVFM) -> dict[str, str]:
 def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any]) -> None:
     """Compares the VFM at hand with the one that the checkpoint was trained with.
 
+    A checkpoint of published weights may know the name alone.
+
     Raises:
         ValueError: if it is another, by name or by weights.
     """
@@ -302,7 +318,7 @@ def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any]) -> None:
         raise ValueError("the checkpoint names no VFM: it is no tokenizer's, or of another version")
     if stored["name"] != vfm.name:
         raise ValueError(f"the checkpoint was trained on the VFM '{stored['name']}', but model.vfm is '{vfm.name}'")
-    if stored["fingerprint"] != vfm.fingerprint():
+    if stored["fingerprint"] not in (None, vfm.fingerprint()):
         raise ValueError(
             f"the checkpoint was trained on other weights of '{vfm.name}' (sha256 {stored['fingerprint'][:12]}…) than "
             f"those at hand ({vfm.fingerprint()[:12]}…); give the right file as the "

@@ -1,8 +1,43 @@
 """Layers of the diffusion transformers. Tokens are `[B, N, D]`, in raster order of their grid."""
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Size(NamedTuple):
+    """A named size: blocks, channels, heads."""
+
+    depth: int
+    width: int
+    num_heads: int
+
+
+def named_size(name: str, sizes: Mapping[str, Size]) -> dict[str, int]:
+    """What a name such as `XL/1` says: depth, width, num_heads and patch_size.
+
+    Raises:
+        ValueError: for a name that is not one of `sizes`, a slash, and the side of a patch.
+    """
+    size, _, patch_size = name.partition("/")
+    if size not in sizes or not patch_size.isdigit():
+        raise ValueError(f"name: one of {', '.join(sizes)}, a slash and the patch size, like XL/1; given {name!r}")
+    return {**sizes[size]._asdict(), "patch_size": int(patch_size)}
+
+
+def token_grid(input_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of tokens.
+
+    Raises:
+        ValueError: if patches do not fill the latent.
+    """
+    if any(side % patch_size for side in input_size):
+        raise ValueError(f"patch_size: {patch_size} does not divide the latent's sides {input_size}")
+    return input_size[0] // patch_size, input_size[1] // patch_size
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -185,6 +220,79 @@ class Attention(nn.Module):
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         out = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value)
         return self.out(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised, modulated and gated by the condition.
+
+    Args:
+        width: Of the tokens.
+        num_heads: Of attention.
+        norm: Makes the norms in front of both.
+        qk_norm: Makes the norms of queries and keys; null for none.
+        swiglu: Whether the MLP is gated.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, norm: type[nn.Module], qk_norm: type[nn.Module] | None, swiglu: bool
+    ):
+        super().__init__()
+        self.norm_attention = norm(width)
+        self.attention = Attention(width, num_heads, qk_norm)
+        self.norm_mlp = norm(width)
+        self.mlp = SwiGLU(width, swiglu_hidden(width)) if swiglu else MLP(width, 4 * width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Maps tokens.
+
+        Args:
+            x: `[B, N, D]`.
+            condition: Activated, `[B, D]`.
+            rotary: As attention takes it.
+        """
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=1)  # [B, D] each
+        x = x + gate_a[:, None] * self.attention(modulate(self.norm_attention(x), shift_a, scale_a), rotary)
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    """From tokens to patches of velocity.
+
+    Args:
+        width: Of the tokens.
+        out_features: Numbers in a patch.
+        norm: Makes the norm.
+    """
+
+    def __init__(self, width: int, out_features: int, norm: type[nn.Module]):
+        super().__init__()
+        self.norm = norm(width)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, out_features)
+
+    def modulated(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens `[B, N, D]` as they enter the output, given the activated condition `[B, D]`."""
+        shift, scale = self.modulation(condition).chunk(2, dim=1)
+        return modulate(self.norm(x), shift, scale)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Maps tokens `[B, N, D]` to `[B, N, p·p·C]`, given the activated condition `[B, D]`."""
+        return self.out(self.modulated(x, condition))
+
+
+def run_block(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
+    """The block's output; where asked for, the backward pass computes what is in it again instead of keeping it."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+def xavier_init(*layers: nn.Linear | nn.Conv2d) -> None:
+    """Xavier weights, a convolution's as those of the linear layer that it is on its patches, and zero biases."""
+    for layer in layers:
+        nn.init.xavier_uniform_(layer.weight.flatten(1))
+        nn.init.zeros_(layer.bias)
 
 
 def scaled_init(std: float, *layers: nn.Module) -> None:

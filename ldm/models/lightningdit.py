@@ -1,38 +1,30 @@
 """LightningDiT (Yao et al. 2025, arXiv 2501.01423, section 4): a diffusion transformer with current parts."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldm.models.denoiser import Denoiser
 from ldm.models.layers import (
-    MLP,
-    Attention,
+    Block,
+    FinalLayer,
     PatchEmbed,
     RMSNorm,
-    SwiGLU,
+    Size,
     TimeEmbedding,
-    modulate,
+    named_size,
     position_table,
     rotary_angles,
+    run_block,
     scaled_init,
-    swiglu_hidden,
+    token_grid,
     unpatchify,
+    xavier_init,
     zero_init,
 )
-
-
-class Size(NamedTuple):
-    """A named size: blocks, channels, heads."""
-
-    depth: int
-    width: int
-    num_heads: int
-
+from vfm_vae.pretrained import remembers_arguments
 
 SIZES = {
     "B": Size(12, 768, 12),
@@ -41,61 +33,6 @@ SIZES = {
     "1p0B": Size(24, 1536, 24),
     "1p6B": Size(28, 1792, 28),
 }
-
-
-class Block(nn.Module):
-    """Attention and MLP, each normalised, modulated and gated by the condition.
-
-    Args:
-        width: Of the tokens.
-        num_heads: Of attention.
-        norm: Makes the norms in front of both.
-        qk_norm: Makes the norms of queries and keys; null for none.
-        swiglu: Whether the MLP is gated.
-    """
-
-    def __init__(
-        self, width: int, num_heads: int, norm: type[nn.Module], qk_norm: type[nn.Module] | None, swiglu: bool
-    ):
-        super().__init__()
-        self.norm_attention = norm(width)
-        self.attention = Attention(width, num_heads, qk_norm)
-        self.norm_mlp = norm(width)
-        self.mlp = SwiGLU(width, swiglu_hidden(width)) if swiglu else MLP(width, 4 * width)
-        self.modulation = nn.Linear(width, 6 * width)
-
-    def forward(self, x: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Maps tokens.
-
-        Args:
-            x: `[B, N, D]`.
-            condition: Activated, `[B, D]`.
-            rotary: As attention takes it.
-        """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=1)  # [B, D] each
-        x = x + gate_a[:, None] * self.attention(modulate(self.norm_attention(x), shift_a, scale_a), rotary)
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
-
-
-class FinalLayer(nn.Module):
-    """From tokens to patches of velocity.
-
-    Args:
-        width: Of the tokens.
-        out_features: Numbers in a patch.
-        norm: Makes the norm.
-    """
-
-    def __init__(self, width: int, out_features: int, norm: type[nn.Module]):
-        super().__init__()
-        self.norm = norm(width)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, out_features)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Maps tokens `[B, N, D]` to `[B, N, p·p·C]`, given the activated condition `[B, D]`."""
-        shift, scale = self.modulation(condition).chunk(2, dim=1)
-        return self.out(modulate(self.norm(x), shift, scale))
 
 
 class LightningDiT(Denoiser):
@@ -124,6 +61,7 @@ class LightningDiT(Denoiser):
     rotary_cos: Tensor
     rotary_sin: Tensor
 
+    @remembers_arguments
     def __init__(
         self,
         in_channels: int = 32,
@@ -142,11 +80,9 @@ class LightningDiT(Denoiser):
         super().__init__(in_channels, input_size, num_classes)
         if width % (4 * num_heads):
             raise ValueError(f"width: {width} does not divide by 4 · num_heads = {4 * num_heads}")
-        if any(side % patch_size for side in self.input_size):
-            raise ValueError(f"patch_size: {patch_size} does not divide the latent's sides {self.input_size}")
+        self.grid = token_grid(self.input_size, patch_size)
         self.patch_size = patch_size
         self.activation_checkpointing = activation_checkpointing
-        self.grid = tuple(side // patch_size for side in self.input_size)
         if rms_norm:
             norm = head_norm = partial(RMSNorm, eps=1e-6)
         else:
@@ -176,19 +112,11 @@ class LightningDiT(Denoiser):
         Raises:
             ValueError: for a name that is not of this form.
         """
-        size, _, patch_size = name.partition("/")
-        if size not in SIZES or not patch_size.isdigit():
-            raise ValueError(f"name: one of {', '.join(SIZES)}, a slash and the patch size, like XL/1; given {name!r}")
-        return cls(**SIZES[size]._asdict(), patch_size=int(patch_size), **kwargs)
+        return cls(**named_size(name, SIZES), **kwargs)
 
     def reset_parameters(self) -> None:
         """Xavier for linear layers, N(0, 0.02²) for the embeddings, zeros for modulations and the output."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as the linear layer that it is
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        xavier_init(*(module for module in self.modules() if isinstance(module, nn.Linear)), self.patch_embed.proj)
         scaled_init(0.02, self.label_embed, self.time_embed.mlp[0], self.time_embed.mlp[2])
         zero_init(*(block.modulation for block in self.blocks), self.final.modulation, self.final.out)
 
@@ -207,8 +135,5 @@ class LightningDiT(Denoiser):
         condition = F.silu(self.time_embed(t) + self.label_embed(y))  # [B, D]
         rotary = None if self.rotary_cos is None else (self.rotary_cos, self.rotary_sin)
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, condition, rotary, use_reentrant=False)
-            else:
-                tokens = block(tokens, condition, rotary)
+            tokens = run_block(block, tokens, condition, rotary, recompute=self.activation_checkpointing)
         return unpatchify(self.final(tokens, condition), self.grid, self.patch_size)

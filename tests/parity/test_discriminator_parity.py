@@ -4,7 +4,6 @@ Two sets: in the second, images are resized bicubically and there is no vision t
 """
 
 from pathlib import Path
-from string import ascii_lowercase
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from timm.models import VisionTransformer
 from torch import nn
 
+from vfm_vae.convert import opponents_from_published
 from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import DiscriminatorHead, ProjectedDiscriminator, layer_tokens, set_input_size
 from vfm_vae.losses.adversarial import (
@@ -101,13 +101,6 @@ def test_published_size_of_the_heads():
     assert isinstance(head.main[1].fn[0], nn.Conv1d)
 
 
-def patchgan_name(published: str, num_scales: int = 3) -> str:
-    """Our name of a published parameter: `scale2_layer1.0.weight`, whose scales count down from the full size."""
-    place, index, kind = published.split(".")
-    scale, layer = (part.lstrip(ascii_lowercase) for part in place.split("_"))
-    return f"scales.{num_scales - 1 - int(scale)}.layers.{layer}.{('convolution', 'norm')[int(index)]}.{kind}"
-
-
 def scales_of(reference: dict[str, torch.Tensor], prefix: str) -> list[list[torch.Tensor]]:
     """Outputs by scale and layer; the full size is scale 0 here."""
     return [[reference[f"{prefix}.scale{scale}.layer{layer}"] for layer in range(5)] for scale in range(3)]
@@ -119,7 +112,8 @@ def test_patchgan(name, base_channels, batch):
     reference = PATCHGAN[name]
     patchgan = PatchGAN(base_channels=base_channels)
     weights = select(reference, "weights/patchgan/")
-    patchgan.load_state_dict({patchgan_name(published): value for published, value in weights.items()})
+    published = {f"patchgan_discriminator.{name}": tensor for name, tensor in weights.items()}
+    patchgan.load_state_dict(select(opponents_from_published(published), "patchgan."))
     images = reference[f"input/patchgan/input_{batch}"].clone().requires_grad_()
     outputs = patchgan(images)
     expected = scales_of(reference, f"output/patchgan/output_{batch}")

@@ -7,12 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vfm_vae.convert import tokenizer_from_published
+from vfm_vae.convert import opponents_from_published, tokenizer_from_published, tokenizer_to_published
+from vfm_vae.discriminators.patchgan import PatchGAN
+from vfm_vae.discriminators.projected import DiscriminatorHead
 from vfm_vae.losses.alignment import adaptive_weight, pool_tokens, vf_loss
+from vfm_vae.published import tokenizer_names
 
 DATA = Path(__file__).parent / "data"
 # Relative to the largest absolute reference value; the formulas leave 2e-5, gradient norms 3e-4.
 TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 3e-4
+KEYS = json.loads((DATA / "tokenizer_keys.json").read_text())
+FIXED = ("blur_weight", "zero_k_bias")  # constants, which are made anew
 
 
 class Case:
@@ -120,22 +125,49 @@ def test_gradient_norm_of_every_parameter(case: Case):
         for name, value in case.output.items()
         if name.startswith("param_grad_norm/")
     }
-    expected = dict(_our_norms(norms))
-    ours = {name: p.grad.norm() for name, p in model.named_parameters()}
-    assert ours.keys() == expected.keys()
+    expected = {
+        n: torch.stack([norms[part] for part in tokenizer_names(n)]).norm() for n, _ in model.named_parameters()
+    }
     largest = max(expected.values())
-    for name, norm in ours.items():
+    for name, parameter in model.named_parameters():
+        norm = parameter.grad.norm()
         error = abs(norm - expected[name]) / max(expected[name], 1e-6 * largest)
         assert error <= 1e-3, f"{name}: {norm:.4e}, expected {expected[name]:.4e}"
 
 
-def _our_norms(norms: dict[str, torch.Tensor]):
-    """Norms under our names; queries', keys' and values' become one matrix's."""
-    from vfm_vae.convert import _rename
+@pytest.mark.parametrize("name", ["tiny_generator_a", "tiny_generator_b"])
+def test_weights_come_back_bit_by_bit(name: str):
+    case = Case(name)
+    back = tokenizer_to_published(case.model)
+    assert back.keys() == case.weights.keys()
+    assert all(torch.equal(back[n], tensor) for n, tensor in case.weights.items() if n.rpartition(".")[2] not in FIXED)
+    assert all(torch.allclose(back[n], tensor) for n, tensor in case.weights.items())
 
-    for name, norm in norms.items():
-        if ".to_q." in name:
-            parts = [norms[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"]
-            yield _rename(name.replace(".to_q.", ".qkv.")), torch.stack(parts).norm()
-        elif ".to_k." not in name and ".to_v." not in name:
-            yield _rename(name), norm
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_every_full_size_key_is_taken_and_given_back(legacy: bool):
+    names = KEYS["legacy_true"] if legacy else KEYS["legacy_false"]
+    with torch.device("meta"):
+        weights = {name: torch.empty(KEYS["legacy_true"][name]) for name in names}
+        frozen = {"vfm_encoder.model.weight": torch.empty(3)}
+        model = tokenizer_from_published(weights | frozen, KEYS["config"] | {"legacy": legacy})
+    assert sum(p.numel() for p in model.parameters()) == KEYS["parameters"][f"legacy_{str(legacy).lower()}"]
+    back = tokenizer_to_published(model)
+    assert {name: list(tensor.shape) for name, tensor in back.items()} == {n: KEYS["legacy_true"][n] for n in names}
+
+
+@pytest.mark.parametrize("variant", ["patchgan_with_features", "patchgan_without_features"])
+def test_every_full_size_discriminator_key_is_taken(variant: str):
+    names = KEYS["heads"] | KEYS[variant]
+    weights = {name: torch.empty(shape, device="meta") for name, shape in names.items()}
+    opponents = opponents_from_published(weights | {"dino.norm.weight": torch.empty(384)})
+    with torch.device("meta"):
+        expected = {f"patchgan.{name}": tensor for name, tensor in PatchGAN().state_dict().items()}
+        for i in range(5):
+            head = DiscriminatorHead(384).state_dict()
+            expected |= {f"discriminator.heads.{i}.{name}": tensor for name, tensor in head.items()}
+    assert {n: t.shape for n, t in opponents.items()} == {n: t.shape for n, t in expected.items()}
+    with pytest.raises(ValueError, match=r"left over \['heads\.0\.unknown'\]"):
+        opponents_from_published(weights | {"heads.0.unknown": torch.empty(3)})
+    with pytest.raises(ValueError, match=r"missing \['heads\.4\.cls\.bias'\]"):
+        opponents_from_published({n: tensor for n, tensor in weights.items() if n != "heads.4.cls.bias"})

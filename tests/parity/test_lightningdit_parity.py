@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm.convert import lightningdit_from_published
+from ldm.convert import lightningdit_from_published, to_published
 from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
 
@@ -89,6 +89,21 @@ def test_every_full_size_key_is_taken(variant):
         model = lightningdit_from_published(weights, official["config"])
     assert sum(p.numel() for p in model.parameters()) == official["trainable_params"]
     assert sum(p.numel() for p in model.parameters()) + model.position.numel() == official["total_params"]
+    exported = {name: tensor.shape for name, tensor in to_published(model).items()}
+    assert exported == {name: tensor.shape for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("case", "ab")
+def test_export_gives_the_published_weights_back(case):
+    tensors, _, model = fixture(case)
+    exported = to_published(model)
+    weights = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
+    assert exported.keys() == weights.keys()
+    for name, weight in weights.items():
+        if name == "pos_embed" or name.startswith("feat_rope."):
+            close(exported[name], weight, 1e-6)
+        else:
+            assert torch.equal(exported[name], weight), name
 
 
 def test_full_size_has_the_published_parameters():
@@ -133,7 +148,7 @@ def test_initialisation_is_the_published_one():
 def test_weights_that_do_not_fit_are_named():
     tensors, settings, _ = fixture("a")
     weights = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
-    with pytest.raises(ValueError, match=r"missing \['blocks.0.norm_mlp.weight'\]; left over \['extra'\]"):
+    with pytest.raises(ValueError, match=r"missing \['blocks.0.norm2.weight'\]; left over \['extra'\]"):
         lightningdit_from_published(
             {n: t for n, t in weights.items() if n != "blocks.0.norm2.weight"} | {"extra": torch.zeros(1)},
             settings["config"],

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vfm_vae.pretrained import remembers_arguments
+
 Projection = Literal["attention", "conv"]
 
 
@@ -145,6 +147,7 @@ class Adapter(nn.Module):
         gaussian: Whether encoding ends in means and log-variances, or in the C channels that a quantizer takes.
     """
 
+    @remembers_arguments
     def __init__(
         self,
         feature_channels: Sequence[int],

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vfm_vae.modules.layers import EqualizedLinear, SelfAttentionLayer, UpsampleUnit, activation
 from vfm_vae.modules.modulated import ModulatedConvNeXt, ToRGB
+from vfm_vae.pretrained import remembers_arguments
 from vfm_vae.types import Decoded
 
 # The published decoder is coarse in its first blocks and takes larger kernels after.
@@ -161,6 +162,7 @@ class Decoder(nn.Module):
         activation_checkpointing: Compute ConvNeXt layers again in the backward pass rather than keep what is in them.
     """
 
+    @remembers_arguments
     def __init__(
         self,
         latent_channels: int = 512,

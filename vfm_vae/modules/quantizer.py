@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vfm_vae.pretrained import remembers_arguments
+
 
 class QuantizedPosterior:
     """All its mass on one latent: the codewords nearest to the features. Stands in for a `DiagonalGaussian`.
@@ -112,6 +114,7 @@ class VectorQuantizer(nn.Module):
         ValueError: if codewords or channels do not divide by the codebooks, or a number is out of range.
     """
 
+    @remembers_arguments
     def __init__(
         self,
         vocabulary_size: int = 32768,

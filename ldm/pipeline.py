@@ -1,0 +1,218 @@
+"""LatentDiffusion: from labels to images, without Lightning."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.compatibility import check_tokenizer
+from ldm.guidance import Guidance
+from ldm.models.denoiser import Denoiser
+from ldm.normalization import LatentNormalization
+from ldm.samplers import Euler, Sampler
+from vfm_vae.data.sampling import IndexedNoise
+from vfm_vae.pretrained import Pretrained, build, describe, load, read_pretrained, remembers_arguments
+from vfm_vae.tokenizer import VFMVAE
+from vfm_vae.types import Samples
+from vfm_vae.vfm import Frozen
+
+CARD = """# {name} on latents of {channels} channels, {height}x{width}
+
+A class-conditional diffusion model on VFM-VAE latents (arXiv 2510.18457), with the statistics that normalise them, for
+{num_classes} classes. Latents are those of {source}.
+
+```python
+from ldm.pipeline import LatentDiffusion
+
+model = LatentDiffusion.from_pretrained("this folder, or owner/model on the hub", tokenizer="the tokenizer's")
+images = model.sample(labels=[0, 1]).images  # [B, 3, H, W] in [-1, 1]
+```
+"""
+
+
+class LatentDiffusion(nn.Module, Pretrained):
+    """A denoiser with all that makes images of noise.
+
+    Args:
+        model: The denoiser.
+        sampler: From noise to latents.
+        guidance: Of sampling.
+
+    Attributes:
+        normalization: Statistics of the latents that the denoiser was trained on.
+        tokenizer: Holds the VFMVAE that decodes; None where latents are enough. It is not saved along.
+        latent_source: Which tokenizer's latents these are, see `VFMVAE.latent_identity`; None where it is not known.
+    """
+
+    @remembers_arguments
+    def __init__(self, model: Denoiser, sampler: Sampler | None = None, guidance: Guidance | None = None):
+        super().__init__()
+        self.model = model
+        self.sampler, self.guidance = sampler or Euler(), guidance or Guidance()
+        self.normalization = LatentNormalization(model.in_channels)
+        self.tokenizer: Frozen | None = None
+        self.latent_source: dict[str, Any] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        tokenizer: str | Path | VFMVAE | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> "LatentDiffusion":
+        """Loads a folder that `save_pretrained` wrote, or a model of the Hugging Face hub.
+
+        Args:
+            name: The folder, or the hub's `owner/model`.
+            tokenizer: Decodes latents: a model, or where to load one, see `use_tokenizer`.
+            revision: Branch, tag or commit on the hub.
+            token: Of the hub; the one that `hf auth login` stored if not given.
+
+        Returns:
+            The model, in eval mode.
+
+        Raises:
+            ValueError: if there is no such model, it is in a format that is not this version's, or the tokenizer is
+                another than that of its latents.
+        """
+        config, tensors = read_pretrained(name, cls, revision, token)
+        model = load(cls, name, config, tensors)
+        model.latent_source = config["tokenizer"]
+        return model.use_tokenizer(tokenizer)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, tokenizer: str | Path | VFMVAE | None = None) -> "LatentDiffusion":
+        """Loads a checkpoint of training; its averaged weights where it has them.
+
+        Args:
+            path: File that `python -m ldm fit` wrote.
+            tokenizer: As for `from_pretrained`.
+
+        Returns:
+            The model, in eval mode.
+
+        Raises:
+            ValueError: if the file is no diffusion model's checkpoint, or the tokenizer is another than that of its
+                latents.
+        """
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        parts = stored.get("hyper_parameters", {})
+        if not isinstance(parts.get("model"), Mapping) or "tokenizer" not in stored:
+            raise ValueError(
+                f"checkpoint: {str(path)!r} is no diffusion model's; give one that `python -m ldm fit` wrote"
+            )
+        arguments = {name: parts.get(name) for name in ("model", "sampler", "guidance")}
+        model = build(cls, {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments})
+        weights = stored["state_dict"] | stored.get("ema", {}).get("weights", {})
+        model.load_state_dict({name: weights[name] for name in model.state_dict()})
+        model.latent_source = stored["tokenizer"]
+        return model.eval().use_tokenizer(tokenizer)
+
+    def use_tokenizer(self, tokenizer: str | Path | VFMVAE | None) -> "LatentDiffusion":
+        """Sets what decodes, and returns the model.
+
+        Args:
+            tokenizer: A tokenizer; or where to load one: a checkpoint of its training, a folder that `save_pretrained`
+                wrote, or `owner/model` on the hub. Its VFM is not loaded, for decoding takes none.
+
+        Raises:
+            ValueError: if it can't be had, or is another than that of the latents.
+        """
+        if tokenizer is not None and not isinstance(tokenizer, VFMVAE):
+            is_file = Path(tokenizer).is_file()
+            tokenizer = (VFMVAE.from_checkpoint if is_file else VFMVAE.from_pretrained)(tokenizer, vfm=False)
+        if tokenizer is not None and tokenizer.vfm_source() is not None:
+            check_tokenizer(self.latent_source, tokenizer.latent_identity(), "tokenizer: it is")
+        self.tokenizer = None if tokenizer is None else Frozen(tokenizer)
+        return self
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: Sequence[int] | Tensor,
+        seed: int = 0,
+        guidance_scale: float | None = None,
+        index: Tensor | None = None,
+    ) -> Samples:
+        """Draws a sample for each label; each depends on the seed, its number and its label alone.
+
+        They are those that `python -m ldm predict` draws by the same seed, numbers and labels.
+
+        Args:
+            labels: Classes, `[B]`.
+            seed: Of the noise.
+            guidance_scale: Instead of the model's.
+            index: Numbers of the samples, int64 `[B]`; from 0 on if not given.
+
+        Returns:
+            Latents, and images where there is a tokenizer.
+
+        Raises:
+            ValueError: if a label is no class, or the statistics of latents are not known.
+        """
+        device = self.normalization.mean.device
+        labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
+        num_classes = self.model.num_classes
+        if labels.numel() and not 0 <= labels.min() <= labels.max() < num_classes:
+            raise ValueError(f"labels: the classes are 0 to {num_classes - 1}, given {labels.tolist()}")
+        index = torch.arange(len(labels), device=device) if index is None else index.to(device)
+        noise = IndexedNoise("sample", seed, index, device)
+        noise.integers(num_classes)  # the command line may draw labels first
+        guidance = self.guidance if guidance_scale is None else self.guidance.with_scale(guidance_scale)
+        latents = draw_latents(self.model, self.normalization, self.sampler, guidance, noise, labels)
+        images = None if self.tokenizer is None else self.tokenizer.network.decode(latents).image.clamp(-1, 1)
+        return Samples(images, latents, labels, index)
+
+    def pretrained_config(self) -> dict[str, Any]:
+        """What `config.json` says: the model, and whose latents it makes.
+
+        Raises:
+            ValueError: if the statistics of latents are not known, without which the weights are worth nothing.
+        """
+        if not self.normalization.is_known:
+            raise ValueError("normalization: the statistics of latents are not known; take those of training")
+        return {"model": describe(self), "tokenizer": self.latent_source}
+
+    def model_card(self) -> str:
+        """What the card says."""
+        channels, height, width = self.model.latent_shape
+        source = "a tokenizer that is not known" if self.latent_source is None else self.latent_source["vfm"]
+        return CARD.format(
+            name=type(self.model).__name__,
+            channels=channels,
+            height=height,
+            width=width,
+            num_classes=self.model.num_classes,
+            source=source,
+        )
+
+
+def draw_latents(
+    model: Denoiser,
+    normalization: LatentNormalization,
+    sampler: Sampler,
+    guidance: Guidance,
+    noise: IndexedNoise,
+    labels: Tensor,
+) -> Tensor:
+    """Samples as the tokenizer decodes them, `[B, C, h, w]`.
+
+    Args:
+        model: The denoiser.
+        normalization: Of the latents that it was trained on.
+        sampler: From noise to latents.
+        guidance: Of sampling.
+        noise: Of each sample, by its number.
+        labels: Classes, int64 `[B]`.
+
+    Raises:
+        ValueError: if the statistics of latents are not known.
+    """
+    if not normalization.is_known:
+        raise ValueError("ckpt_path: only a trained model can sample; give its checkpoint")
+    field, shape = guidance.field(model, labels, model.null_label), model.latent_shape
+    x = sampler(field, noise.normal(*shape), lambda: noise.normal(*shape))  # [B, C, h, w]
+    return normalization.inverse(x.float())

@@ -1,0 +1,213 @@
+"""Models as folders, on disk or on the Hugging Face hub: safetensors, `config.json` and a model card.
+
+`config.json` holds `format_version`, the `model` as configs have it (`class_path` and `init_args`), and what else the
+kind of model needs. Nothing in a folder is unpickled, and only classes of this project are built from one.
+"""
+
+import inspect
+import json
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from jsonargparse import ArgumentError, ArgumentParser
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+PACKAGES = ("vfm_vae", "ldm")
+
+
+def remembers_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """Decorates an `__init__` so that the object keeps what it was made of, as `arguments`, by name."""
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def init_and_remember(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        init(self, *args, **kwargs)
+        self.arguments = dict(list(bound.arguments.items())[1:])
+
+    return init_and_remember
+
+
+def describe(part: Any) -> dict[str, Any]:
+    """An object as configs have it: `class_path` and `init_args`, of which those that remember theirs are described.
+
+    Raises:
+        ValueError: if it does not remember its arguments.
+    """
+    if not hasattr(part, "arguments"):
+        raise ValueError(
+            f"{type(part).__name__} does not say what it was made of: decorate its __init__ with "
+            "vfm_vae.pretrained.remembers_arguments"
+        )
+    arguments = {
+        name: describe(value) if hasattr(value, "arguments") else value for name, value in part.arguments.items()
+    }
+    return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": arguments}
+
+
+def build(base: type, description: Mapping[str, Any]) -> Any:
+    """Makes the object that a description, see `describe`, stands for.
+
+    Args:
+        base: The class that it has to be of.
+        description: Plain data, as from a config or a checkpoint.
+
+    Raises:
+        ArgumentError: if class and arguments do not fit.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, "model")
+    return parser.instantiate_classes(parser.parse_object({"model": json.loads(json.dumps(description))})).model
+
+
+class Pretrained:
+    """A model that is saved, loaded and shared as a folder; mixed into an `nn.Module`."""
+
+    @abstractmethod
+    def pretrained_config(self) -> dict[str, Any]:
+        """What `config.json` says beside the format's version; plain data with an entry `model`."""
+
+    @abstractmethod
+    def model_card(self) -> str:
+        """What the card says, in Markdown."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the model into a folder, which is made if it is missing.
+
+        Args:
+            folder: Gets `model.safetensors`, `config.json` and `README.md`; a former model in it is replaced.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)  # a folder without it is no model: so none is half one, half other
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        partial = folder / f"{WEIGHTS}.partial"
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.replace(folder / WEIGHTS)
+        metadata = ModelCardData(library_name="vfm-vae", tags=["vfm-vae", "arxiv:2510.18457"])
+        (folder / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n\n{self.model_card()}")
+        config = {"format_version": FORMAT_VERSION, **self.pretrained_config()}
+        partial = folder / f"{CONFIG}.partial"
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+        partial.replace(folder / CONFIG)
+
+    def push_to_hub(
+        self,
+        name: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload model",
+    ) -> str:
+        """Uploads the model to the Hugging Face hub.
+
+        Args:
+            name: `owner/model`; made if it is missing.
+            private: Whether a new one is.
+            token: Of the hub; the one that `hf auth login` stored if not given.
+            commit_message: Of the upload.
+
+        Returns:
+            Address of the commit.
+        """
+        api = HfApi(token=token)
+        name = api.create_repo(name, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message))
+
+
+def read_pretrained(
+    name: str | Path, base: type, revision: str | None = None, token: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads a folder that `save_pretrained` wrote, or such a one of the Hugging Face hub.
+
+    Args:
+        name: The folder, or the hub's `owner/model`.
+        base: Class of model that is wanted.
+        revision: Branch, tag or commit on the hub.
+        token: Of the hub; the one that `hf auth login` stored if not given.
+
+    Returns:
+        What its `config.json` says, and its tensors by name.
+
+    Raises:
+        ValueError: if there is no such model, it is of another kind, or of a format that is not this version's.
+    """
+    folder = _folder(name, revision, token)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"name: {str(name)!r} holds no {CONFIG}; give a folder that save_pretrained wrote")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+    except (json.JSONDecodeError, SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"name: the model in {str(name)!r} is damaged ({type(error).__name__}: {error})") from error
+    _check(name, config, base)
+    return config, tensors
+
+
+def load(base: type, name: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """Builds what `read_pretrained` read, in eval mode.
+
+    Raises:
+        ValueError: if the description or the weights do not fit the classes.
+    """
+    try:
+        model = build(base, config["model"])
+    except ArgumentError as error:
+        raise ValueError(f"name: the {CONFIG} in {str(name)!r} does not fit: {error}") from error
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    if missing or unexpected:
+        raise ValueError(f"name: {str(name)!r} lacks the weights {missing}, and those of {unexpected} are left over")
+    return model.eval()
+
+
+def _folder(name: str | Path, revision: str | None, token: str | None) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]*\w/[\w.-]*\w", str(name)):
+        raise ValueError(f"name: there is no folder {str(name)!r}; on the Hugging Face hub it would be owner/model")
+    try:
+        files = [CONFIG, WEIGHTS, CARD]
+        return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=files))
+    except (HFValidationError, OSError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(
+            f"name: there is no folder {str(name)!r}, and from the Hugging Face hub it could not be had "
+            f"({type(error).__name__}: {cause})"
+        ) from error
+
+
+def _check(name: str | Path, config: Mapping[str, Any], base: type) -> None:
+    version = config.get("format_version", 0)
+    if version != FORMAT_VERSION:
+        hint = "convert its checkpoint again" if version < FORMAT_VERSION else "install a newer version of this project"
+        raise ValueError(
+            f"name: {str(name)!r} is in format version {version}, but this version of vfm_vae reads {FORMAT_VERSION}; "
+            + hint
+        )
+    paths = list(_class_paths(config))
+    if foreign := [path for path in paths if path.partition(".")[0] not in PACKAGES]:
+        raise ValueError(f"name: {str(name)!r} asks for {foreign}, but only classes of this project are built")
+    if config["model"]["class_path"] != f"{base.__module__}.{base.__qualname__}":
+        raise ValueError(f"name: {str(name)!r} holds a {config['model']['class_path']}, and no {base.__qualname__}")
+
+
+def _class_paths(config: Any) -> Iterator[str]:
+    """Every class that a config names."""
+    if isinstance(config, Mapping):
+        if "class_path" in config:
+            yield str(config["class_path"])
+        for value in config.values():
+            yield from _class_paths(value)

@@ -1,0 +1,222 @@
+"""Public files of weights: how they are read, and what their tensors are called there.
+
+Names are stated once, from ours to the published ones; importing looks each of ours up, exporting writes it back.
+"""
+
+import argparse
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
+
+Names = Callable[[str], tuple[str, ...]]
+
+# Ours → published, applied in this order.
+TOKENIZER = [
+    (r"^adapter\.layers\.(\d+)\.(\d+)\.", r"ldm_adapter.patch_quants.\1.0.blocks.\2."),
+    (r"^adapter\.layers\.(\d+)\.", r"ldm_adapter.patch_quants.\1.0."),
+    (r"^adapter\.(fuse|widen)\.(\d+)\.", r"adapter.\1.blocks.\2."),
+    (r"^adapter\.fuse\.", "ldm_adapter.final_quant."),
+    (r"^adapter\.widen\.", "ldm_adapter.post_quant."),
+    (r"^adapter\.alignment\.", "ldm_adapter.linear_proj."),
+    (r"^(ldm_adapter.*)\.norm_attention\.", r"\1.norm1."),
+    (r"^(ldm_adapter.*)\.norm_mlp\.", r"\1.norm2."),
+    (r"^(ldm_adapter.*)\.norm_proj\.", r"\1.norm3."),
+    (r"^(ldm_adapter.*)\.attention\.", r"\1.attn."),
+    (r"\.mlp\.gate\.", ".mlp.w0."),
+    (r"\.mlp\.value\.", ".mlp.w1."),
+    (r"\.mlp\.out\.", ".mlp.w2."),
+    (r"^decoder\.mapping\.average$", "mapping.x_avg"),
+    (r"^decoder\.mapping\.hidden\.", "mapping.mlp.fc0."),
+    (r"^decoder\.mapping\.out\.", "mapping.mlp.fc1."),
+    (r"^decoder\.blocks\.", "synthesis.blocks."),
+    (r"\.layers\.0\.", ".conv0."),
+    (r"\.layers\.(\d+)\.", lambda match: f".convs1.{int(match[1]) - 1}."),
+    (r"\.upsample\.", ".seperate_upsample_conv."),
+    (r"\.upsample_sum\.", ".last_upsample_conv."),
+    (r"\.to_rgb\.style\.affine\.", ".torgb.affine.proj."),
+    (r"\.to_rgb\.", ".torgb."),
+    (r"\.style\.affine\.", ".affine_pw1.proj."),
+    (r"^(synthesis.*\.conv.*)\.depthwise\.", r"\1.dwconv."),
+    (r"\.expand$", ".pwconv1.weight"),
+    (r"\.expand_bias$", ".pwconv1.bias"),
+    (r"\.contract\.", ".pwconv2."),
+    (r"\.layer_scale$", ".gamma"),
+    (r"\.noise\.map$", ".noise_const"),
+    (r"\.noise\.strength$", ".noise_strength"),
+    (r"\.attention\.(\d+)\.feed_forward\.", r".self_attns.\1.ff."),
+    (r"\.attention\.(\d+)\.out\.", r".self_attns.\1.attn.to_out."),
+    (r"\.attention\.(\d+)\.", r".self_attns.\1.attn."),
+    (r"\.gain$", ".gamma"),
+]
+
+# Dimensions of one before and after those that our tensor has, by published name.
+DIMENSIONS = [
+    (r"\.conv(0|s1\.\d+)\.gamma$", 1, 0),
+    (r"\.(pwconv1|torgb)\.bias$", 1, 2),
+    (r"\.(pwconv1|torgb|to_[qkv]|to_out|ff\.\d)\.weight$", 0, 2),
+    (r"\.(attn\.norm|ff\.0)\.gamma$", 0, 2),
+]
+
+
+def tokenizer_names(ours: str) -> tuple[str, ...]:
+    """Published names of a tensor of VFMVAE: one, or those of queries, keys and values, which are one matrix here."""
+    if route := re.fullmatch(r"decoder\.routes\.(\d+)\.(\d+)\.(\w+)", ours):
+        block, layer = int(route[1]), int(route[2])
+        # Of what is counted there, an unshuffle stands first in blocks 0 and 1, a shuffle amid from block 3 on.
+        first, last = (1 if block < 2 else 0), (1 if block == 2 else 2)
+        stage, layer = (first, layer - 1) if layer < 6 else (last, layer - 6)
+        return (f"synthesis.z_convs.{block}.{stage}.{layer}.{route[3]}",)
+    name = _renamed(ours, TOKENIZER)
+    if name.startswith("synthesis.") and name.endswith(".qkv.weight"):
+        return tuple(name.replace(".qkv.", f".to_{part}.") for part in "qkv")
+    return (name,)
+
+
+def discriminator_names(num_heads: int) -> Names:
+    """Names of the projected discriminator; the head of the patch embedding comes last there, and first here."""
+
+    def names(ours: str) -> tuple[str, ...]:
+        return (re.sub(r"^heads\.(\d+)", lambda match: f"heads.{(int(match[1]) - 1) % num_heads}", ours),)
+
+    return names
+
+
+def patchgan_names(num_scales: int, features: bool) -> Names:
+    """Names of the PatchGAN, whose scales count down from the full size.
+
+    Args:
+        num_scales: Of its discriminators.
+        features: Whether it is the published variant that gives the features of its layers; the other's layers lie in
+            one sequence, activations counted.
+    """
+
+    def names(ours: str) -> tuple[str, ...]:
+        scale, layer, part, kind = re.fullmatch(r"scales\.(\d+)\.layers\.(\d+)\.(\w+)\.(\w+)", ours).groups()
+        place, layer, norm = num_scales - 1 - int(scale), int(layer), part == "norm"
+        if features:
+            return (f"patchgan_discriminator.scale{place}_layer{layer}.{int(norm)}.{kind}",)
+        position = 3 * layer - 1 if layer else 0  # convolution, activation; then convolution, norm, activation
+        return (f"patchgan_discriminator.layer{place}.{position + norm}.{kind}",)
+
+    return names
+
+
+def from_published(
+    ours: Mapping[str, Tensor], published: Mapping[str, Tensor], names: Names, constants: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Our tensors, taken from published ones.
+
+    Args:
+        ours: State of a model of ours, for its names and shapes.
+        published: Tensors under published names.
+        names: From our names to those.
+        constants: Published tensors that our models make themselves.
+
+    Returns:
+        Values for all of `ours`.
+
+    Raises:
+        ValueError: if a tensor is missing, left over, or of another shape, or a constant is another.
+    """
+    wanted = {name: names(name) for name in ours}
+    known = [*(part for parts in wanted.values() for part in parts), *constants]
+    missing, left_over = sorted(set(known) - published.keys()), sorted(published.keys() - set(known))
+    if missing or left_over:
+        raise ValueError(f"the weights do not fit the config: missing {missing}; left over {left_over}")
+    expected = to_published(ours, names, constants)
+    shapes = {
+        f"{name}: {tuple(published[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if published[name].shape != tensor.shape
+    }
+    if shapes:
+        raise ValueError(f"the weights do not fit the config: of another shape are {sorted(shapes)}")
+    other = [n for n, t in constants.items() if not (t.is_meta or published[n].is_meta) and not _close(published[n], t)]
+    if other:
+        raise ValueError(f"the weights were made with other constants than the published ones: {sorted(other)}")
+    return {
+        name: torch.cat([published[part] for part in wanted[name]]).reshape(tensor.shape)
+        if len(wanted[name]) > 1
+        else published[wanted[name][0]].reshape(tensor.shape)
+        for name, tensor in ours.items()
+    }
+
+
+def to_published(ours: Mapping[str, Tensor], names: Names, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `from_published`: all tensors under published names, in published shapes."""
+    published = dict(constants)
+    for name, tensor in ours.items():
+        parts = names(name)
+        for part, values in zip(parts, tensor.chunk(len(parts)) if len(parts) > 1 else [tensor], strict=True):
+            before, after = next((d[1:] for d in DIMENSIONS if re.search(d[0], part)), (0, 0))
+            published[part] = values.reshape([*[1] * before, *values.shape, *[1] * after])
+    return published
+
+
+def read_published(path: str | Path) -> Any:
+    """Reads a public file, safetensors or pickled; of a pickled one only tensors and plain data.
+
+    Raises:
+        ValueError: if there is no such file, it is damaged, or it needs code to be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"source: there is no file {str(path)!r}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # options of a training script: plain data
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        if needed := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"source: {str(path)!r} is refused: reading it would run code ({needed[1]}); save its state_dict alone "
+                "with the project that it comes from"
+            ) from error
+        cause = str(error).partition("\n")[0]
+        raise ValueError(f"source: {str(path)!r} can't be read as weights ({cause})") from error
+
+
+def state_dicts(content: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """All groups of tensors by name in a file, each with its place; names without the prefixes of wrappers."""
+    if not isinstance(content, Mapping):
+        return
+    tensors = {WRAPPERS.sub("", str(n)): value for n, value in content.items() if isinstance(value, Tensor)}
+    if tensors:
+        yield place, tensors
+    for name, value in content.items():
+        yield from state_dicts(value, (*place, str(name)))
+
+
+def pick(content: Any, marker: str) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
+    """Trained and averaged weights of the model, in a file of several, that has names beginning with `marker`.
+
+    A place with "ema" in its name holds averages.
+
+    Returns:
+        Trained and averaged weights, each None where the file lacks them.
+    """
+    found: dict[bool, dict[str, Tensor]] = {}
+    for place, tensors in state_dicts(content):
+        if any(name.startswith(marker) for name in tensors):
+            found.setdefault(any("ema" in part.lower() for part in place), tensors)
+    return found.get(False), found.get(True)
+
+
+def _renamed(name: str, rules: list[tuple[str, Any]]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(actual.float(), expected.float(), atol=1e-6)
