@@ -123,6 +123,7 @@ def _checkpoint(model: LatentDiffusion, trained: Denoiser | None) -> dict[str, A
         "skipped_steps": 0,
         "tokenizer": model.latent_source,
         "hyper_parameters": describe(model)["init_args"],
+        "callbacks": {},  # without which Lightning would not ask callbacks to read averages
         "pytorch-lightning_version": lightning.__version__,
         "epoch": 0,
         "global_step": 0,

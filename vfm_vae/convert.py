@@ -329,6 +329,7 @@ def _checkpoint(
         "guard": NonFiniteGuard().state_dict(),
         "vfm": {"name": source["name"], "fingerprint": source["fingerprint"]},
         "hyper_parameters": {"model": description},
+        "callbacks": {},  # without which Lightning would not ask callbacks to read averages
         "pytorch-lightning_version": lightning.__version__,
         "epoch": 0,
         "global_step": 0,

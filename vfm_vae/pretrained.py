@@ -68,7 +68,7 @@ def build(base: type, description: Mapping[str, Any]) -> Any:
         ArgumentError: if class and arguments do not fit.
     """
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(base, "model")
+    parser.add_subclass_arguments(base, "model", required=True)
     return parser.instantiate_classes(parser.parse_object({"model": json.loads(json.dumps(description))})).model
 
 
@@ -166,7 +166,8 @@ def load(base: type, name: str | Path, config: Mapping[str, Any], tensors: Mappi
     try:
         model = build(base, config["model"])
     except ArgumentError as error:
-        raise ValueError(f"name: the {CONFIG} in {str(name)!r} does not fit: {error}") from error
+        cause = " ".join(str(error).partition("Given value")[0].split())
+        raise ValueError(f"name: the {CONFIG} in {str(name)!r} does not fit: {cause}") from error
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     if missing or unexpected:
         raise ValueError(f"name: {str(name)!r} lacks the weights {missing}, and those of {unexpected} are left over")

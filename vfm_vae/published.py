@@ -143,12 +143,9 @@ def from_published(
     other = [n for n, t in constants.items() if not (t.is_meta or published[n].is_meta) and not _close(published[n], t)]
     if other:
         raise ValueError(f"the weights were made with other constants than the published ones: {sorted(other)}")
-    return {
-        name: torch.cat([published[part] for part in wanted[name]]).reshape(tensor.shape)
-        if len(wanted[name]) > 1
-        else published[wanted[name][0]].reshape(tensor.shape)
-        for name, tensor in ours.items()
-    }
+    parts = {name: [published[part] for part in wanted[name]] for name in ours}
+    joined = {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in parts.items()}
+    return {name: joined[name].reshape(tensor.shape).to(tensor.dtype) for name, tensor in ours.items()}
 
 
 def to_published(ours: Mapping[str, Tensor], names: Names, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ def test_only_known_models_are_exported():
 
 
 def test_shapes_that_do_not_fit_are_named(lightningdit):
-    with pytest.raises(ValueError, match=r"x_embedder.proj.weight is \(16, 3, 1, 1\), not \(16, 4, 1, 1\)"):
+    with pytest.raises(ValueError, match=r"x_embedder.proj.weight: \(16, 3, 1, 1\) instead of \(16, 4, 1, 1\)"):
         lightningdit_from_published(to_published(lightningdit), LIGHTNINGDIT | {"in_channels": 4, "patch_size": 1})
 
 
