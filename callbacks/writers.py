@@ -17,8 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vfm_vae.data.archive import write_archive
-from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, measure_shards, write_shard
+from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, measure_shards
 from vfm_vae.metrics.reconstruction import to_uint8
+from vfm_vae.pretrained import write_tensors
 from vfm_vae.types import DrawsSamples, Encoded, MakesLatents, Samples
 
 
@@ -154,7 +155,7 @@ class _ShardStream:
         size = len(self._current)
         shard = {name: tensor[:size] for name, tensor in rows.items()}
         real = shard["index"] >= 0  # a damaged image counts as padding
-        write_shard(self.plan.path(self._shards.pop(0)), {name: tensor[real] for name, tensor in shard.items()})
+        write_tensors(self.plan.path(self._shards.pop(0)), {name: tensor[real] for name, tensor in shard.items()})
         self._pending = [{name: tensor[size:] for name, tensor in rows.items()}]
 
 
@@ -198,7 +199,7 @@ class SampleWriter(Callback):
             write_images(self.directory, outputs.images, outputs.index)
         elif (real := outputs.index >= 0).any():
             tensors = {name: getattr(outputs, name)[real].cpu() for name in ("latents", "labels", "index")}
-            write_shard(self.directory / f"latents_{tensors['index'][0]:08d}.safetensors", tensors)
+            write_tensors(self.directory / f"latents_{tensors['index'][0]:08d}.safetensors", tensors)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the `.npz` once all ranks are through."""

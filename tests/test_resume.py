@@ -12,7 +12,8 @@ import pytest
 import torch
 from test_cli import DEMO, ENVIRONMENT, ROOT, SMALL
 
-from vfm_vae.data.latents import RunningStatistics, write_shard
+from vfm_vae.data.latents import RunningStatistics
+from vfm_vae.pretrained import write_tensors
 
 NUM_STEPS, BATCH, EPOCH = 9, 8, 6  # 52 images make six batches, so that the run ends within its second epoch
 
@@ -61,7 +62,7 @@ def folder(tmp_path: Path, photos: Path) -> Path:
     (tmp_path / "latents/train").mkdir(parents=True)
     for shard, rows in enumerate(latents.split(20)):
         tensors = {"latents": rows, "latents_flip": rows.flip(3), "labels": torch.arange(len(rows)) % 13}
-        write_shard(tmp_path / f"latents/train/shard{shard}.safetensors", tensors)
+        write_tensors(tmp_path / f"latents/train/shard{shard}.safetensors", tensors)
     statistics = RunningStatistics(4)
     statistics.add(latents)
     statistics.compute().write(tmp_path / "latents/train/latents_stats.pt")

@@ -92,10 +92,8 @@ class Pretrained:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)  # a folder without it is no model: so none is half one, half other
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        partial = folder / f"{WEIGHTS}.partial"
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(folder / WEIGHTS)
+        tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        write_tensors(folder / WEIGHTS, tensors)
         metadata = ModelCardData(library_name="vfm-vae", tags=["vfm-vae", "arxiv:2510.18457"])
         (folder / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n\n{self.model_card()}")
         config = {"format_version": FORMAT_VERSION, **self.pretrained_config()}
@@ -126,6 +124,16 @@ class Pretrained:
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file, which appears under its name only when it is whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.touch()
+    mode = partial.stat().st_mode  # as the user's umask says; safetensors would leave the file to its owner alone
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+    partial.chmod(mode)
+    partial.replace(path)
 
 
 def read_pretrained(

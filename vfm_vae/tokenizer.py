@@ -18,8 +18,8 @@ from vfm_vae.vfm import Frozen, FrozenVFM, check_vfm, sha256_of
 
 CARD = """# VFM-VAE: latents of {channels} channels, {compression} times smaller than the image
 
-A tokenizer for latent diffusion models that was trained on the frozen {vfm} (arXiv 2510.18457), whose own weights are
-not in here.
+A tokenizer for latent diffusion models (arXiv 2510.18457). Its encoder is the frozen {vfm}, whose weights are not in
+here.
 
 ```python
 from vfm_vae.tokenizer import VFMVAE

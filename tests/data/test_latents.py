@@ -14,9 +14,9 @@ from vfm_vae.data.latents import (
     RunningStatistics,
     ShardPlan,
     measure_shards,
-    write_shard,
 )
 from vfm_vae.data.sampling import Draw, IndexedNoise, seed_of
+from vfm_vae.pretrained import write_tensors
 from vfm_vae.types import LatentBatch
 
 
@@ -32,7 +32,7 @@ def write(folder, size=10, shard_size=4, moments=False):
         else:
             latents = 5 + 2 * torch.randn(count, 2, 3, 3, generator=generator)
             tensors = {"latents": latents, "latents_flip": -latents}
-        write_shard(plan.path(shard), tensors | {"labels": labels})
+        write_tensors(plan.path(shard), tensors | {"labels": labels})
     measure_shards(plan, chunk=3).compute().write(folder / STATISTICS)
     return plan
 
@@ -110,7 +110,7 @@ def test_moments_give_fresh_samples_in_training_and_the_mean_otherwise(tmp_path)
 def test_half_precision_is_read_as_float32(tmp_path, dtype):
     plan = ShardPlan(tmp_path, 4, 4)
     latents = torch.randn(4, 2, 3, 3)
-    write_shard(plan.path(0), {"latents": latents.to(dtype), "labels": torch.zeros(4).long()})
+    write_tensors(plan.path(0), {"latents": latents.to(dtype), "labels": torch.zeros(4).long()})
     measure_shards(plan).compute().write(tmp_path / STATISTICS)
     row = LatentDataset(tmp_path, train=True)[2][0]
     assert row.dtype == torch.float32 and torch.equal(row, latents[2].to(dtype).float())

@@ -190,5 +190,5 @@ def test_weights_that_do_not_fit_are_named():
         reg_from_published(without | {"extra": torch.zeros(1)}, SETTINGS["config"])
     with pytest.raises(ValueError, match="pos_embed"):
         reg_from_published(weights | {"pos_embed": weights["pos_embed"] + 1}, SETTINGS["config"])
-    with pytest.raises(ValueError, match=r"cls_projectors2.weight is \(48, 24\), not \(48, 32\)"):
+    with pytest.raises(ValueError, match=r"cls_projectors2.weight: \(48, 24\) instead of \(48, 32\)"):
         reg_from_published(weights, SETTINGS["config"] | {"cls_token_dim": 32})

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -111,13 +110,6 @@ class ShardPlan:
     def missing(self, rank: int = 0, num_ranks: int = 1) -> list[int]:
         """Shards that are still to be written by one rank."""
         return [shard for shard in range(len(self)) if not self.path(shard).is_file()][rank::num_ranks]
-
-
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a shard, which appears under its name only when it is whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
 
 
 def measure_shards(plan: ShardPlan, rank: int = 0, num_ranks: int = 1, chunk: int = 1024) -> RunningStatistics:
