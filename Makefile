@@ -55,6 +55,8 @@ demo: install ## train tokenizer and diffusion model on the embedded photographs
 	$(LDM) fit $(DEMO_LDM) -c configs/demo/ldm_train.yaml
 	$(LDM) validate $(DEMO_LDM) -c configs/demo/ldm_guided.yaml
 	$(LDM) predict $(DEMO_LDM) -c configs/demo/ldm_guided.yaml
+	$(BIN)/python -m vfm_vae.convert runs/demo/weak/checkpoints/last.ckpt --out runs/demo/pretrained/tokenizer
+	$(BIN)/python -m ldm.convert runs/demo/ldm/checkpoints/last.ckpt --out runs/demo/pretrained/ldm
 	@echo "Reconstructions: runs/demo/weak/images/val.png · samples by class: runs/demo/ldm/images/samples_guidance_*.png"
 	@echo "Samples as files: runs/demo/samples{/,.npz} · numbers: runs/demo/metrics.json · TensorBoard: make tensorboard"
 
