@@ -95,7 +95,7 @@ def _read_config(content: Any, path: str | None) -> Mapping[str, Any]:
 def _sampling(network: Denoiser, options: Mapping[str, Any]) -> tuple[Sampler, Guidance]:
     """How published samples were drawn; the public LightningDiT guides the first three channels alone."""
     if isinstance(network, REG):
-        return EulerMaruyama(), Guidance()
+        return EulerMaruyama(), Guidance(start=0.2, cls_scale=4.0)
     steps, shift = options.get("num_sampling_steps", 250), options.get("timestep_shift", 0.3)
     guidance = Guidance(options.get("cfg_scale", 1.0), start=options.get("cfg_interval_start", 0.125), channels=3)
     return Euler(steps, shift or 1.0), guidance

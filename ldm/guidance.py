@@ -22,37 +22,47 @@ class Guidance:
         end: Time up to which it acts, itself included.
         channels: Guide only the first so many latent channels, as the published LightningDiT numbers do with 3; null
             guides all.
+        cls_scale: Strength for a class token that is diffused along, as REG does; 0 leaves it unguided.
 
     Raises:
         ValueError: if an option lies outside its range.
     """
 
     @remembers_arguments
-    def __init__(self, scale: float = 1.0, start: float = 0.0, end: float = 1.0, channels: int | None = None):
+    def __init__(
+        self,
+        scale: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+        channels: int | None = None,
+        cls_scale: float = 0.0,
+    ):
         if not 0 <= start <= end <= 1:
             raise ValueError(f"start, end: 0 <= start <= end <= 1 is needed, given {start} and {end}")
         if channels is not None and channels < 1:
             raise ValueError(f"channels: at least 1, or null for all, given {channels}")
-        self.scale, self.start, self.end, self.channels = scale, start, end, channels
+        self.scale, self.start, self.end, self.channels, self.cls_scale = scale, start, end, channels, cls_scale
 
     def with_scale(self, scale: float) -> "Guidance":
         """The same at another strength."""
-        return Guidance(scale, self.start, self.end, self.channels)
+        return Guidance(**self.arguments | {"scale": scale})
 
     def acts_at(self, t: float) -> bool:
         """Whether predictions at time `t` are guided."""
         return self.scale != 1 and self.start <= t <= self.end
 
-    def field(self, model: ConditionalField, labels: Tensor, null: int) -> VelocityField:
+    def field(self, model: ConditionalField, labels: Tensor, null: int, cls_channels: int = 0) -> VelocityField:
         """The velocity that a sampler integrates.
 
         Args:
-            model: Predicts the velocity `[B, C, h, w]` of `x_t`, times `[B]` and labels `[B]`.
+            model: Predicts the velocity of `x_t`, times `[B]` and labels `[B]`.
             labels: Classes of the samples, int64 `[B]`.
             null: The label that stands for no label.
+            cls_channels: Width of a class token, which is the end of what is sampled.
 
         Returns:
-            A function of the samples `[B, C, h, w]` and one time for all, a scalar on the CPU.
+            A function of the samples, `[B, C, h, w]` or with a class token `[B, C · h · w + cls_channels]`, and one
+            time for all, a scalar on the CPU.
         """
         both = torch.cat([labels, torch.full_like(labels, null)])
 
@@ -61,11 +71,24 @@ class Guidance:
             times = x.new_full((len(x),), time)
             if not self.acts_at(time):
                 return model(x, times, labels)
-            conditional, unconditional = model(x.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
-            direction = conditional - unconditional
-            if self.channels is None or self.channels >= x.shape[1]:
-                return unconditional + self.scale * direction
-            guided_channels = (unconditional + self.scale * direction)[:, : self.channels]
-            return torch.cat([guided_channels, conditional[:, self.channels :]], dim=1)
+            conditional, unconditional = model(torch.cat([x, x]), times.repeat(2), both).chunk(2)
+            if cls_channels:
+                return self._with_class_token(conditional, unconditional, cls_channels)
+            end = x.shape[1] if self.channels is None else self.channels
+            moved = guide(conditional[:, :end], unconditional[:, :end], self.scale)
+            return torch.cat([moved, conditional[:, end:]], dim=1)
 
         return guided
+
+    def _with_class_token(self, conditional: Tensor, unconditional: Tensor, cls_channels: int) -> Tensor:
+        """Guides latent and class token, each by its scale."""
+        latent = guide(conditional[:, :-cls_channels], unconditional[:, :-cls_channels], self.scale)
+        token = conditional[:, -cls_channels:]
+        if self.cls_scale > 0:
+            token = guide(token, unconditional[:, -cls_channels:], self.cls_scale)
+        return torch.cat([latent, token], dim=1)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """`u + scale · (c − u)` of predictions alike in shape (Ho & Salimans 2022, eq. 6)."""
+    return unconditional + scale * (conditional - unconditional)

@@ -299,7 +299,9 @@ class DiffusionModule(LightningModule):
         return random if self.label_mode == "random" else index % self.model.num_classes
 
     def evaluation_settings(self) -> dict[str, Any]:
-        """All that samples depend on."""
+        """All that samples depend on; asked on all ranks, which may share the weights."""
+        state = self.model.state_dict()
+        weights = {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in state.items()}
         return {
             "sampler": {"class": type(self.sampler).__name__, **self.sampler.arguments},
             "guidance": self.guidance.arguments,
@@ -310,7 +312,7 @@ class DiffusionModule(LightningModule):
             "decoder": self.tokenizer.fingerprint() if self.predict == "images" and self.can_decode else None,
             "precision": self.trainer.precision,
             "images_seen": self.images_seen,
-            "weights": sha256_of(self.model.state_dict()),
+            "weights": sha256_of(weights),
         }
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Samples:

@@ -174,7 +174,10 @@ class LatentDiffusion(nn.Module, Pretrained):
         """
         if not self.normalization.is_known:
             raise ValueError("normalization: the statistics of latents are not known; take those of training")
-        return {"model": describe(self), "tokenizer": self.latent_source}
+        model = describe(self)
+        # Both may be others than the model was made with.
+        model["init_args"] |= {"sampler": describe(self.sampler), "guidance": describe(self.guidance)}
+        return {"model": model, "tokenizer": self.latent_source}
 
     def model_card(self) -> str:
         """What the card says."""
@@ -213,6 +216,6 @@ def draw_latents(
     """
     if not normalization.is_known:
         raise ValueError("ckpt_path: only a trained model can sample; give its checkpoint")
-    field, shape = guidance.field(model, labels, model.null_label), model.latent_shape
-    x = sampler(field, noise.normal(*shape), lambda: noise.normal(*shape))  # [B, C, h, w]
-    return normalization.inverse(x.float())
+    field, shape = guidance.field(model.velocity, labels, model.null_label, model.cls_channels), model.state_shape
+    state = sampler(field, noise.normal(*shape), lambda: noise.normal(*shape))  # [B, C, h, w], or flat
+    return normalization.inverse(model.latents_of(state).float())

@@ -14,9 +14,10 @@ from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import load_file
 
 from ldm.diffusers import LatentDiffusionModel, LatentDiffusionPipeline
+from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
 from ldm.pipeline import LatentDiffusion
-from ldm.samplers import Dopri5, Euler
+from ldm.samplers import Dopri5, Euler, Heun
 from vfm_vae.diffusers import AutoencoderVFM
 from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.quantizer import VectorQuantizer
@@ -263,8 +264,15 @@ def test_bad_options_are_refused(pipeline, options, message):
         pipeline(**options)
 
 
+def test_pipeline_takes_the_sampler_and_guidance_of_now(diffusion, tmp_path):
+    diffusion.sampler, diffusion.guidance = Heun(4), Guidance(3.0)
+    LatentDiffusionPipeline.from_model(diffusion).save_pretrained(tmp_path)
+    loaded = LatentDiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.equal(loaded([1], seed=0, output_type="latent").images, diffusion.sample([1]).latents)
+
+
 def test_adaptive_samplers_take_no_steps(diffusion):
-    diffusion.arguments["sampler"] = diffusion.sampler = Dopri5()
+    diffusion.sampler = Dopri5()
     with pytest.raises(ValueError, match="num_inference_steps: Dopri5 chooses its steps itself"):
         LatentDiffusionPipeline.from_model(diffusion)([0], num_inference_steps=3)
 
@@ -293,7 +301,7 @@ def test_parts_load_alone(pipeline, tmp_path):
 
 def test_another_tokenizer_is_refused(pipeline, tiny_model):
     other = tiny_model()
-    torch.nn.init.ones_(next(other.adapter.layers.parameters()))
+    torch.nn.init.zeros_(next(other.adapter.layers.parameters()))
     with pytest.raises(ValueError, match="vae: it is of another tokenizer"):
         LatentDiffusionPipeline(pipeline.transformer, AutoencoderVFM.from_tokenizer(other))
 

@@ -161,7 +161,7 @@ def read_pretrained(
         tensors = load_file(folder / WEIGHTS)
     except (json.JSONDecodeError, SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"name: the model in {str(name)!r} is damaged ({type(error).__name__}: {error})") from error
-    _check(name, config, base)
+    check_config(name, config, base)
     return config, tensors
 
 
@@ -198,7 +198,17 @@ def _folder(name: str | Path, revision: str | None, token: str | None) -> Path:
         ) from error
 
 
-def _check(name: str | Path, config: Mapping[str, Any], base: type) -> None:
+def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> None:
+    """Sees that a config is of this version's format, and asks for the model that is wanted.
+
+    Args:
+        name: Names its place.
+        config: What `config.json` says.
+        base: Class of model that is wanted.
+
+    Raises:
+        ValueError: if it is of another format, or asks for another class, or for one from outside of this project.
+    """
     version = config.get("format_version", 0)
     if version != FORMAT_VERSION:
         hint = "convert its checkpoint again" if version < FORMAT_VERSION else "install a newer version of this project"

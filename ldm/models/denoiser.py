@@ -17,10 +17,12 @@ class Denoiser(nn.Module, ABC):
     Attributes:
         blocks: The transformer's blocks, each from tokens to tokens `[B, prefix + N, D]`; subclasses make them.
         num_prefix_tokens: Tokens in front of those of patches.
+        cls_channels: Width of a class token that is diffused along with the latent; 0 where there is none.
     """
 
     blocks: nn.ModuleList
     num_prefix_tokens = 0
+    cls_channels = 0
 
     def __init__(self, in_channels: int, input_size: int | tuple[int, int], num_classes: int):
         super().__init__()
@@ -38,9 +40,22 @@ class Denoiser(nn.Module, ABC):
         """(C, h, w)."""
         return self.in_channels, *self.input_size
 
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of what a sampler integrates: the latent's, or where a class token goes along (C · h · w + cls_channels,)."""
+        return self.latent_shape
+
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity `[B, C, h, w]` of `x: [B, C, h, w]` at times `t: [B]` in [0, 1] for labels `y`, int64 `[B]`."""
+
+    def velocity(self, state: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Velocity of what a sampler integrates, `[B, …]` like `state`; other arguments as of `forward`."""
+        return self(state, t, y)
+
+    def latents_of(self, state: Tensor) -> Tensor:
+        """The latents `[B, C, h, w]` in what a sampler integrates."""
+        return state
 
     @torch.no_grad()
     def block_features(self, x: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:

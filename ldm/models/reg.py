@@ -4,6 +4,7 @@ The class token is that of a vision foundation model (VFM), and tokens within th
 (REPA, Yu et al. 2025, arXiv 2410.06940).
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -191,6 +192,21 @@ class REG(Denoiser):
                 projected = self.projector(tokens)  # [B, 1 + N, align_channels]
         patches, cls_velocity = self.final(tokens, condition)  # [B, N, p·p·C], [B, cls_channels]
         return REGOutput(unpatchify(patches, self.grid, self.patch_size), cls_velocity, projected)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of the latent, flat, and the class token behind it: (C · h · w + cls_channels,)."""
+        return (math.prod(self.latent_shape) + self.cls_channels,)
+
+    def velocity(self, state: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Velocity of latent and class token together, `[B, C · h · w + cls_channels]` like `state`."""
+        cls_token = state[:, -self.cls_channels :]
+        output = self(self.latents_of(state), t, y, cls_token)
+        return torch.cat([output.velocity.flatten(1), output.cls_velocity], dim=1)
+
+    def latents_of(self, state: Tensor) -> Tensor:
+        """The latents `[B, C, h, w]` in a state."""
+        return state[:, : -self.cls_channels].unflatten(1, self.latent_shape)
 
     @torch.no_grad()
     def block_features(self, x: Tensor, t: Tensor, y: Tensor, cls_token: Tensor) -> list[Tensor]:

@@ -51,10 +51,20 @@ def test_channels_beyond_the_guided_ones_are_conditional():
 
 
 def test_another_scale_leaves_the_rest():
-    assert vars(Guidance(2.0, 0.1, 0.9, 3).with_scale(5.0)) == vars(Guidance(5.0, 0.1, 0.9, 3))
+    assert vars(Guidance(2.0, 0.1, 0.9, 3, 1.5).with_scale(5.0)) == vars(Guidance(5.0, 0.1, 0.9, 3, 1.5))
 
 
 @pytest.mark.parametrize("options", [{"start": -0.1}, {"start": 0.6, "end": 0.5}, {"end": 1.1}, {"channels": 0}])
 def test_bad_options_are_named(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Guidance(2.0, **options)
+
+
+@pytest.mark.parametrize("cls_scale", [0.0, 2.0])
+def test_a_class_token_has_its_own_scale(cls_scale):
+    labels = torch.tensor([1, 2])
+    field = Guidance(3.0, cls_scale=cls_scale).field(lambda x, t, y: x + y[:, None], labels, NULL, cls_channels=3)
+    velocity = field(torch.zeros(2, 8), torch.tensor(0.5))
+    assert torch.allclose(velocity[:, :5], (NULL + 3.0 * (labels - NULL)).float()[:, None])
+    token = NULL + 2.0 * (labels - NULL) if cls_scale else labels
+    assert torch.allclose(velocity[:, 5:], token.float()[:, None])

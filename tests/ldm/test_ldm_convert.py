@@ -80,7 +80,7 @@ def test_averages_sample_as_published(converted, models):
     assert torch.equal(loaded.normalization.std, statistics.std)
     assert isinstance(loaded.sampler, Euler)
     assert (loaded.sampler.steps, loaded.sampler.shift) == (250, 0.3)
-    assert loaded.guidance.arguments == {"scale": 1.0, "start": 0.125, "end": 1.0, "channels": 3}
+    assert loaded.guidance.arguments == {"scale": 1.0, "start": 0.125, "end": 1.0, "channels": 3, "cls_scale": 0.0}
     loaded.sampler = Euler(4)
     assert loaded.sample([0, 1]).latents.isfinite().all()
 

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from ldm import path
+from ldm.guidance import Guidance
 from ldm.models.reg import REG, SIZES, REGOutput
 from ldm.published import published_name, reg_from_published, to_published
+from ldm.samplers import EulerMaruyama
 
 DATA = Path(__file__).parent / "data"
 OFFICIAL = json.loads((DATA / "reg_keys.json").read_text())
@@ -192,3 +194,32 @@ def test_weights_that_do_not_fit_are_named():
         reg_from_published(weights | {"pos_embed": weights["pos_embed"] + 1}, SETTINGS["config"])
     with pytest.raises(ValueError, match=r"cls_projectors2.weight: \(48, 24\) instead of \(48, 32\)"):
         reg_from_published(weights, SETTINGS["config"] | {"cls_token_dim": 32})
+
+
+@pytest.mark.parametrize(
+    ("run", "scale", "cls_scale"), [("guided", 4.0, 4.0), ("guided_cls_conditional", 4.0, 0.0), ("unguided", 1.0, 0.0)]
+)
+@torch.no_grad()
+def test_stochastic_samples(model, run, scale, cls_scale):
+    """Latent and class token together, with the noise of every step given."""
+    reference, sizes = tensors(), []
+
+    def velocity(state: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(state))
+        return model.velocity(state, t, y)
+
+    def joined(latent: str, token: str) -> torch.Tensor:
+        return torch.cat([reference[latent].flatten(-3), reference[token]], dim=-1)
+
+    sampler, noises = (
+        EulerMaruyama(SETTINGS["sampler"]["num_steps"]),
+        iter(joined("sampler/noises", "sampler/cls_noises")),
+    )
+    assert (1 - sampler.times - reference["sampler/t_grid"]).abs().max() <= 1e-12
+    guidance = Guidance(scale, start=1 - SETTINGS["sampler"]["guidance_high"], cls_scale=cls_scale)
+    field = guidance.field(velocity, reference["sampler/y"], model.null_label, model.cls_channels)
+    state = sampler(field, joined("sampler/latents", "sampler/cls_latents"), lambda: next(noises))
+    close(model.latents_of(state), reference[f"sampler/{run}/final"].float(), 1e-4)
+    close(state[:, -model.cls_channels :], reference[f"sampler/{run}/cls_final"].float(), 1e-4)
+    assert next(noises, None) is None
+    assert sizes == reference[f"sampler/{run}/model_batch"].tolist()
