@@ -6,6 +6,7 @@ DATA ?= data/imagenet
 GPUS ?= 1
 STAGE ?= patchgan
 RUN ?= epochs64
+RUN_REG := $(if $(filter reg%,$(RUN)),_reg)
 READY := $(VENV)/.ready
 
 # glibc returns large blocks to the kernel, which zeroes their pages again in every step: a fifth of the time on CPU.
@@ -30,10 +31,16 @@ BATCH := --data.batch_size=$(shell expr 16 \* $(COUNT)) --model.accumulate_grad_
 BATCH_LDM := --data.batch_size=$(shell expr 32 \* $(COUNT)) --trainer.accumulate_grad_batches=$(ONCE) $(EVERY) $(MEASURED)
 STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER) $(BATCH)
 
-DEMO_LDM := -c configs/demo/ldm.yaml
+# The demo's diffusion model: lightningdit, or reg.
+DENOISER ?= lightningdit
+REG := $(filter reg,$(DENOISER))
+DEMO_LDM := -c configs/demo/ldm.yaml $(if $(REG),-c configs/demo/reg.yaml)
+DEMO_NAME := $(if $(REG),reg,ldm)
+DEMO_GUIDED := $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
+named = --trainer.logger.init_args.name=$(1) --trainer.callbacks.name=$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format bench tensorboard embedded-vfm strong weak ssim patchgan latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
+.PHONY: help install demo study test test-all lint format bench tensorboard embedded-vfm strong weak ssim patchgan latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -48,17 +55,28 @@ install: $(READY) ## make .venv with the package and what develops it
 demo: install ## train tokenizer and diffusion model on the embedded photographs, and sample; results in runs/demo
 	$(FIT) -c configs/demo/tokenizer.yaml -c configs/demo/strong.yaml
 	$(FIT) -c configs/demo/tokenizer.yaml -c configs/demo/weak.yaml
-	$(TOKENIZER) predict -c runs/demo/weak/config.yaml -c configs/demo/latents.yaml \
+	$(TOKENIZER) predict -c runs/demo/weak/config.yaml -c configs/demo/latents$(if $(REG),_reg).yaml \
 	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt
 	$(TOKENIZER) test -c runs/demo/weak/config.yaml -c configs/demo/weak_test.yaml \
 	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt
-	$(LDM) fit $(DEMO_LDM) -c configs/demo/ldm_train.yaml
-	$(LDM) validate $(DEMO_LDM) -c configs/demo/ldm_guided.yaml
-	$(LDM) predict $(DEMO_LDM) -c configs/demo/ldm_guided.yaml
+	$(LDM) fit $(DEMO_LDM) -c configs/demo/ldm_train.yaml $(call named,$(DEMO_NAME))
+	$(LDM) validate $(DEMO_GUIDED)
+	$(LDM) predict $(DEMO_GUIDED)
 	$(BIN)/python -m vfm_vae.convert runs/demo/weak/checkpoints/last.ckpt --out runs/demo/pretrained/tokenizer
-	$(BIN)/python -m ldm.convert runs/demo/ldm/checkpoints/last.ckpt --out runs/demo/pretrained/ldm
-	@echo "Reconstructions: runs/demo/weak/images/val.png · samples by class: runs/demo/ldm/images/samples_guidance_*.png"
-	@echo "Samples as files: runs/demo/samples{/,.npz} · numbers: runs/demo/metrics.json · TensorBoard: make tensorboard"
+	$(BIN)/python -m ldm.convert runs/demo/$(DEMO_NAME)/checkpoints/last.ckpt --out runs/demo/pretrained/$(DEMO_NAME)
+	@echo "Reconstructions: runs/demo/weak/images/val.png · samples by class: runs/demo/$(DEMO_NAME)/images/samples_guidance_*.png"
+	@echo "Samples as files: runs/demo/samples$(if $(REG),_reg){/,.npz} · numbers: runs/demo/metrics.json · TensorBoard: make tensorboard"
+
+runs/demo/weak/checkpoints/last.ckpt:
+	$(MAKE) demo DENOISER=reg
+
+study: install runs/demo/weak/checkpoints/last.ckpt ## train without alignment, with REPA and with REG, and compare, on the demo's tokenizer
+	$(TOKENIZER) predict -c runs/demo/weak/config.yaml -c configs/demo/latents_reg.yaml \
+	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt
+	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml $(call named,none)
+	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml -c configs/demo/align_repa.yaml $(call named,repa)
+	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml -c configs/demo/align_reg.yaml $(call named,reg)
+	$(BIN)/python tests/bench/study.py runs/study/metrics.json
 
 test: install ## run the fast tests
 	$(BIN)/pytest
@@ -102,13 +120,13 @@ ssim: install ## stage 3, SSIM fine-tuning, from the weak stage
 patchgan: install ## stage 4, PatchGAN fine-tuning, from the SSIM stage
 	$(STAGE_FIT)
 
-latents: install ## cache the latents of the data that STAGE was trained on: make latents STAGE=patchgan GPUS=8
-	$(TOKENIZER) predict -c runs/$(STAGE)/config.yaml -c configs/vfm_vae/latents.yaml $(TRAINER) $(MEASURED) \
+latents: install ## cache the latents of the data that STAGE was trained on, with features for RUN=reg…: make latents GPUS=8
+	$(TOKENIZER) predict -c runs/$(STAGE)/config.yaml -c configs/vfm_vae/latents$(RUN_REG).yaml $(TRAINER) $(MEASURED) \
 	  --ckpt_path runs/$(STAGE)/checkpoints/last.ckpt
 
-ldm: install ## train LightningDiT-XL/1 on cached latents: make ldm RUN=epochs64|epochs80|epochs560 GPUS=8
-	$(LDM) fit -c configs/ldm/lightningdit.yaml -c configs/ldm/$(RUN).yaml -c configs/data/latents.yaml $(TRAINER_LDM) \
-	  $(BATCH_LDM)
+ldm: install ## train LightningDiT or REG on cached latents: make ldm RUN=epochs64|epochs80|epochs560|reg80|reg480|reg640 GPUS=8
+	$(LDM) fit -c configs/ldm/$(if $(RUN_REG),reg,lightningdit).yaml -c configs/ldm/$(RUN).yaml -c configs/data/latents.yaml \
+	  $(if $(RUN_REG),--data.root=runs/latents_reg) $(TRAINER_LDM) $(BATCH_LDM)
 
 samples: install ## draw 50 000 samples from a trained LightningDiT: make samples RUN=epochs64 GPUS=8
 	$(LDM) predict -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/samples.yaml $(TRAINER_LDM) $(MEASURED) \

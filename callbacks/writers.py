@@ -20,7 +20,7 @@ from vfm_vae.data.archive import write_archive
 from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, measure_shards
 from vfm_vae.metrics.reconstruction import to_uint8
 from vfm_vae.pretrained import write_tensors
-from vfm_vae.types import DrawsSamples, Encoded, MakesLatents, Samples
+from vfm_vae.types import DrawsSamples, Encoded, MakesFeatures, MakesLatents, Samples
 
 
 class ReconstructionWriter(Callback):
@@ -53,12 +53,12 @@ class LatentWriter(Callback):
 
     Goes with `model.predict: latents` (or `moments`) and the splits of `data.predict`. Whole shards are written, each
     by one rank; a cache that was begun is completed, also by another number of ranks. At the end come the statistics
-    that normalise latents, over the plain views.
+    that normalise latents, over the plain views. With `model.features`, shards hold a VFM's features too.
 
     Args:
         directory: where to write; made if it is missing.
         shard_size: images of a shard, which a rank holds in memory until it is complete.
-        dtype: in which latents are stored.
+        dtype: in which latents are stored; features are in bfloat16.
 
     Raises:
         ValueError: when prediction starts, if the module gives no latents, or the directory holds others.
@@ -97,6 +97,9 @@ class LatentWriter(Callback):
             "precision": trainer.precision,
             "seed": pl_module.seed,
         }
+        features = pl_module.features_source() if isinstance(pl_module, MakesFeatures) else None
+        if features is not None:
+            settings["features"] = dict(features)
         for stream in self._streams:
             file = stream.plan.folder / IDENTITY
             if not file.is_file() and any(stream.plan.folder.glob("*.safetensors")):
@@ -141,7 +144,8 @@ class _ShardStream:
 
     def add(self, encoded: Encoded) -> None:
         """Takes in a batch."""
-        tensors = {name: tensor.to("cpu", self._dtype) for name, tensor in encoded.tensors.items()}
+        dtypes = {"features": torch.bfloat16}
+        tensors = {name: x.to("cpu", dtypes.get(name, self._dtype)) for name, x in encoded.tensors.items()}
         self._pending.append(tensors | {"labels": encoded.labels.cpu(), "index": encoded.index.cpu()})
         while self._shards and sum(len(rows["index"]) for rows in self._pending) >= len(self._current):
             self._write()

@@ -3,10 +3,63 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ldm.alignment import REPA
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
+from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import LatentDataset, LatentStatistics
 from vfm_vae.tokenizer import FrozenTokenizer
+
+
+def check_data(
+    data: ImageNetDataModule,
+    denoiser: Denoiser,
+    tokenizer: FrozenTokenizer | None,
+    alignment: REPA | None,
+    latent_source: dict[str, Any] | None,
+) -> dict[str, Any] | None:
+    """Sees that data sets are what a denoiser can be trained and measured on.
+
+    Args:
+        data: Of latents or images, set up.
+        denoiser: Takes the latents.
+        tokenizer: Encodes images.
+        alignment: Aligns the denoiser to a VFM.
+        latent_source: Identity of the tokenizer whose latents are wanted, where it is known.
+
+    Returns:
+        That identity, from the data where it was not known.
+
+    Raises:
+        ValueError: if something does not fit.
+    """
+    check_classes(data.num_classes, denoiser)
+    for dataset in filter(None, (data.train_set, data.val_set)):
+        if isinstance(dataset, LatentDataset):
+            check_latents(dataset, denoiser, latent_source)
+            latent_source = latent_source or dataset.tokenizer
+            if alignment is not None:
+                alignment.check_features(dataset.features_shape, denoiser, repr(str(dataset.folder)))
+        else:
+            check_images(data.image_size, tokenizer, denoiser)
+            if alignment is not None:
+                alignment.check_images(data.image_size, denoiser)
+    return latent_source
+
+
+def check_alignment(alignment: REPA | None, denoiser: Denoiser) -> None:
+    """Sees that a denoiser has parts for alignment where there is one, and nowhere else.
+
+    Raises:
+        ValueError: if not.
+    """
+    if alignment is not None:
+        alignment.check_model(denoiser)
+    elif denoiser.align_channels or denoiser.cls_channels:
+        raise ValueError(
+            "model.alignment: the denoiser has align_channels or cls_channels, which nothing would train; set both to "
+            "0, or give an alignment"
+        )
 
 
 def check_classes(num_classes: int | None, denoiser: Denoiser) -> None:

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from ldm.guidance import Guidance
 from ldm.models.denoiser import Denoiser
-from ldm.models.reg import REG
+from ldm.models.reg import SiT
 from ldm.pipeline import LatentDiffusion
 from ldm.published import (
     denoiser_from_published,
@@ -94,7 +94,7 @@ def _read_config(content: Any, path: str | None) -> Mapping[str, Any]:
 
 def _sampling(network: Denoiser, options: Mapping[str, Any]) -> tuple[Sampler, Guidance]:
     """How published samples were drawn; the public LightningDiT guides the first three channels alone."""
-    if isinstance(network, REG):
+    if isinstance(network, SiT):
         return EulerMaruyama(), Guidance(start=0.2, cls_scale=4.0)
     steps, shift = options.get("num_sampling_steps", 250), options.get("timestep_shift", 0.3)
     guidance = Guidance(options.get("cfg_scale", 1.0), start=options.get("cfg_interval_start", 0.125), channels=3)

@@ -80,8 +80,8 @@ class LatentDiffusionModel(ModelMixin, ConfigMixin):
         """Velocity of noisy latents.
 
         Args:
-            hidden_states: Normalised latents, `[B, C, h, w]`; of REG, `[B, C · h · w + cls_channels]`, as `Denoiser`
-                says.
+            hidden_states: Normalised latents, `[B, C, h, w]`; with a class token, `[B, C · h · w + cls_channels]`, as
+                `Denoiser` says.
             timestep: Times in [0, 1], 0 being noise and 1 data, `[B]`.
             class_labels: int64 `[B]`; `num_classes` for no label.
             return_dict: Whether not to return a tuple.

@@ -18,14 +18,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ldm import path
-from ldm.compatibility import check_classes, check_images, check_latents, check_statistics, check_tokenizer
+from ldm.alignment import REPA
+from ldm.compatibility import check_alignment, check_data, check_statistics, check_tokenizer
 from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
+from ldm.objective import denoising_errors
 from ldm.pipeline import draw_latents
 from ldm.samplers import Euler, Sampler
-from vfm_vae.data.latents import LatentDataset, LatentStatistics, RunningStatistics
+from vfm_vae.data.latents import LatentStatistics, RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8
 from vfm_vae.tokenizer import FrozenTokenizer
@@ -46,6 +48,7 @@ class DiffusionModule(LightningModule):
         tokenizer: Decodes samples, and encodes images where the data has no latents; null where neither is wanted.
         times: Distribution of training times.
         cosine_weight: Of the cosine error beside the squared error of the velocity.
+        alignment: Aligns the denoiser to a VFM; null for none.
         label_drop: Share of training labels that are replaced by none, so that guidance has something to guide from.
         label_mode: Classes of samples: `random`, as published numbers have it, or `balanced`, equally many of each.
         predict: What prediction gives, decoded `images` or `latents`.
@@ -71,6 +74,7 @@ class DiffusionModule(LightningModule):
         tokenizer: FrozenTokenizer | None = None,
         times: path.Times = "lognormal",
         cosine_weight: float = 1.0,
+        alignment: REPA | None = None,
         label_drop: float = 0.1,
         label_mode: Literal["random", "balanced"] = "random",
         predict: Literal["images", "latents"] = "images",
@@ -89,7 +93,8 @@ class DiffusionModule(LightningModule):
         self.sampler, self.guidance = sampler or Euler(), guidance or Guidance()
         self.tokenizer = tokenizer
         self.times: path.Times = times
-        self.cosine_weight = cosine_weight
+        self.alignment = alignment
+        self.weights = {"mse": 1.0, "cosine": cosine_weight} | (alignment.weights if alignment else {})
         self.label_drop = label_drop
         self.label_mode = label_mode
         self.predict = predict
@@ -105,6 +110,7 @@ class DiffusionModule(LightningModule):
         self._drawn: Samples | None = None
         self._grad_norm = torch.zeros(())
         self._skipped_in_a_row = 0
+        check_alignment(alignment, model)
         if tokenizer is not None and tokenizer.identity["channels"] != model.in_channels:
             raise ValueError(
                 f"model.in_channels: the tokenizer's latents have {tokenizer.identity['channels']} channels, but the "
@@ -117,32 +123,27 @@ class DiffusionModule(LightningModule):
         """One step of flow matching with velocity direction loss (LightningDiT, section 3)."""
         torch.manual_seed(seed_of(self.seed, self.global_rank, self.images_seen))  # a resumed run draws the same
         x = self.normalization(self._latents(batch))  # [B, C, h, w]
-        noise = torch.randn_like(x)
+        features = self._features(batch)  # [B, 1 + N, D]
+        noise = torch.randn_like(x), None if features is None else torch.randn_like(features[:, 0])
         t = path.times(self.times, torch.randn(len(x), device=x.device))  # [B]
         dropped = torch.rand(len(x), device=x.device) < self.label_drop
         y = batch.labels.masked_fill(dropped, self.model.null_label)
 
-        mse, cosine = self._errors(x, noise, t, y)
-        loss = mse.mean() + self.cosine_weight * cosine.mean()
+        errors = denoising_errors(self.model, self.alignment, x, features, noise, t, y)
+        loss = sum(self.weights[name] * error.mean() for name, error in errors.items())
 
         self.images_seen += len(x) * self.trainer.world_size
-        self.train_loss_by_time.update(mse, t)
+        self.train_loss_by_time.update(errors["mse"], t)
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log_dict(
-            {
-                "train/loss_mse": mse.detach().mean(),
-                "train/loss_cosine": cosine.detach().mean(),
-                "train/skipped_steps": float(self.skipped_steps),
-                "images_seen": float(self.images_seen),
-            }
+            {f"train/loss_{name}": error.detach().mean() for name, error in errors.items()}
+            | {"train/skipped_steps": float(self.skipped_steps), "images_seen": float(self.images_seen)}
         )
         return loss
 
-    def _errors(self, x: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared and cosine error of the velocity at times `t: [B]`, `[B]` each."""
-        prediction = self.model(path.interpolate(x, noise, t), t, y).float()
-        target = path.velocity(x, noise)
-        return path.squared_error(prediction, target), path.cosine_error(prediction, target)
+    def _features(self, batch: Batch | LatentBatch) -> Tensor | None:
+        """The VFM's features of a batch, where the denoiser is aligned to them."""
+        return None if self.alignment is None else self.alignment.features(batch)
 
     def _latents(self, batch: Batch | LatentBatch, noise: Tensor | None = None) -> Tensor:
         """Latents of a batch as the tokenizer gives them, a sample of the posterior where it holds images."""
@@ -198,9 +199,11 @@ class DiffusionModule(LightningModule):
         shape = self.model.latent_shape
         t, noise_x = path.times(self.times, noise.normal()), noise.normal(*shape)
         x = self.normalization(self._latents(batch, noise.normal(*shape)))
-        mse, cosine = self._errors(x, noise_x, t, batch.labels)
-        self.val_loss.update((mse + self.cosine_weight * cosine)[batch.real])
-        self.val_loss_by_time.update(mse[batch.real], t[batch.real])
+        features = self._features(batch)
+        noise_token = None if features is None else noise.normal(features.shape[2])
+        errors = denoising_errors(self.model, self.alignment, x, features, (noise_x, noise_token), t, batch.labels)
+        self.val_loss.update(sum(self.weights[name] * error for name, error in errors.items())[batch.real])
+        self.val_loss_by_time.update(errors["mse"][batch.real], t[batch.real])
 
     def on_validation_epoch_end(self) -> None:
         """Logs over all ranks."""
@@ -237,7 +240,10 @@ class DiffusionModule(LightningModule):
         x = self.normalization(self._latents(batch, noise.normal(*shape)))
         t = x.new_full((len(x),), 0.5 if time is None else time)
         labels = torch.full_like(batch.labels, self.model.null_label)
-        features = self.model.block_features(path.interpolate(x, noise.normal(*shape), t), t, labels)
+        x_t, token = path.interpolate(x, noise.normal(*shape), t), None
+        if self.model.cls_channels:
+            token = path.interpolate(self._features(batch)[:, 0], noise.normal(self.model.cls_channels), t)
+        features = self.model.block_features(x_t, t, labels, token)
         return {f"block_{number:02d}": values for number, values in enumerate(features, start=1)}
 
     def evaluation_images(self, batch: Batch | LatentBatch) -> tuple[Tensor | None, Tensor]:
@@ -345,13 +351,7 @@ class DiffusionModule(LightningModule):
         data = self.trainer.datamodule
         if stage == "predict" or data is None:
             return
-        check_classes(data.num_classes, self.model)
-        for dataset in filter(None, (data.train_set, data.val_set)):
-            if isinstance(dataset, LatentDataset):
-                check_latents(dataset, self.model, self.latent_source)
-                self.latent_source = self.latent_source or dataset.tokenizer
-            else:
-                check_images(data.image_size, self.tokenizer, self.model)
+        self.latent_source = check_data(data, self.model, self.tokenizer, self.alignment, self.latent_source)
         if data.latent_statistics is not None and not self.normalization.is_known:
             self.normalization.take(data.latent_statistics)
 

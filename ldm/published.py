@@ -9,7 +9,7 @@ from torch import Tensor
 from ldm.models.denoiser import Denoiser
 from ldm.models.layers import sincos_frequencies
 from ldm.models.lightningdit import LightningDiT
-from ldm.models.reg import REG
+from ldm.models.reg import SiT
 from vfm_vae.published import from_published
 
 # Our modules → published, for both directions. Parameters within them have the same names.
@@ -56,7 +56,7 @@ class Family(NamedTuple):
         ignored: Arguments that change no number.
     """
 
-    model: type[LightningDiT | REG]
+    model: type[LightningDiT]
     prefix: str
     options: dict[str, str]
     defaults: dict[str, Any]
@@ -81,7 +81,7 @@ LIGHTNINGDIT_FAMILY = Family(
     {"wo_shift": False, "learn_sigma": False},
 )
 REG_FAMILY = Family(
-    REG,
+    SiT,
     "SiT-",
     SHARED_OPTIONS
     | {
@@ -132,8 +132,10 @@ def lightningdit_from_published(state_dict: Mapping[str, Tensor], config: Mappin
     return _fill(_build(LIGHTNINGDIT_FAMILY, config), state_dict)
 
 
-def reg_from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> REG:
-    """Builds the REG of a public configuration and fills it with public weights, for time as this project has it.
+def reg_from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> SiT:
+    """Builds the SiT of a public configuration and fills it with public weights, for time as this project has it.
+
+    The weights are REG's, or REPA's, which are without a class token.
 
     Args:
         state_dict: Weights under their published names.
@@ -147,6 +149,8 @@ def reg_from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, An
         ValueError: as `lightningdit_from_published` does.
     """
     config = dict(config)
+    if not any(name.startswith(("cls_projectors2.", "wg_norm.")) for name in state_dict):
+        config.setdefault("cls_token_dim", 0)
     if "z_dims" in config:
         if not isinstance(config["z_dims"], Sequence) or len(config["z_dims"]) != 1:
             raise ValueError(f"config: z_dims is a list with the width of one VFM, given {config['z_dims']!r}")
@@ -158,7 +162,7 @@ def reg_from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, An
 
 
 def denoiser_from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Denoiser:
-    """REG or LightningDiT from public weights, whichever they are of.
+    """SiT or LightningDiT from public weights, whichever they are of.
 
     Args:
         state_dict: Weights under their published names.
@@ -178,19 +182,24 @@ def to_published(model: Denoiser) -> dict[str, Tensor]:
     """Weights and fixed tables under their published names, for the public implementations.
 
     Args:
-        model: LightningDiT or REG.
+        model: LightningDiT or SiT.
 
     Returns:
-        Tensors, which may share memory with the model's.
+        Tensors, which may share memory with the model's. The projector of a LightningDiT, which serves training alone,
+        is left out: the public class has none.
 
     Raises:
-        ValueError: for a model of another kind.
+        ValueError: for a model of another kind, or a LightningDiT with a class token.
     """
-    if not isinstance(model, LightningDiT | REG):
-        raise ValueError(f"model: LightningDiT or REG, given {type(model).__name__}")
+    if not isinstance(model, LightningDiT):
+        raise ValueError(f"model: LightningDiT or SiT, given {type(model).__name__}")
     weights = model.state_dict()
-    if isinstance(model, REG):
+    if isinstance(model, SiT):
         weights = _mirrored(weights)
+    elif model.cls_channels:
+        raise ValueError("model: the public LightningDiT has no class token, but this one has")
+    else:
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("projector.")}
     return {published_name(name): tensor for name, tensor in weights.items()} | _tables(model)
 
 
@@ -246,7 +255,7 @@ def _read_reg(config: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _build(family: Family, config: Mapping[str, Any]) -> LightningDiT | REG:
+def _build(family: Family, config: Mapping[str, Any]) -> LightningDiT:
     refused = {name for name, value in family.fixed.items() if config.get(name) not in (None, value)}
     unknown = config.keys() - family.options.keys() - family.fixed.keys() - family.ignored - {"registry_name"}
     if refused or unknown:
@@ -260,19 +269,19 @@ def _build(family: Family, config: Mapping[str, Any]) -> LightningDiT | REG:
     return family.model(**options)
 
 
-def _fill(model: LightningDiT | REG, state_dict: Mapping[str, Tensor]) -> LightningDiT | REG:
+def _fill(model: LightningDiT, state_dict: Mapping[str, Tensor]) -> LightningDiT:
     """Loads every published weight; returns the model in eval mode."""
     tables = _tables(model)
     for name, table in tables.items():
         _check_table(name, state_dict.get(name, table), table, model.input_size)
     trained = {name: tensor for name, tensor in state_dict.items() if name not in tables}
     weights = from_published(model.state_dict(), trained, lambda name: (published_name(name),), {})
-    model.load_state_dict(_mirrored(weights) if isinstance(model, REG) else weights)
+    model.load_state_dict(_mirrored(weights) if isinstance(model, SiT) else weights)
     return model.eval()
 
 
 def _mirrored(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """REG's weights, under our names, for time and velocity in the other direction. Its own inverse.
+    """SiT's weights, under our names, for time and velocity in the other direction. Its own inverse.
 
     Published weights take t = 1 as noise and predict noise − data; see `ldm.path` for what we do. Time enters as
     `W_c · cos(t·f) + W_s · sin(t·f)`. At 1 − t that is, by the formulas for angles' differences,
@@ -295,10 +304,10 @@ def _mirrored(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _tables(model: LightningDiT | REG) -> dict[str, Tensor]:
+def _tables(model: LightningDiT) -> dict[str, Tensor]:
     """The fixed tables that public models store, and ours make themselves."""
     tables = {"pos_embed": model.position[None]}  # [1, N, D]
-    if isinstance(model, LightningDiT) and model.rotary_cos is not None:
+    if model.rotary_cos is not None:
         # Stored for every channel of a head, so each pair's angle twice: [N, d].
         tables["feat_rope.freqs_cos"] = model.rotary_cos.repeat_interleave(2, dim=1)
         tables["feat_rope.freqs_sin"] = model.rotary_sin.repeat_interleave(2, dim=1)

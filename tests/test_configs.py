@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import Callback
 from torchvision.models import vgg16
 
-from ldm.models.lightningdit import SIZES
+from ldm.alignment import REG
+from ldm.models.lightningdit import SIZES, LightningDiT
 from ldm.module import DiffusionModule
 from vfm_vae.cli import CLI
 from vfm_vae.data.datamodule import ImageNetDataModule
@@ -186,6 +187,27 @@ def test_full_size_diffusion_runs_are_the_published_ones(run, data):
     assert callback(cli, "LastCheckpoint")._every_n_train_steps == 1000  # also where there are no validation latents
 
 
+REG_RUNS = {"reg80": 100_000, "reg480": 600_000, "reg640": 800_000}
+
+
+@pytest.mark.parametrize("run", REG_RUNS)
+def test_full_size_reg_runs_are_the_published_ones(run):
+    plain = ["--model.optimizer.init_args.fused=false"]
+    with torch.device("meta"):
+        cli = build_ldm("ldm/reg.yaml", f"ldm/{run}.yaml", "data/latents.yaml", "trainer/cpu.yaml", options=plain)
+    module = cli.model
+    assert count(module.model) + module.model.position.numel() == 685_062_304
+    assert (cli.trainer.max_steps, module.times, module.model.align_depth) == (REG_RUNS[run], "uniform", 8)
+    assert module.weights == {"mse": 1.0, "cosine": 0.0, "align": 0.5, "cls": 0.03}
+    (group,) = module.configure_optimizers().param_groups
+    assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (2e-4, (0.9, 0.95), 0)
+    assert cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches == 1024
+    assert cli.trainer.gradient_clip_val == 1.0
+    assert (module.sampler.steps, module.sampler.last) == (250, 0.04)
+    assert (module.guidance.start, module.guidance.channels, module.guidance.cls_scale) == (0.2, None, 4.0)
+    assert callback(cli, "EMA").decay == 0.9999
+
+
 @pytest.mark.parametrize(("size", "parameters"), [("b", 12), ("l", 24), ("1p0b", 24), ("1p6b", 28)])
 def test_sizes_of_diffusion_models(size, parameters):
     with torch.device("meta"):
@@ -210,6 +232,40 @@ def test_demo_diffusion_builds(overlay, command, photos, tmp_path, monkeypatch):
     cli = build_ldm("demo/ldm.yaml", f"demo/{overlay}.yaml", "trainer/cpu.yaml", command=command)
     assert cli.model.guidance.scale == (2.0 if overlay == "ldm_guided" else 1.0)
     assert callback(cli, "Report").path.name == "metrics.json"
+
+
+@pytest.mark.parametrize("overlays", [["ldm_train"], ["reg_guided"]])
+def test_demo_reg_builds(overlays, photos, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/photos").symlink_to(photos)
+    monkeypatch.chdir(tmp_path)
+    configs = ("demo/ldm.yaml", "demo/reg.yaml", *(f"demo/{name}.yaml" for name in overlays), "trainer/cpu.yaml")
+    cli = build_ldm(*configs, command="fit" if overlays == ["ldm_train"] else "validate")
+    assert type(cli.model.alignment) is REG
+    assert cli.model.model.grid == (4, 4)
+    assert callback(cli, "Report").path.name == "metrics.json"
+
+
+@pytest.mark.parametrize(("overlay", "terms"), [(None, set()), ("repa", {"align"}), ("reg", {"align", "cls"})])
+def test_study_builds(overlay, terms, photos, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/photos").symlink_to(photos)
+    monkeypatch.chdir(tmp_path)
+    overlays = [] if overlay is None else [f"demo/align_{overlay}.yaml"]
+    cli = build_ldm("demo/ldm.yaml", "demo/study.yaml", *overlays, "trainer/cpu.yaml")
+    assert set(cli.model.weights) == {"mse", "cosine"} | terms
+    assert type(cli.model.model) is LightningDiT
+    assert cli.trainer.max_steps == 1400
+
+
+@pytest.mark.parametrize("name", ["demo/latents_reg.yaml", "vfm_vae/latents_reg.yaml"])
+def test_caches_with_features_build(name, offline_networks):
+    cli = build("demo/tokenizer.yaml", "demo/weak.yaml", name, "trainer/cpu.yaml", command="predict")
+    assert cli.model.predict == "moments" and cli.datamodule.predict == ("train", "val")
+    size = 64 if name.startswith("demo") else 256
+    with torch.no_grad():
+        features = cli.model.features(torch.zeros(1, 3, size, size))
+    assert features.grid == ((4, 4) if size == 64 else (16, 16))
 
 
 @pytest.mark.parametrize("name", ["demo/latents.yaml", "vfm_vae/latents.yaml"])
@@ -287,6 +343,9 @@ def test_every_config_is_covered_here():
     seen |= {"data/latents.yaml", "data/imagenet_centre.yaml", "demo/latents.yaml", "vfm_vae/latents.yaml"}
     seen |= {"demo/ldm.yaml", "demo/ldm_train.yaml", "demo/ldm_guided.yaml", "demo/weak_test.yaml"}
     seen |= {"vfm_vae/test.yaml", "vfm_vae/test_published.yaml", "ldm/test.yaml", "ldm/cknna.yaml"}
+    seen |= {"ldm/reg.yaml", *(f"ldm/{run}.yaml" for run in REG_RUNS), "vfm_vae/latents_reg.yaml"}
+    seen |= {"demo/latents_reg.yaml", "demo/reg.yaml", "demo/reg_guided.yaml", "demo/study.yaml"}
+    seen |= {"demo/align_repa.yaml", "demo/align_reg.yaml"}
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == seen
 
 

@@ -165,6 +165,64 @@ torch.save(result, out / f"{devices}_{run.global_rank}.pt")
 """
 
 
+REG_SCRIPT = """
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+
+from callbacks.ema import EMA
+from ldm.alignment import REG
+from ldm.guidance import Guidance
+from ldm.models.reg import SiT
+from ldm.module import DiffusionModule
+from ldm.samplers import EulerMaruyama
+from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.modules.adapter import Adapter
+from vfm_vae.modules.decoder import Decoder
+from vfm_vae.tokenizer import VFMVAE
+from vfm_vae.vfm import FrozenVFM
+from vfm_vae.discriminators.projected import ProjectedDiscriminator
+from vfm_vae.losses.objective import Objective
+from vfm_vae.module import TokenizerModule
+from callbacks.writers import LatentWriter
+
+devices, photos, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+name = "vit_photos_patch8_64"
+
+
+def trainer(*callbacks, **kwargs):
+    return Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        callbacks=list(callbacks), **kwargs,
+    )
+
+
+torch.manual_seed(0)
+tokenizer = VFMVAE(Adapter([128], [8], 4, 1, 16, 128), Decoder(16, [16, 16, 16, 16, 8], [16], [], 0, w_channels=16),
+                   FrozenVFM(name))
+optimizer = partial(torch.optim.Adam, lr=1e-3)
+encoder = TokenizerModule(tokenizer, ProjectedDiscriminator(name, size=64, layers=(1,)), Objective(), optimizer,
+                          optimizer, predict="moments", features=FrozenVFM(name, input_scale=0.5))
+images = ImageNetDataModule(photos, image_size=64, val_batch_size=6, num_workers=0, predict=["train", "val"])
+cache = out / f"cache{devices}"
+trainer(LatentWriter(str(cache), shard_size=10)).predict(encoder, datamodule=images)
+torch.manual_seed(0)
+denoiser = SiT(4, 8, 2, 2, 32, 2, 13, cls_channels=128, align_channels=128, align_depth=1, projector_width=16)
+module = DiffusionModule(denoiser, partial(torch.optim.AdamW, lr=1e-3), EulerMaruyama(4), Guidance(2.0, cls_scale=2.0),
+                         alignment=REG(), times="uniform", cosine_weight=0.0, predict="latents")
+data = ImageNetDataModule(cache, source="latents", batch_size=8, val_batch_size=6, num_workers=0)
+metrics = trainer().validate(module, datamodule=data, verbose=False)[0]
+run = trainer(EMA(decay=0.9), max_steps=3, limit_val_batches=0, gradient_clip_val=1.0)
+run.fit(module, datamodule=data)
+result = {"metrics": metrics, "weights": dict(module.state_dict()), "images_seen": module.images_seen}
+torch.save(result, out / f"{devices}_{run.global_rank}.pt")
+"""
+
+
 POISON = """
 import sys
 from functools import partial
@@ -280,6 +338,21 @@ def test_two_processes_cache_measure_and_sample_as_one(tmp_path: Path, photos: P
     with np.load(tmp_path / "samples1.npz") as ours, np.load(tmp_path / "samples2.npz") as theirs:
         assert np.abs(ours["arr_0"].astype(int) - theirs["arr_0"]).max() <= 1 and len(ours["arr_0"]) == 11
         assert (ours["arr_1"] == theirs["arr_1"]).all()
+    assert first["images_seen"] == one["images_seen"] == 24
+    assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
+
+
+def test_two_processes_align_as_one(tmp_path: Path, photos: Path):
+    (one,) = launch(tmp_path, photos, 1, REG_SCRIPT)
+    first, second = launch(tmp_path, photos, 2, REG_SCRIPT)
+    for split, size in (("train", 52), ("val", 26)):
+        ours, theirs = (LatentDataset(tmp_path / f"cache{n}" / split, train=False) for n in (1, 2))
+        for position in range(size):
+            (latent, _, _, features), (other, _, _, others) = ours[position], theirs[position]
+            assert torch.allclose(latent, other, atol=1e-4)
+            assert torch.allclose(features.float(), others.float(), atol=0.05)  # half a step of bfloat16
+    assert first["metrics"]["val/loss"] == pytest.approx(one["metrics"]["val/loss"], rel=1e-4)
+    assert second["metrics"] == first["metrics"]
     assert first["images_seen"] == one["images_seen"] == 24
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
 

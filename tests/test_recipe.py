@@ -78,6 +78,13 @@ trainer:
     init_args: {decay: 0.9}
   - class_path: callbacks.checkpoint.LastCheckpoint
 """
+TOY_REG = """
+model:
+  model: {init_args: {cls_channels: 128, align_channels: 128, align_depth: 1, projector_width: 16}}
+"""
+TOY_FEATURES = """
+model: {features: {init_args: {name: vit_photos_patch8_64, input_scale: 0.5, antialias: null}}}
+"""
 TOY_LDM_TEST = """
 data: {num_samples: 10}
 trainer:
@@ -119,7 +126,7 @@ def run(monkeypatch: pytest.MonkeyPatch, command: list[str], *options: str) -> N
 def folder(tmp_path: Path, photos: Path) -> Path:
     """Where the commands run: with the configs, the toy sizes, and photographs for ImageNet."""
     folder = tmp_path
-    for name in ("toy", "toy_test", "toy_ldm", "toy_ldm_test"):
+    for name in ("toy", "toy_test", "toy_ldm", "toy_ldm_test", "toy_reg", "toy_features"):
         (folder / f"{name}.yaml").write_text(globals()[name.upper()])
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "photos").symlink_to(photos)
@@ -151,6 +158,21 @@ def test_the_whole_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch, source:
     tokenizer, diffusion = (json.loads(Path(name).read_text()) for name in REPORTS)
     assert tokenizer["test"]["metrics"]["test/psnr"] > 0
     assert diffusion["test"]["metrics"]["test/fd_vit_photos_patch8_64/train"] > 0
+    if source == "photos":
+        align(folder, monkeypatch, data)
+
+
+def align(folder: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, str]) -> None:
+    """The recipe's other end: REG on the same tokenizer."""
+    predict, fit, test = commands("latents", "ldm", "evaluate-ldm", RUN="reg80", **data)
+    run(monkeypatch, predict, "-c", "toy_features.yaml", "--trainer.accelerator=cpu")
+    assert json.loads(Path("runs/latents_reg/train/latents.json").read_text())["features"]["input_scale"] == 0.5
+    run(monkeypatch, fit, "-c", "toy_ldm.yaml", "-c", "toy_reg.yaml")
+    run(monkeypatch, test, "-c", "toy_ldm_test.yaml")
+    stored = torch.load("runs/ldm/reg80/checkpoints/last.ckpt", weights_only=True)
+    assert {"model.projector.0.weight", "model.cls_embed.weight"} <= stored["state_dict"].keys()
+    report = json.loads(Path("runs/ldm/reg80/metrics.json").read_text())
+    assert report["test"]["metrics"]["test/fd_vit_photos_patch8_64/train"] > 0
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2, 4, 8, 16, 32])

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from vfm_vae.vfm import Frozen, FrozenVFM, create_vit, interpolation_of, target_interpolation_of
 
@@ -97,6 +98,24 @@ def test_input_scale_enlarges_the_token_grid():
     vfm = tiny(input_scale=2.0)
     assert vfm(images_for(vfm, rows=4, columns=6)).grid == (4, 6)
     assert vfm.prepare(torch.zeros(1, 3, 32, 48)).shape == (1, 3, 64, 96)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("vit_base_patch14_dinov2.lvd142m", "bicubic"), (SIGLIP, "bilinear")])
+@pytest.mark.parametrize(("scale", "side"), [(0.875, 224), (1.25, 320)])
+@pytest.mark.parametrize("antialias", [None, False, True])
+def test_antialiasing_follows_the_scale_unless_it_is_given(name, mode, scale, side, antialias):
+    vfm = tiny(name, input_scale=scale, **({} if antialias is None else {"antialias": antialias}))
+    images = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    expected = scale < 1 if antialias is None else antialias
+    resized = F.interpolate(images, size=(side, side), mode=mode, antialias=expected)
+    torch.testing.assert_close(vfm.prepare(images * 2 - 1), (resized - vfm.mean) / vfm.std, rtol=0, atol=1e-5)
+    assert vfm.arguments["antialias"] is vfm.source()["antialias"] is antialias
+    assert vfm.fingerprint() == tiny(name).fingerprint()  # which is of the weights alone
+
+
+def test_a_description_without_antialiasing_has_the_rule():
+    described = {"class_path": "vfm_vae.vfm.FrozenVFM", "init_args": {"name": SIGLIP, "input_scale": 0.5}}
+    assert FrozenVFM.arguments_of(described)["antialias"] is None
 
 
 def test_interpolation_follows_the_table():

@@ -27,7 +27,7 @@ from vfm_vae.modules.resize import resize
 from vfm_vae.stages import begin, freeze_all_but, read_stage
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Batch, Decoded, Encoded, WeightAverage
-from vfm_vae.vfm import check_vfm, sha256_of, vfm_identity
+from vfm_vae.vfm import FrozenVFM, check_vfm, sha256_of, vfm_identity
 
 OPPONENTS = ("discriminator.", "patchgan.")
 
@@ -56,6 +56,7 @@ class TokenizerModule(LightningModule):
             published numbers.
         predict: What prediction returns: `reconstructions`; or, for a cache, `latents`, a posterior sample of each
             image and of its mirror image; or the `moments` of the posterior, mean then standard deviation.
+        features: VFM whose features a cache of `moments` holds beside the latents, for models that are aligned to it.
         seed: Of every step's randomness.
         accumulate_grad_batches: Batches whose gradients make one step.
         gradient_clip_val: Largest gradient norm of either player; None clips nothing.
@@ -86,6 +87,7 @@ class TokenizerModule(LightningModule):
         seed: int = 0,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
+        features: FrozenVFM | None = None,
     ):
         super().__init__()
         if _given_hyperparameters.get() is not None:
@@ -97,6 +99,8 @@ class TokenizerModule(LightningModule):
         for name in ("adversarial_patch", "feature_matching"):
             if objective.weights[name] and patchgan is None:
                 raise ValueError(f"objective.{name}: {objective.weights[name]:g} weighs nothing without a patchgan")
+        if features is not None and predict != "moments":
+            raise ValueError(f"model.predict: features belong to plain views, so to 'moments' alone, given {predict!r}")
         self.automatic_optimization = False
         self.model = model
         freeze_all_but(model, train_only)
@@ -109,7 +113,7 @@ class TokenizerModule(LightningModule):
         self.init_from = init_from
         self.torch_compile = torch_compile
         self.evaluate, self.rounding = evaluate, rounding
-        self.predict = predict
+        self.predict, self.features = predict, features
         self.seed = seed
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
@@ -290,7 +294,10 @@ class TokenizerModule(LightningModule):
         images = from_uint8(batch.images)
         posterior = self.model.encode(images)
         if self.predict == "moments":
-            return Encoded({"moments": posterior.moments()}, batch.labels, batch.index)
+            tensors = {"moments": posterior.moments()}
+            if self.features is not None:
+                tensors["features"] = self.features(images).sequence.bfloat16()  # [B, 1 + N, D]
+            return Encoded(tensors, batch.labels, batch.index)
         noise = IndexedNoise("posterior", self.seed, batch.index, self.device)
         views = {"latents": posterior, "latents_flip": self.model.encode(images.flip(3))}
         latents = {name: view.sample(noise.normal(*view.mean.shape[1:])) for name, view in views.items()}
@@ -299,6 +306,12 @@ class TokenizerModule(LightningModule):
     def latent_identity(self) -> dict[str, str | int]:
         """What a cache notes of the tokenizer."""
         return self.model.latent_identity()
+
+    def features_source(self) -> dict[str, Any] | None:
+        """What a cache notes of the VFM whose features it holds, wherever its weights lie."""
+        if self.features is None:
+            return None
+        return {name: value for name, value in self.features.source().items() if name != "weights"}
 
     # Optimisers, stages, checkpoints
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -38,11 +39,14 @@ class LatentBatch(NamedTuple):
         latents: float32, as the tokenizer gave them: not normalised, `[B, C, h, w]`.
         labels: int64 class indices, `[B]`.
         index: as in `Batch`.
+        features: of the clean images by a VFM, as `VFMFeatures.sequence` has them, `[B, 1 + N, D]` in the precision
+            that they are stored in, float32 or bfloat16; None where the cache has none.
     """
 
     latents: Tensor
     labels: Tensor
     index: Tensor
+    features: Tensor | None = None
 
     @property
     def real(self) -> Tensor:
@@ -59,7 +63,8 @@ class Encoded(NamedTuple):
     """What a tokenizer makes of a batch of images for a cache.
 
     Attributes:
-        tensors: by their names in the cache, `latents` and `latents_flip` `[B, C, h, w]`, or `moments` `[B, 2C, h, w]`.
+        tensors: by their names in the cache, `latents` and `latents_flip` `[B, C, h, w]`, or `moments` `[B, 2C, h, w]`
+            and, beside those, perhaps `features` `[B, 1 + N, D]` of a VFM.
         labels: int64 class indices, `[B]`.
         index: as in `Batch`.
     """
@@ -99,6 +104,11 @@ class VFMFeatures(NamedTuple):
     tokens: Tensor
     pooled: Tensor
     grid: tuple[int, int]
+
+    @property
+    def sequence(self) -> Tensor:
+        """What diffusion models are aligned to: `pooled`, then `tokens`, `[B, 1 + N, C]`."""
+        return torch.cat([self.pooled[:, None], self.tokens], dim=1)
 
 
 class Decoded(NamedTuple):
@@ -177,6 +187,14 @@ class MakesLatents(Protocol):
 
     def latent_identity(self) -> Mapping[str, str | int]:
         """What tells the tokenizer's latents from others'."""
+
+
+@runtime_checkable
+class MakesFeatures(Protocol):
+    """A module whose `Encoded` may hold a VFM's features beside the latents."""
+
+    def features_source(self) -> Mapping[str, Any] | None:
+        """What a cache says of that VFM, as `FrozenVFM.source` has it; None where there is none."""
 
 
 @runtime_checkable

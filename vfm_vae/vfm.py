@@ -154,6 +154,7 @@ class FrozenVFM(Frozen):
         weights: file with the weights, to take instead of a download.
         pretrained: False leaves the weights random: for tests, and to count parameters.
         model_args: further arguments of the timm model, for instance a smaller depth in tests.
+        antialias: whether the resizing by `input_scale` is antialiased; by default where it shrinks.
 
     Attributes:
         width: channels of the tokens.
@@ -178,12 +179,15 @@ class FrozenVFM(Frozen):
         weights: str | None = None,
         pretrained: bool = True,
         model_args: dict[str, Any] | None = None,
+        antialias: bool | None = None,
     ) -> None:
         network = create_vit(name, weights=weights, pretrained=pretrained, **(model_args or {}))
         super().__init__(network)
         self.name = name
         self.layers = tuple(layers)
         self.input_scale = input_scale
+        # Enlarging needs none: antialiasing would change nothing but the speed of a bilinear one.
+        self.antialias = input_scale < 1 if antialias is None else antialias
         self.interpolation = interpolation_of(name)
         self.target_interpolation = target_interpolation_of(name)
         self.width: int = network.embed_dim
@@ -241,8 +245,7 @@ class FrozenVFM(Frozen):
         images = (images.float() + 1) / 2
         if self.input_scale != 1:
             size = [round(side * self.input_scale) for side in images.shape[-2:]]
-            # Antialiasing only when shrinking: it would change nothing but the speed of bilinear enlarging.
-            images = F.interpolate(images, size=size, mode=self.interpolation, antialias=self.input_scale < 1)
+            images = F.interpolate(images, size=size, mode=self.interpolation, antialias=self.antialias)
         return (images - self.mean.float()) / self.std.float()
 
     def extra_repr(self) -> str:

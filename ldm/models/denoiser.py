@@ -1,39 +1,73 @@
 """What the training module, guidance and samplers ask of a network."""
 
+import math
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
+class Prediction(NamedTuple):
+    """What a denoiser says of noisy latents.
+
+    Attributes:
+        velocity: Of the latents, `[B, C, h, w]`.
+        cls_velocity: Of the class token, `[B, cls_channels]`; None where none is diffused along.
+        projected: Tokens within the network in the width of a VFM's, a class token first,
+            `[B, prefix + N, align_channels]`; None where they were not asked for, or there is no projector.
+    """
+
+    velocity: Tensor
+    cls_velocity: Tensor | None = None
+    projected: Tensor | None = None
+
+
 class Denoiser(nn.Module, ABC):
-    """Predicts the velocity of noisy latents.
+    """Predicts the velocity of noisy latents, and of a class token where one is diffused along.
 
     Args:
         in_channels: Channels C of the latent.
         input_size: Sides (h, w) of the latent, or one number for a square.
         num_classes: Labels; one more, `null_label`, stands for no label.
+        cls_channels: Width of a VFM's class token that is diffused along with the latent (REG); 0 for none.
+        align_channels: Width of a VFM's tokens, to which those within the network are projected (REPA and REG); 0 for
+            no projector.
 
     Attributes:
         blocks: The transformer's blocks, each from tokens to tokens `[B, prefix + N, D]`; subclasses make them.
-        num_prefix_tokens: Tokens in front of those of patches.
-        cls_channels: Width of a class token that is diffused along with the latent; 0 where there is none.
+
+    Raises:
+        ValueError: if a width is negative.
     """
 
     blocks: nn.ModuleList
-    num_prefix_tokens = 0
-    cls_channels = 0
 
-    def __init__(self, in_channels: int, input_size: int | tuple[int, int], num_classes: int):
+    def __init__(
+        self,
+        in_channels: int,
+        input_size: int | tuple[int, int],
+        num_classes: int,
+        cls_channels: int = 0,
+        align_channels: int = 0,
+    ):
         super().__init__()
+        if min(cls_channels, align_channels) < 0:
+            raise ValueError(f"cls_channels, align_channels: 0 or more, given {cls_channels} and {align_channels}")
         self.in_channels = in_channels
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
         self.num_classes = num_classes
+        self.cls_channels, self.align_channels = cls_channels, align_channels
 
     @property
     def null_label(self) -> int:
         """The label that stands for no label."""
         return self.num_classes
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of those of patches: 1 with a class token."""
+        return 1 if self.cls_channels else 0
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -43,22 +77,38 @@ class Denoiser(nn.Module, ABC):
     @property
     def state_shape(self) -> tuple[int, ...]:
         """Of what a sampler integrates: the latent's, or where a class token goes along (C · h · w + cls_channels,)."""
-        return self.latent_shape
+        return (math.prod(self.latent_shape) + self.cls_channels,) if self.cls_channels else self.latent_shape
 
     @abstractmethod
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Velocity `[B, C, h, w]` of `x: [B, C, h, w]` at times `t: [B]` in [0, 1] for labels `y`, int64 `[B]`."""
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, cls_token: Tensor | None = None, align: bool = False
+    ) -> Prediction:
+        """Velocities of noisy latents and noisy class tokens.
+
+        Args:
+            x: `[B, C, h, w]`.
+            t: Times in [0, 1], 0 being noise, `[B]`.
+            y: Labels, int64 `[B]`; `null_label` for none.
+            cls_token: The VFM's class token as noisy as `x`, `[B, cls_channels]`, where the model has one.
+            align: Whether to project tokens to the VFM's width; sampling does without.
+
+        Raises:
+            ValueError: if a model with a class token is given none, or one without is given one.
+        """
 
     def velocity(self, state: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity of what a sampler integrates, `[B, …]` like `state`; other arguments as of `forward`."""
-        return self(state, t, y)
+        if not self.cls_channels:
+            return self(state, t, y).velocity
+        prediction = self(self.latents_of(state), t, y, state[:, -self.cls_channels :])
+        return torch.cat([prediction.velocity.flatten(1), prediction.cls_velocity], dim=1)
 
     def latents_of(self, state: Tensor) -> Tensor:
         """The latents `[B, C, h, w]` in what a sampler integrates."""
-        return state
+        return state[:, : -self.cls_channels].unflatten(1, self.latent_shape) if self.cls_channels else state
 
     @torch.no_grad()
-    def block_features(self, x: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:
+    def block_features(self, x: Tensor, t: Tensor, y: Tensor, cls_token: Tensor | None = None) -> list[Tensor]:
         """Patch tokens after every block, averaged, float32 `[B, D]` each; arguments as of `forward`."""
         features: list[Tensor] = []
 
@@ -67,7 +117,7 @@ class Denoiser(nn.Module, ABC):
 
         hooks = [block.register_forward_hook(keep) for block in self.blocks]
         try:
-            self.forward(x, t, y)  # not a compiled form, which may not know of hooks
+            self.forward(x, t, y, cls_token)  # not a compiled form, which may not know of hooks
         finally:
             for hook in hooks:
                 hook.remove()

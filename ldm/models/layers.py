@@ -257,28 +257,48 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """From tokens to patches of velocity.
+    """From tokens to patches of velocity, and from a class token in front of them to its velocity.
 
     Args:
         width: Of the tokens.
         out_features: Numbers in a patch.
         norm: Makes the norm.
+        cls_channels: Width of the class token's velocity; 0 where there is none.
     """
 
-    def __init__(self, width: int, out_features: int, norm: type[nn.Module]):
+    def __init__(self, width: int, out_features: int, norm: type[nn.Module], cls_channels: int = 0):
         super().__init__()
         self.norm = norm(width)
         self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, out_features)
+        self.cls_out = nn.Linear(width, cls_channels) if cls_channels else None
 
-    def modulated(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Tokens `[B, N, D]` as they enter the output, given the activated condition `[B, D]`."""
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Maps tokens `[B, prefix + N, D]` to patches `[B, N, p·p·C]` and `[B, cls_channels]`.
+
+        Args:
+            x: Tokens.
+            condition: Activated, `[B, D]`.
+        """
         shift, scale = self.modulation(condition).chunk(2, dim=1)
-        return modulate(self.norm(x), shift, scale)
+        x = modulate(self.norm(x), shift, scale)
+        if self.cls_out is None:
+            return self.out(x), None
+        return self.out(x[:, 1:]), self.cls_out(x[:, 0])
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Maps tokens `[B, N, D]` to `[B, N, p·p·C]`, given the activated condition `[B, D]`."""
-        return self.out(self.modulated(x, condition))
+
+class Projector(nn.Sequential):
+    """From tokens to the width of a VFM's (REPA, Yu et al. 2025, arXiv 2410.06940): three linear layers with SiLU.
+
+    Args:
+        width: Of the tokens.
+        hidden: Between the layers.
+        out: Of the VFM's tokens.
+    """
+
+    def __init__(self, width: int, hidden: int, out: int):
+        layers = nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out)
+        super().__init__(*layers)
 
 
 def run_block(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:

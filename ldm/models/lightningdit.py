@@ -1,16 +1,23 @@
-"""LightningDiT (Yao et al. 2025, arXiv 2501.01423, section 4): a diffusion transformer with current parts."""
+"""LightningDiT (Yao et al. 2025, arXiv 2501.01423, section 4): a diffusion transformer with current parts.
 
+It may denoise the class token of a vision foundation model (VFM) along (REG, Wu et al. 2025, arXiv 2507.01467), and
+project tokens within to the VFM's width, for their alignment (REPA, Yu et al. 2025, arXiv 2410.06940, and REG).
+"""
+
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.denoiser import Denoiser
+from ldm.models.denoiser import Denoiser, Prediction
 from ldm.models.layers import (
     Block,
     FinalLayer,
     PatchEmbed,
+    Projector,
     RMSNorm,
     Size,
     TimeEmbedding,
@@ -43,20 +50,25 @@ class LightningDiT(Denoiser):
         input_size: Sides (h, w) of the latent, or one number for a square.
         patch_size: Side of a patch.
         depth: Blocks.
-        width: Channels D of the tokens, a multiple of 4 · num_heads.
+        width: Channels D of the tokens, a multiple of 4 · num_heads; without rotary, of 4 and of num_heads.
         num_heads: Heads of attention.
         num_classes: Labels; one more stands for no label.
         qk_norm: Normalise queries and keys.
         swiglu: Gated MLP instead of GELU.
         rotary: Rotary position embedding in attention, beside the fixed table.
         rms_norm: RMSNorm with a gain instead of LayerNorm without.
+        cls_channels: Width of a VFM's class token that is diffused along; 0 for none.
+        align_channels: Width of a VFM's tokens, to which those of this network are projected; 0 for no projector.
+        align_depth: Number of the block whose output is projected, from 1 to depth.
+        projector_width: Hidden width of the projector.
         activation_checkpointing: Compute each block again in the backward pass instead of keeping what is in it: about
             a third more time for a fraction of the memory.
 
     Raises:
-        ValueError: if sizes do not divide.
+        ValueError: if sizes do not divide, or align_depth lies outside its range.
     """
 
+    sizes: ClassVar[Mapping[str, Size]] = SIZES
     position: Tensor
     rotary_cos: Tensor
     rotary_sin: Tensor
@@ -75,65 +87,91 @@ class LightningDiT(Denoiser):
         swiglu: bool = True,
         rotary: bool = True,
         rms_norm: bool = True,
+        cls_channels: int = 0,
+        align_channels: int = 0,
+        align_depth: int = 8,
+        projector_width: int = 2048,
         activation_checkpointing: bool = False,
     ):
-        super().__init__(in_channels, input_size, num_classes)
-        if width % (4 * num_heads):
+        super().__init__(in_channels, input_size, num_classes, cls_channels, align_channels)
+        if rotary and width % (4 * num_heads):
             raise ValueError(f"width: {width} does not divide by 4 · num_heads = {4 * num_heads}")
+        if width % 4 or width % num_heads:
+            raise ValueError(f"width: {width} does not divide by both 4 and num_heads = {num_heads}")
+        if align_channels and not 1 <= align_depth <= depth:
+            raise ValueError(f"align_depth: a block from 1 to depth = {depth}, given {align_depth}")
         self.grid = token_grid(self.input_size, patch_size)
-        self.patch_size = patch_size
+        self.patch_size, self.align_depth = patch_size, align_depth
         self.activation_checkpointing = activation_checkpointing
         if rms_norm:
             norm = head_norm = partial(RMSNorm, eps=1e-6)
         else:
             norm, head_norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False), nn.LayerNorm
         self.patch_embed = PatchEmbed(in_channels, width, patch_size)
+        self.cls_embed = nn.Linear(cls_channels, width) if cls_channels else None
+        self.cls_norm = nn.LayerNorm(width, eps=1e-6) if cls_channels else None
         self.time_embed = TimeEmbedding(width)
         self.label_embed = nn.Embedding(num_classes + 1, width)
         self.blocks = nn.ModuleList(
             Block(width, num_heads, norm, head_norm if qk_norm else None, swiglu) for _ in range(depth)
         )
-        self.final = FinalLayer(width, patch_size**2 * in_channels, norm)
-        # Constants of the grid, made here and not stored.
-        self.register_buffer("position", position_table(self.grid, width), persistent=False)
-        angles = rotary_angles(self.grid, width // num_heads) if rotary else None
+        self.projector = Projector(width, projector_width, align_channels) if align_channels else None
+        self.final = FinalLayer(width, patch_size**2 * in_channels, norm, cls_channels)
+        # Constants of the grid, made here and not stored. A class token has no place in it: it gets no position, and
+        # is not turned.
+        prefix = (0, 0, self.num_prefix_tokens, 0)
+        self.register_buffer("position", F.pad(position_table(self.grid, width), prefix), persistent=False)
+        angles = F.pad(rotary_angles(self.grid, width // num_heads), prefix) if rotary else None
         self.register_buffer("rotary_cos", angles.cos().float() if rotary else None, persistent=False)
         self.register_buffer("rotary_sin", angles.sin().float() if rotary else None, persistent=False)
         self.reset_parameters()
 
     @classmethod
-    def of_size(cls, name: str, **kwargs: Any) -> "LightningDiT":
+    def of_size(cls, name: str, **kwargs: Any) -> Self:
         """A named size with its patch size, such as `XL/1`.
 
         Args:
-            name: One of `SIZES`, a slash, and the side of a patch.
+            name: One of `sizes`, a slash, and the side of a patch.
             **kwargs: Further arguments.
 
         Raises:
             ValueError: for a name that is not of this form.
         """
-        return cls(**named_size(name, SIZES), **kwargs)
+        return cls(**named_size(name, cls.sizes), **kwargs)
 
     def reset_parameters(self) -> None:
-        """Xavier for linear layers, N(0, 0.02²) for the embeddings, zeros for modulations and the output."""
+        """Xavier for linear layers, N(0, 0.02²) for the embeddings, zeros for modulations and outputs."""
         xavier_init(*(module for module in self.modules() if isinstance(module, nn.Linear)), self.patch_embed.proj)
         scaled_init(0.02, self.label_embed, self.time_embed.mlp[0], self.time_embed.mlp[2])
         zero_init(*(block.modulation for block in self.blocks), self.final.modulation, self.final.out)
+        if self.cls_channels:
+            zero_init(self.final.cls_out)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Velocity of noisy latents.
+    def embed(self, x: Tensor, t: Tensor, y: Tensor, cls_token: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens `[B, prefix + N, D]` and activated condition `[B, D]` for the blocks; arguments as of `forward`.
 
-        Args:
-            x: `[B, C, h, w]`.
-            t: Times in [0, 1], 0 being noise, `[B]`.
-            y: Labels, int64 `[B]`; `null_label` for none.
-
-        Returns:
-            `[B, C, h, w]`.
+        Raises:
+            ValueError: if a model with a class token is given none, or one without is given one.
         """
-        tokens = self.patch_embed(x) + self.position  # [B, N, D]
-        condition = F.silu(self.time_embed(t) + self.label_embed(y))  # [B, D]
+        if (cls_token is not None) != bool(self.cls_channels):
+            given = "none" if cls_token is None else "one"
+            raise ValueError(f"cls_token: the model's cls_channels is {self.cls_channels}, but {given} was given")
+        tokens = self.patch_embed(x)  # [B, N, D]
+        if cls_token is not None:
+            cls = self.cls_norm(self.cls_embed(cls_token))  # [B, D]
+            tokens = torch.cat([cls[:, None], tokens], dim=1)  # [B, 1 + N, D]
+        return tokens + self.position, F.silu(self.time_embed(t) + self.label_embed(y))
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, cls_token: Tensor | None = None, align: bool = False
+    ) -> Prediction:
+        """As `Denoiser` says."""
+        tokens, condition = self.embed(x, t, y, cls_token)  # [B, prefix + N, D], [B, D]
         rotary = None if self.rotary_cos is None else (self.rotary_cos, self.rotary_sin)
-        for block in self.blocks:
+        projected = None
+        for number, block in enumerate(self.blocks, start=1):
             tokens = run_block(block, tokens, condition, rotary, recompute=self.activation_checkpointing)
-        return unpatchify(self.final(tokens, condition), self.grid, self.patch_size)
+            if align and self.projector is not None and number == self.align_depth:
+                projected = self.projector(tokens)  # [B, prefix + N, align_channels]
+        patches, cls_velocity = self.final(tokens, condition)  # [B, N, p·p·C], [B, cls_channels]
+        return Prediction(unpatchify(patches, self.grid, self.patch_size), cls_velocity, projected)

@@ -16,7 +16,7 @@ def always_both(model: LightningDiT, labels: Tensor) -> VelocityField:
     both = torch.cat([labels, torch.full_like(labels, model.null_label)])
 
     def field(x: Tensor, t: Tensor) -> Tensor:
-        conditional, unconditional = model(x.repeat(2, 1, 1, 1), t.expand(2 * len(x)), both).chunk(2)
+        conditional, unconditional = model.velocity(x.repeat(2, 1, 1, 1), t.expand(2 * len(x)), both).chunk(2)
         guided = unconditional + SCALE * (conditional - unconditional)
         return torch.where(t < START, conditional, guided)
 
@@ -32,7 +32,7 @@ def main() -> None:
         torch.nn.init.normal_(parameter, std=0.05)
     noise, labels = torch.randn(BATCH, *model.latent_shape), torch.arange(BATCH) % 13
     sampler, guidance = Euler(STEPS, shift=0.3), Guidance(SCALE, START)
-    fields = {"interval": guidance.field(model, labels, model.null_label), "both": always_both(model, labels)}
+    fields = {"interval": guidance.field(model.velocity, labels, model.null_label), "both": always_both(model, labels)}
     samples = {name: sampler(field, noise) for name, field in fields.items()}
     difference = (samples["interval"] - samples["both"]).abs().max().item()
     assert difference < 1e-4, f"the samples differ by {difference:.1e}"

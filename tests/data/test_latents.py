@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
-from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.data.datamodule import ImageNetDataModule, collate_latents
 from vfm_vae.data.latents import (
     STATISTICS,
     LatentDataset,
@@ -15,12 +18,12 @@ from vfm_vae.data.latents import (
     ShardPlan,
     measure_shards,
 )
-from vfm_vae.data.sampling import Draw, IndexedNoise, seed_of
+from vfm_vae.data.sampling import Draw, EvaluationSampler, IndexedNoise, seed_of
 from vfm_vae.pretrained import write_tensors
 from vfm_vae.types import LatentBatch
 
 
-def write(folder, size=10, shard_size=4, moments=False):
+def write(folder, size=10, shard_size=4, moments=False, features=None):
     folder.mkdir(parents=True, exist_ok=True)
     plan, generator = ShardPlan(folder, size, shard_size), torch.Generator().manual_seed(0)
     for shard in range(len(plan)):
@@ -32,6 +35,8 @@ def write(folder, size=10, shard_size=4, moments=False):
         else:
             latents = 5 + 2 * torch.randn(count, 2, 3, 3, generator=generator)
             tensors = {"latents": latents, "latents_flip": -latents}
+        if features is not None:
+            tensors["features"] = torch.randn(count, 5, 6, generator=generator).to(features)
         write_tensors(plan.path(shard), tensors | {"labels": labels})
     measure_shards(plan, chunk=3).compute().write(folder / STATISTICS)
     return plan
@@ -199,3 +204,81 @@ def test_noise_belongs_to_the_sample():
     assert not torch.equal(IndexedNoise("test", 4, torch.arange(6)).normal(2, 2), first)
     assert seed_of(1, 2) != seed_of(2, 1)
     assert not torch.equal(IndexedNoise("other", 3, torch.arange(6)).normal(2, 2), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_features_come_as_they_are_stored(tmp_path, dtype):
+    write(tmp_path, moments=True, features=dtype)
+    (tmp_path / "latents.json").write_text(json.dumps({"tokenizer": {}, "features": {"name": "a", "input_scale": 0.5}}))
+    dataset = LatentDataset(tmp_path, train=True)
+    assert dataset.features_shape == (5, 6) and dataset.shape == (2, 3, 3)
+    assert dataset.features_source == {"name": "a", "input_scale": 0.5}
+    stored = everything(tmp_path, "features")
+    for epoch in (0, 1):
+        rows = [dataset[Draw(index, epoch)] for index in range(10)]
+        assert torch.equal(torch.stack([row[3] for row in rows]), stored) and rows[0][3].dtype == dtype
+    assert rows[0][0].dtype == torch.float32
+
+
+def test_features_change_nothing_else(tmp_path):
+    write(tmp_path / "with", moments=True, features=torch.bfloat16, size=4)
+    write(tmp_path / "without", moments=True, size=4)
+    ours, plain = (LatentDataset(tmp_path / name, train=True) for name in ("with", "without"))
+    assert (plain.features_shape, plain.features_source, len(plain[0])) == (None, None, 3)
+    assert all(torch.equal(ours[index][0], plain[index][0]) for index in range(4))
+    assert torch.equal(*(LatentStatistics.read(tmp_path / name).std for name in ("with", "without")))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_datamodule_serves_features(tmp_path, num_workers):
+    for split, size in (("train", 40), ("val", 7)):
+        write(tmp_path / split, size=size, moments=True, features=torch.bfloat16)
+    module = data(tmp_path, num_workers=num_workers)
+    module.setup("fit")
+    for loader, split in ((module.train_dataloader(), "train"), (module.val_dataloader(), "val")):
+        stored = everything(tmp_path / split, "features")
+        for batch in loader:
+            assert isinstance(batch, LatentBatch) and batch.features.dtype == torch.bfloat16
+            assert torch.equal(batch.features, stored[batch.index])
+
+
+@pytest.mark.parametrize("features", [None, torch.bfloat16])
+def test_padding_has_the_shape_of_all_others(tmp_path, features):
+    write(tmp_path, size=7, moments=True, features=features)
+    dataset = LatentDataset(tmp_path, train=False)
+    sampler = EvaluationSampler(dataset, 4, num_replicas=2, rank=1)
+    (batch,) = DataLoader(dataset, batch_size=4, sampler=sampler, collate_fn=collate_latents)
+    assert batch.real.sum() == 3 and len(batch.latents) == 4
+    assert batch.features is None if features is None else batch.features.shape == (4, 5, 6)
+
+
+@pytest.mark.parametrize("features", [None, torch.bfloat16])
+def test_a_batch_is_moved_and_pinned_with_its_features_or_without(tmp_path, features, monkeypatch):
+    write(tmp_path, moments=True, features=features)
+    dataset = LatentDataset(tmp_path, train=False)
+    batch = collate_latents([dataset[index] for index in range(3)])
+    moved = move_data_to_device(batch, torch.device("meta"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())  # which needs a GPU
+    pinned = pin_memory(batch)
+    assert isinstance(moved, LatentBatch) and isinstance(pinned, LatentBatch)
+    assert moved.latents.is_meta and torch.equal(pinned.latents, batch.latents)
+    if features is None:
+        assert batch.features is moved.features is pinned.features is None
+    else:
+        assert moved.features.is_meta and torch.equal(pinned.features, batch.features)
+
+
+def test_features_that_do_not_fit_are_refused(tmp_path):
+    write(tmp_path / "mirrored", features=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"root: .*mirrored' holds mirrored views beside features.*: moments"):
+        LatentDataset(tmp_path / "mirrored", train=False)
+    plan = write(tmp_path / "mixed", moments=True, features=torch.bfloat16)
+    shard = load_file(plan.path(2))
+    for features in ({}, {"features": shard["features"][:, 1:].contiguous()}):
+        write_tensors(plan.path(2), {"moments": shard["moments"], "labels": shard["labels"], **features})
+        with pytest.raises(ValueError, match="differ in what they hold"):
+            LatentDataset(tmp_path / "mixed", train=False)
+    plan = write(tmp_path / "flat", size=4, moments=True)
+    write_tensors(plan.path(0), load_file(plan.path(0)) | {"features": torch.zeros(4, 6)})
+    with pytest.raises(ValueError, match=r"features in .*flat' are not \[n, 1 \+ N, D\]"):
+        LatentDataset(tmp_path / "flat", train=False)

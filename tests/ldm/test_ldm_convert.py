@@ -13,7 +13,7 @@ from callbacks.ema import EMA
 from ldm import convert
 from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
-from ldm.models.reg import REG
+from ldm.models.reg import SiT
 from ldm.pipeline import LatentDiffusion
 from ldm.samplers import Euler
 from vfm_vae.data.latents import LatentStatistics
@@ -131,7 +131,7 @@ def test_it_is_sampled_by_the_command_lines_module(converted, models, diffusion,
 
 def test_reg_is_read_with_the_arguments_in_its_file(published, monkeypatch):
     torch.manual_seed(0)
-    network = REG(
+    network = SiT(
         in_channels=4,
         input_size=4,
         depth=2,
@@ -146,10 +146,10 @@ def test_reg_is_read_with_the_arguments_in_its_file(published, monkeypatch):
     arguments = argparse.Namespace(model="SiT-S/1", qk_norm=True, latent_size=4)
     torch.save({"ema": convert.to_published(network), "args": arguments}, published)
     statistics = published.parent / "latents_stats.pt"
-    monkeypatch.setattr(REG, "of_size", classmethod(lambda cls, name, **options: network))
+    monkeypatch.setattr(SiT, "of_size", classmethod(lambda cls, name, **options: network))
     run(monkeypatch, published, "--statistics", statistics, "--out", published.parent / "out")
     loaded = LatentDiffusion.from_pretrained(published.parent / "out")
-    assert isinstance(loaded.model, REG)
+    assert isinstance(loaded.model, SiT)
     for name, tensor in network.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor), name
 

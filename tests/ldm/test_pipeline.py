@@ -8,7 +8,7 @@ import torch
 from callbacks.ema import EMA
 from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
-from ldm.models.reg import REG
+from ldm.models.reg import SiT
 from ldm.pipeline import LatentDiffusion
 from ldm.samplers import Dopri5, Euler, EulerMaruyama, Heun
 from vfm_vae.data.latents import LatentStatistics
@@ -120,7 +120,7 @@ def test_it_moves_as_one(model, tiny_model, tmp_path: Path):
 
 @pytest.mark.parametrize("sampler", [EulerMaruyama(4), Euler(4), Heun(3), Dopri5()])
 def test_reg_draws_its_class_token_along(sampler, tmp_path):
-    network = REG(4, 4, depth=2, width=32, num_heads=2, num_classes=3, cls_channels=8, align_channels=8, align_depth=1)
+    network = SiT(4, 4, depth=2, width=32, num_heads=2, num_classes=3, cls_channels=8, align_channels=8, align_depth=1)
     model = LatentDiffusion(network, sampler, Guidance(3.0, start=0.2, cls_scale=4.0)).eval()
     for parameter in network.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.models.lightningdit import LightningDiT
-from ldm.models.reg import REG
+from ldm.models.reg import SiT
 from ldm.published import (
     denoiser_from_published,
     lightningdit_from_published,
@@ -64,9 +64,9 @@ def lightningdit() -> LightningDiT:
 
 
 @pytest.fixture
-def reg() -> REG:
+def reg() -> SiT:
     options = {"cls_channels": 6, "align_channels": 6, "align_depth": 1, "projector_width": 12}
-    return randomised(REG(3, 4, 1, 2, 16, 2, num_classes=5, **options))
+    return randomised(SiT(3, 4, 1, 2, 16, 2, num_classes=5, **options))
 
 
 def test_lightningdit_survives_the_way_there_and_back(lightningdit):
@@ -78,21 +78,39 @@ def test_lightningdit_survives_the_way_there_and_back(lightningdit):
 
 def test_reg_survives_the_way_there_and_back(reg):
     back = denoiser_from_published(to_published(reg), REG_ARGUMENTS)
-    assert isinstance(back, REG)
+    assert isinstance(back, SiT)
     assert not back.training
     for name, weight in reg.state_dict().items():
         assert torch.allclose(weight, back.state_dict()[name], rtol=0, atol=1e-6), name
+
+
+def test_weights_of_repa_are_those_without_a_class_token(reg):
+    repa = randomised(SiT(**reg.arguments | {"cls_channels": 0}))
+    weights = to_published(repa)
+    assert not {"cls_projectors2.weight", "wg_norm.weight", "final_layer.linear_cls.weight"} & weights.keys()
+    back = denoiser_from_published(weights, REG_ARGUMENTS)
+    assert back.arguments == repa.arguments
+    for name, weight in repa.state_dict().items():
+        assert torch.allclose(weight, back.state_dict()[name], rtol=0, atol=1e-6), name
+
+
+def test_a_lightningdit_leaves_its_projector_and_takes_no_class_token_along(lightningdit):
+    options = {"align_channels": 6, "align_depth": 1, "projector_width": 12}
+    aligned = randomised(LightningDiT(**lightningdit.arguments | options))
+    assert to_published(aligned).keys() == to_published(lightningdit).keys()
+    with pytest.raises(ValueError, match="model: the public LightningDiT has no class token"):
+        to_published(LightningDiT(**lightningdit.arguments | {"cls_channels": 6}))
 
 
 @torch.no_grad()
 def test_published_reg_has_time_and_velocity_in_the_other_direction(reg):
     """Weights as exported, read under our names without the importer, are a network of 1 − t."""
     weights = to_published(reg)
-    public = REG(**reg.arguments)
+    public = SiT(**reg.arguments)
     public.load_state_dict({name: weights[published_name(name)] for name in public.state_dict()})
     t = torch.tensor([0.0, 0.3, 0.7, 1.0])
     x, y, cls_token = torch.randn(4, 3, 4, 4), torch.arange(4), torch.randn(4, 6)
-    ours, theirs = reg(x, t, y, cls_token), public(x, 1 - t, y, cls_token)
+    ours, theirs = reg(x, t, y, cls_token, align=True), public(x, 1 - t, y, cls_token, align=True)
     assert torch.allclose(ours.velocity, -theirs.velocity, atol=1e-4)
     assert torch.allclose(ours.cls_velocity, -theirs.cls_velocity, atol=1e-4)
     assert torch.allclose(ours.projected, theirs.projected, atol=1e-4)
@@ -112,7 +130,7 @@ def test_export_leaves_the_model_alone(reg):
 
 
 def test_only_known_models_are_exported():
-    with pytest.raises(ValueError, match="model: LightningDiT or REG, given Linear"):
+    with pytest.raises(ValueError, match="model: LightningDiT or SiT, given Linear"):
         to_published(torch.nn.Linear(1, 1))
 
 
@@ -155,7 +173,7 @@ def test_class_arguments_are_read_as_they_are(config):
     assert read_config(config) == config
 
 
-@pytest.mark.parametrize(("config", "model"), [(YAML, LightningDiT.of_size), (TRAINING, REG.of_size)])
+@pytest.mark.parametrize(("config", "model"), [(YAML, LightningDiT.of_size), (TRAINING, SiT.of_size)])
 def test_public_configurations_build_the_full_size(config, model):
     with torch.device("meta"):
         weights = to_published(model("XL/1"))

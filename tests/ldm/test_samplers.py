@@ -137,5 +137,5 @@ def test_the_state_stays_on_its_device(sampler, guidance):
     with torch.device("meta"):
         model = LightningDiT(4, 4, 1, 2, 32, 2, num_classes=3)
         noise, labels = torch.empty(2, 4, 4, 4), torch.zeros(2, dtype=torch.int64)
-    samples = sampler(guidance.field(model, labels, model.null_label), noise)
+    samples = sampler(guidance.field(model.velocity, labels, model.null_label), noise)
     assert samples.device.type == "meta" and samples.dtype == torch.float32

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm.convert import lightningdit_from_published, to_published
 from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
+from ldm.published import lightningdit_from_published, to_published
 
 DATA = Path(__file__).parent / "data"
 OFFICIAL = json.loads((DATA / "lightningdit_keys.json").read_text())
@@ -36,8 +36,8 @@ def test_velocity_and_every_block(case):
     outputs = {}
     for number, block in enumerate(model.blocks):
         block.register_forward_hook(lambda *args, number=number: outputs.__setitem__(number, args[-1]))
-    velocity = model(*(tensors[f"inputs/{name}"] for name in "xty"))
-    close(velocity, tensors["outputs/velocity"])
+    prediction = model(*(tensors[f"inputs/{name}"] for name in "xty"))
+    close(prediction.velocity, tensors["outputs/velocity"])
     for number, tokens in outputs.items():
         close(tokens, tensors[f"intermediate/block{number}_out"])
         close(tokens.mean(1), tensors[f"intermediate/block{number}_token_mean"])
@@ -49,7 +49,7 @@ def test_embeddings(case):
     tensors, _, model = fixture(case)
     x, t, y = (tensors[f"inputs/{name}"] for name in "xty")
     close(model.patch_embed(x), tensors["intermediate/patch_embed"])
-    close(model.patch_embed(x) + model.position, tensors["intermediate/tokens_in"])
+    close(model.embed(x, t, y)[0], tensors["intermediate/tokens_in"])
     close(model.time_embed(t), tensors["intermediate/t_emb"])
     close(model.label_embed(y), tensors["intermediate/y_emb"])
     labels = tensors["label_drop/labels"].masked_fill(tensors["label_drop/force_drop_ids"] == 1, model.null_label)
@@ -66,7 +66,7 @@ def test_guidance(case, time):
     t = tensors[f"cfg/{time}/t"][0]
     for start, name in ((settings["cfg_interval_start"], "on"), (0.0, "off")):
         guidance = Guidance(settings["cfg_scale"], start=start, channels=len(settings["guided_channels"]))
-        velocity = guidance.field(model, y, settings["null_label"])(x, t)
+        velocity = guidance.field(model.velocity, y, settings["null_label"])(x, t)
         close(velocity, tensors[f"cfg/{time}/out_interval_{name}"][:3], 5e-5)
 
 

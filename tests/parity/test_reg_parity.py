@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from ldm import path
 from ldm.guidance import Guidance
-from ldm.models.reg import REG, SIZES, REGOutput
+from ldm.models.denoiser import Prediction
+from ldm.models.reg import SIZES, SiT
 from ldm.published import published_name, reg_from_published, to_published
 from ldm.samplers import EulerMaruyama
 
@@ -33,7 +34,7 @@ def published() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def model() -> REG:
+def model() -> SiT:
     return reg_from_published(published(), SETTINGS["config"])
 
 
@@ -49,7 +50,7 @@ def test_outputs_and_every_block(model):
     for block in model.blocks:
         block.register_forward_hook(lambda *args: blocks.append(args[-1]))
     inputs = reference["inputs/x"], 1 - reference["inputs/t"], reference["inputs/y"], reference["inputs/cls_token"]
-    velocity, cls_velocity, projected = model(*inputs)
+    velocity, cls_velocity, projected = model(*inputs, align=True)
     close(velocity, -reference["outputs/velocity"])
     close(cls_velocity, -reference["outputs/cls"])
     close(projected, reference["outputs/zs_tilde"])
@@ -78,14 +79,14 @@ def test_embeddings(model):
     assert torch.equal(labels, reference["label_drop/effective_labels"])
 
 
-def loss(model: REG, reference: dict) -> tuple[REGOutput, dict[str, torch.Tensor]]:
+def loss(model: SiT, reference: dict) -> tuple[Prediction, dict[str, torch.Tensor]]:
     """The published objective, from this project's path."""
     data, noise, t = reference["loss/images"], reference["loss/noise"], 1 - reference["loss/time"]
     cls, cls_noise = reference["loss/cls_token"], reference["loss/noise_cls"]
     x_t, cls_t = path.interpolate(data, noise, t), path.interpolate(cls, cls_noise, t)
     close(x_t, reference["loss/model_input"], 1e-6)
     close(cls_t, reference["loss/cls_input"], 1e-6)
-    output = model(x_t, t, reference["loss/y"], cls_t)
+    output = model(x_t, t, reference["loss/y"], cls_t, align=True)
     terms = {
         "denoising": path.squared_error(output.velocity, path.velocity(data, noise)).mean(),
         "proj": -F.cosine_similarity(output.projected, reference["loss/zs"], dim=-1).mean(),
@@ -102,6 +103,10 @@ def test_losses_and_gradients(model):
     close(output.projected, reference["loss/zs_tilde"])
     for name, value in terms.items():
         close(value, reference[f"loss/{name}"], 1e-5)
+    # REPA aligns the same features, and without a class token those of patches alone.
+    close(terms["proj"], reference["loss/repa_proj_same_features"], 1e-5)
+    patches = -F.cosine_similarity(output.projected[:, 1:], reference["loss/zs"][:, 1:], dim=-1).mean()
+    close(patches, reference["loss/repa_proj_patch_tokens_only"], 1e-5)
     total = terms["denoising"] + SETTINGS["proj_coeff"] * terms["proj"] + SETTINGS["cls_coeff"] * terms["cls"]
     close(total, reference["loss/total"], 1e-5)
     total.backward()
@@ -146,14 +151,14 @@ def test_every_full_size_key_is_taken_and_given_back(variant):
 
 def test_full_size_has_the_published_parameters():
     with torch.device("meta"):
-        model = REG.of_size("XL/1")
+        model = SiT.of_size("XL/1")
     assert model.position.numel() == 296_064
     assert sum(parameter.numel() for parameter in model.parameters()) + model.position.numel() == 685_062_304
 
 
 def test_position_table_is_the_published_one():
     constants = OFFICIAL["models"]["REG-SiT-XL/1"]["constants"]
-    table = REG(depth=1, align_depth=1).position
+    table = SiT(depth=1, align_depth=1).position
     assert (table[0] == 0).all()
     assert table[18, :4].tolist() == pytest.approx(constants["pos_embed[0,18,:4]"])
     assert table.double().sum().item() == pytest.approx(constants["pos_embed_sum"], abs=0.01)
@@ -163,7 +168,7 @@ def test_position_table_is_the_published_one():
 def test_named_sizes(name):
     expected = OFFICIAL["registries"]["REG_SiT_vfmvae_adaptation"][name]
     with torch.device("meta"):
-        model = REG.of_size(name.removeprefix("SiT-"))
+        model = SiT.of_size(name.removeprefix("SiT-"))
     assert name.removeprefix("SiT-").split("/")[0] in SIZES
     assert len(model.blocks) == expected["depth"]
     assert model.position.shape[1] == expected["width"]
@@ -176,7 +181,7 @@ def test_named_sizes(name):
 
 def test_initialisation_is_the_published_one():
     torch.manual_seed(0)
-    ours = REG(8, 4, 1, 3, 48, 4, cls_channels=24, align_channels=24, align_depth=2, projector_width=64)
+    ours = SiT(8, 4, 1, 3, 48, 4, cls_channels=24, align_channels=24, align_depth=2, projector_width=64)
     expected = SETTINGS["official_init_before_rerandomising"]
     for name, weight in ours.named_parameters():
         statistics = expected[published_name(name)]

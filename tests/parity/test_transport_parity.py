@@ -25,7 +25,7 @@ def test_path_losses_and_gradients():
     x, target = path.interpolate(data, noise, t), path.velocity(data, noise)
     close(x, REFERENCE["loss/xt"], 1e-6)
     close(target, REFERENCE["loss/ut"], 1e-6)
-    prediction = model(x, t, y)
+    prediction = model(x, t, y).velocity
     close(prediction.detach(), REFERENCE["loss/pred"])
     mse, cosine = path.squared_error(prediction, target), path.cosine_error(prediction, target)
     close(mse.detach(), REFERENCE["loss/mse_per_sample"], 1e-5)
@@ -82,7 +82,7 @@ def test_grids_are_exact(steps, shift):
 def test_ode_samples(run, sampler, tolerance):
     _, _, model = fixture("a")
     guidance = Guidance() if "nocfg" in run else Guidance(4.0, start=0.125, channels=3)
-    samples = sampler(guidance.field(model, REFERENCE["ode/y"], NULL), REFERENCE["ode/noise"])
+    samples = sampler(guidance.field(model.velocity, REFERENCE["ode/y"], NULL), REFERENCE["ode/noise"])
     close(samples, REFERENCE[f"ode/{run}/final"], tolerance)
 
 

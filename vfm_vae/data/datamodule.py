@@ -319,7 +319,7 @@ def collate(samples: list[tuple]) -> Batch:
 
 
 def collate_latents(samples: list[tuple]) -> LatentBatch:
-    """(latent, label, index) triples → `LatentBatch`."""
+    """(latent, label, index) triples, or those and features → `LatentBatch`."""
     return LatentBatch(*default_collate(samples))
 
 

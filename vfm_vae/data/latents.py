@@ -4,6 +4,9 @@ A folder holds `*.safetensors` with `latents` and `latents_flip` `[n, C, h, w]` 
 deviation, `[n, 2C, h, w]`) and `labels` `[n]`; `latents_stats.pt` with the mean and standard deviation of each channel,
 `[1, C, 1, 1]`; and `latents.json`, which names the tokenizer. That is LightningDiT's layout, whose own caches lack the
 last file. A cache of several splits has a folder for each, `train` and `val`.
+
+Beside `moments` there may be `features` `[n, 1 + N, D]` of a VFM that models are aligned to: class token and patch
+tokens of the plain view, unscaled. `latents.json` then says which VFM's.
 """
 
 import json
@@ -121,9 +124,9 @@ def measure_shards(plan: ShardPlan, rank: int = 0, num_ranks: int = 1, chunk: in
         num_ranks: whose sums together are those of the whole.
         chunk: rows read at a time.
     """
-    names, shape, _ = _look_into(plan.path(0))
-    name = "moments" if "moments" in names else "latents"
-    running = RunningStatistics(shape[0] // 2 if name == "moments" else shape[0])
+    shapes, _ = _look_into(plan.path(0))
+    name = "moments" if "moments" in shapes else "latents"
+    running = RunningStatistics(shapes[name][0] // 2 if name == "moments" else shapes[name][0])
     for shard in range(rank, len(plan), num_ranks):
         with safe_open(plan.path(shard), "pt") as file:
             rows = file.get_slice(name)
@@ -172,63 +175,79 @@ class LatentDataset(Dataset):
         labels: class indices, int64 `[num_images]`.
         shape: (C, h, w) of a latent.
         tokenizer: what the cache says of its tokenizer; None where it says nothing.
+        features_shape: (1 + N, D) of the features that the cache holds for each image; None where it holds none.
+        features_source: what the cache says of the VFM that made them, see `FrozenVFM.source`.
 
     Raises:
-        ValueError: a shard can't be read or differs from the others.
+        ValueError: a shard can't be read or differs from the others; there are features beside mirrored views.
     """
 
     def __init__(self, folder: str | Path, train: bool, seed: int = 0) -> None:
         self.folder, self.train, self.seed = Path(folder), train, seed
         self._paths = sorted(self.folder.glob("*.safetensors"))
         shards = [_look_into(path) for path in self._paths]
-        if any(shard[:2] != shards[0][:2] for shard in shards):
+        if any(shapes != shards[0][0] for shapes, _ in shards):
             raise ValueError(f"root: the shards in {str(self.folder)!r} differ in what they hold; make the cache again")
-        self._names, shape, _ = shards[0]
-        self.shape = (shape[0] // 2, *shape[1:]) if "moments" in self._names else tuple(shape)
-        self.labels = np.concatenate([labels for *_, labels in shards])
-        self._ends = np.cumsum([len(labels) for *_, labels in shards])
+        self._shapes = shards[0][0]
+        if self._shapes.keys() >= {"features", "latents_flip"}:
+            raise ValueError(
+                f"root: {str(self.folder)!r} holds mirrored views beside features, which are of plain views alone; "
+                "make the cache again with model.predict: moments"
+            )
+        if len(self._shapes.get("features", (0, 0))) != 2:
+            raise ValueError(f"root: the features in {str(self.folder)!r} are not [n, 1 + N, D]; make the cache again")
+        moments = self._shapes.get("moments")
+        self.shape = self._shapes["latents"] if moments is None else (moments[0] // 2, *moments[1:])
+        self.labels = np.concatenate([labels for _, labels in shards])
+        self._ends = np.cumsum([len(labels) for _, labels in shards])
         self._open: dict[int, Any] = {}
         identity = self.folder / IDENTITY
-        self.tokenizer = json.loads(identity.read_text()).get("tokenizer") if identity.is_file() else None
+        stored: dict[str, Any] = json.loads(identity.read_text()) if identity.is_file() else {}
+        self.tokenizer = stored.get("tokenizer")
+        self.features_shape: tuple[int, int] | None = self._shapes.get("features")
+        self.features_source: Mapping[str, Any] | None = stored.get("features")
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.labels)
 
-    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int, int]:
-        """Returns a latent (float32 `[C, h, w]`), its label and its index; index -1 marks padding."""
+    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int, int] | tuple[Tensor, int, int, Tensor]:
+        """Returns a latent (float32 `[C, h, w]`), its label and its index, -1 for padding; then features, if any."""
         draw = Draw(draw) if isinstance(draw, int) else draw
-        label, index = int(self.labels[draw.index]), -1 if draw.padding else draw.index
-        if "moments" in self._names:
-            mean, std = self._row("moments", draw.index).chunk(2)
-            return mean + std * self._noise(draw, mean.shape) if self.train else mean, label, index
-        mirrored = self.train and "latents_flip" in self._names and self._noise(draw, ()).item() < 0
-        return self._row("latents_flip" if mirrored else "latents", draw.index), label, index
+        sample = self._latent(draw), int(self.labels[draw.index]), -1 if draw.padding else draw.index
+        return sample if self.features_shape is None else (*sample, self._row("features", draw.index))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the open files, which each worker opens itself."""
         return self.__dict__ | {"_open": {}}
+
+    def _latent(self, draw: Draw) -> Tensor:
+        if "moments" in self._shapes:
+            mean, std = self._row("moments", draw.index).float().chunk(2)
+            return mean + std * self._noise(draw, mean.shape) if self.train else mean
+        mirrored = self.train and "latents_flip" in self._shapes and self._noise(draw, ()).item() < 0
+        return self._row("latents_flip" if mirrored else "latents", draw.index).float()
 
     def _row(self, name: str, index: int) -> Tensor:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         if shard not in self._open:
             self._open[shard] = safe_open(self._paths[shard], "pt")
         start = self._ends[shard - 1] if shard else 0
-        return self._open[shard].get_slice(name)[int(index - start)].float()
+        return self._open[shard].get_slice(name)[int(index - start)]
 
     def _noise(self, draw: Draw, shape: Sequence[int]) -> Tensor:
         stream = torch.Generator().manual_seed(seed_of(self.seed, draw.epoch, draw.index, *b"latents"))
         return torch.randn(shape, generator=stream)
 
 
-def _look_into(path: Path) -> tuple[frozenset[str], tuple[int, ...], np.ndarray]:
-    """Names in a shard, shape of a row, and labels."""
+def _look_into(path: Path) -> tuple[dict[str, tuple[int, ...]], np.ndarray]:
+    """Shapes of the rows in a shard, by name, and its labels."""
     try:
         with safe_open(path, "pt") as file:
-            names = frozenset(file.keys()) & {"latents", "latents_flip", "moments"}
+            names = {"latents", "latents_flip", "moments", "features"} & set(file.keys())
             if not names & {"latents", "moments"}:
                 raise ValueError(f"root: {str(path)!r} holds neither 'latents' nor 'moments'")
-            shape = file.get_slice("moments" if "moments" in names else "latents").get_shape()
-            return names, tuple(shape[1:]), file.get_tensor("labels").long().numpy()
+            shapes = {name: tuple(file.get_slice(name).get_shape()[1:]) for name in names}
+            return shapes, file.get_tensor("labels").long().numpy()
     except SafetensorError as error:
         raise ValueError(f"root: {str(path)!r} can't be read as a shard of latents ({error})") from error

@@ -1,0 +1,144 @@
+"""Alignment of a denoiser to a vision foundation model (VFM): REPA, and REG with the VFM's class token.
+
+Features are the VFM's of the clean image, `[B, 1 + N, D]`: its class token (or what stands for it), then its patch
+tokens in raster order, after the final norm.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm import path
+from ldm.models.denoiser import Denoiser, Prediction
+from vfm_vae.metrics.reconstruction import from_uint8
+from vfm_vae.types import Batch, LatentBatch
+from vfm_vae.vfm import FrozenVFM
+
+
+def alignment_error(projected: Tensor, features: Tensor) -> Tensor:
+    """Minus the cosine between tokens, averaged over them (Yu et al. 2025, REPA, arXiv 2410.06940, eq. 8).
+
+    Args:
+        projected: `[B, N, D]`.
+        features: The same shape.
+
+    Returns:
+        `[B]`, in [-1, 1].
+    """
+    return -F.cosine_similarity(projected.float(), features.float(), dim=2).mean(1)
+
+
+class REPA(nn.Module):
+    """Draws a block's patch tokens, projected, towards the VFM's (Yu et al. 2025, arXiv 2410.06940).
+
+    Args:
+        vfm: Makes features of images; null where they are cached beside the latents.
+        weight: Of the alignment error.
+    """
+
+    has_class_token = False
+
+    def __init__(self, vfm: FrozenVFM | None = None, weight: float = 0.5):
+        super().__init__()
+        self.vfm, self.weight = vfm, weight
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the terms that `errors` gives."""
+        return {"align": self.weight}
+
+    def features(self, batch: Batch | LatentBatch) -> Tensor:
+        """The VFM's features of a batch's clean images, float32 `[B, 1 + N, D]`."""
+        if isinstance(batch, LatentBatch):
+            return batch.features.float()
+        return self.vfm(from_uint8(batch.images)).sequence
+
+    def errors(self, prediction: Prediction, features: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
+        """Further terms of the objective, `[B]` each.
+
+        Args:
+            prediction: Of the denoiser, with projected tokens.
+            features: Of the clean images, `[B, 1 + N, D]`.
+            noise: Of the class token, `[B, D]`, where one is diffused along.
+        """
+        prefix = prediction.projected.shape[1] - features.shape[1] + 1  # without a class token, 0
+        return {"align": alignment_error(prediction.projected[:, prefix:], features[:, 1:])}
+
+    def check_model(self, model: Denoiser) -> None:
+        """Sees that the denoiser has what is to be aligned, and no more.
+
+        Raises:
+            ValueError: if not.
+        """
+        if not model.align_channels:
+            raise ValueError("model.align_channels: 0 leaves nothing to align; give the width of the VFM's tokens")
+        if self.has_class_token != bool(model.cls_channels):
+            fits = "the width of the VFM's class token" if self.has_class_token else "0"
+            raise ValueError(f"model.cls_channels: {type(self).__name__} goes with {fits}, given {model.cls_channels}")
+        if self.vfm is not None:
+            self._check_shape(model, (None, self.vfm.width), f"alignment.vfm: {self.vfm.name} gives")
+
+    def check_features(self, shape: tuple[int, int] | None, model: Denoiser, place: str) -> None:
+        """Sees that cached features fit.
+
+        Args:
+            shape: (1 + N, D) of those that a cache holds; None where it holds none.
+            model: The denoiser.
+            place: Names the cache.
+
+        Raises:
+            ValueError: if it holds none, or of another shape.
+        """
+        if shape is None:
+            raise ValueError(
+                f"data.root: {place} holds no VFM features to align to; make it with configs/vfm_vae/latents_reg.yaml"
+            )
+        self._check_shape(model, shape, f"data.root: the features in {place} have")
+
+    def check_images(self, image_size: int, model: Denoiser) -> None:
+        """Sees that there is a VFM for images, which gives as many tokens as the denoiser has.
+
+        Raises:
+            ValueError: if not.
+        """
+        if self.vfm is None:
+            raise ValueError("model.alignment.vfm: training on images needs the VFM; give it, or cached features")
+        side = round(image_size * self.vfm.input_scale) // self.vfm.patch_size
+        self._check_shape(model, (1 + side * side, self.vfm.width), f"alignment.vfm: {self.vfm.name} gives")
+
+    def _check_shape(self, model: Denoiser, shape: tuple[int | None, int], what: str) -> None:
+        num_tokens, width = shape
+        wanted = model.grid[0] * model.grid[1]
+        if num_tokens not in (None, 1 + wanted):
+            raise ValueError(f"{what} {num_tokens - 1} patch tokens, but the denoiser has {wanted}")
+        for name in ("align_channels", "cls_channels"):
+            if getattr(model, name) not in (0, width):
+                raise ValueError(f"{what} {width} channels, but model.{name} is {getattr(model, name)}")
+
+
+class REG(REPA):
+    """REPA of all tokens, and the VFM's class token diffused along (Wu et al. 2025, arXiv 2507.01467, section 3).
+
+    Args:
+        vfm: As of REPA.
+        weight: Of the alignment error.
+        cls_weight: Of the class token's squared error.
+    """
+
+    has_class_token = True
+
+    def __init__(self, vfm: FrozenVFM | None = None, weight: float = 0.5, cls_weight: float = 0.03):
+        super().__init__(vfm, weight)
+        self.cls_weight = cls_weight
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the terms that `errors` gives."""
+        return {"align": self.weight, "cls": self.cls_weight}
+
+    def errors(self, prediction: Prediction, features: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
+        """Further terms of the objective, `[B]` each."""
+        target = path.velocity(features[:, 0], noise)
+        return {
+            "align": alignment_error(prediction.projected, features),
+            "cls": path.squared_error(prediction.cls_velocity.float(), target),
+        }

@@ -1,0 +1,36 @@
+"""What a denoiser is trained by: errors of its prediction at noisy latents."""
+
+from torch import Tensor
+
+from ldm import path
+from ldm.alignment import REPA
+from ldm.models.denoiser import Denoiser
+
+
+def denoising_errors(
+    model: Denoiser,
+    alignment: REPA | None,
+    x: Tensor,
+    features: Tensor | None,
+    noise: tuple[Tensor, Tensor | None],
+    t: Tensor,
+    y: Tensor,
+) -> dict[str, Tensor]:
+    """The terms of the objective for each sample, `[B]`.
+
+    `mse` and `cosine` of the velocity (LightningDiT, arXiv 2501.01423, section 3.4), and those of the alignment.
+
+    Args:
+        model: Predicts.
+        alignment: Of its tokens to a VFM's features; None for none.
+        x: Normalised latents, `[B, C, h, w]`.
+        features: The VFM's, `[B, 1 + N, D]`, where there is an alignment.
+        noise: Like the latents, and like the class token, `[B, D]`.
+        t: Times, `[B]`.
+        y: Labels, int64 `[B]`.
+    """
+    token = path.interpolate(features[:, 0], noise[1], t) if model.cls_channels else None
+    prediction = model(path.interpolate(x, noise[0], t), t, y, token, align=alignment is not None)
+    velocity, target = prediction.velocity.float(), path.velocity(x, noise[0])
+    errors = {"mse": path.squared_error(velocity, target), "cosine": path.cosine_error(velocity, target)}
+    return errors | (alignment.errors(prediction, features, noise[1]) if alignment is not None else {})
