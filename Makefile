@@ -125,8 +125,8 @@ latents: install ## cache the latents of the data that STAGE was trained on, wit
 	  --ckpt_path runs/$(STAGE)/checkpoints/last.ckpt
 
 ldm: install ## train LightningDiT or REG on cached latents: make ldm RUN=epochs64|epochs80|epochs560|reg80|reg480|reg640 GPUS=8
-	$(LDM) fit -c configs/ldm/$(if $(RUN_REG),reg,lightningdit).yaml -c configs/ldm/$(RUN).yaml -c configs/data/latents.yaml \
-	  $(if $(RUN_REG),--data.root=runs/latents_reg) $(TRAINER_LDM) $(BATCH_LDM)
+	$(LDM) fit $(if $(RUN_REG),-c configs/ldm/reg.yaml,-c configs/ldm/lightningdit.yaml -c configs/data/latents.yaml) \
+	  -c configs/ldm/$(RUN).yaml $(TRAINER_LDM) $(BATCH_LDM)
 
 samples: install ## draw 50 000 samples from a trained LightningDiT: make samples RUN=epochs64 GPUS=8
 	$(LDM) predict -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/samples.yaml $(TRAINER_LDM) $(MEASURED) \

@@ -194,7 +194,7 @@ REG_RUNS = {"reg80": 100_000, "reg480": 600_000, "reg640": 800_000}
 def test_full_size_reg_runs_are_the_published_ones(run):
     plain = ["--model.optimizer.init_args.fused=false"]
     with torch.device("meta"):
-        cli = build_ldm("ldm/reg.yaml", f"ldm/{run}.yaml", "data/latents.yaml", "trainer/cpu.yaml", options=plain)
+        cli = build_ldm("ldm/reg.yaml", f"ldm/{run}.yaml", "trainer/cpu.yaml", options=plain)
     module = cli.model
     assert count(module.model) + module.model.position.numel() == 685_062_304
     assert (cli.trainer.max_steps, module.times, module.model.align_depth) == (REG_RUNS[run], "uniform", 8)
