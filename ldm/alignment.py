@@ -4,6 +4,9 @@ Features are the VFM's of the clean image, `[B, 1 + N, D]`: its class token (or 
 tokens in raster order, after the final norm.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -77,22 +80,30 @@ class REPA(nn.Module):
         if self.vfm is not None:
             self._check_shape(model, (None, self.vfm.width), f"alignment.vfm: {self.vfm.name} gives")
 
-    def check_features(self, shape: tuple[int, int] | None, model: Denoiser, place: str) -> None:
+    def check_features(
+        self, shape: tuple[int, int] | None, source: Mapping[str, Any] | None, model: Denoiser, place: str
+    ) -> None:
         """Sees that cached features fit.
 
         Args:
             shape: (1 + N, D) of those that a cache holds; None where it holds none.
+            source: What it says of their VFM, see `FrozenVFM.source`; None where it says nothing.
             model: The denoiser.
             place: Names the cache.
 
         Raises:
-            ValueError: if it holds none, or of another shape.
+            ValueError: if it holds none, of another shape, or of another VFM than `vfm`.
         """
         if shape is None:
             raise ValueError(
                 f"data.root: {place} holds no VFM features to align to; make it with configs/vfm_vae/latents_reg.yaml"
             )
         self._check_shape(model, shape, f"data.root: the features in {place} have")
+        if self.vfm is not None and source is not None:
+            ours = self.vfm.source()
+            other = [n for n in ("name", "fingerprint", "input_scale", "antialias") if source.get(n) != ours[n]]
+            if other:
+                raise ValueError(f"data.root: the features in {place} are of another VFM than alignment.vfm: {other}")
 
     def check_images(self, image_size: int, model: Denoiser) -> None:
         """Sees that there is a VFM for images, which gives as many tokens as the denoiser has.

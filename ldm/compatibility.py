@@ -39,7 +39,8 @@ def check_data(
             check_latents(dataset, denoiser, latent_source)
             latent_source = latent_source or dataset.tokenizer
             if alignment is not None:
-                alignment.check_features(dataset.features_shape, denoiser, repr(str(dataset.folder)))
+                place = repr(str(dataset.folder))
+                alignment.check_features(dataset.features_shape, dataset.features_source, denoiser, place)
         else:
             check_images(data.image_size, tokenizer, denoiser)
             if alignment is not None:

@@ -302,6 +302,7 @@ def _vfm_source(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
         "weights": None,
         "pretrained": True,
         "model_args": None,
+        "antialias": None,
         "fingerprint": None,
     }
 

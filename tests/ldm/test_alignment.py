@@ -190,3 +190,12 @@ def test_what_does_not_fit_is_named(features, latents, trainer, tmp_path):
     wide.model.grid = (2, 2)
     with pytest.raises(ValueError, match=r"have 16 patch tokens, but the denoiser has 4"):
         trainer(max_steps=1).fit(wide, features())
+
+
+def test_features_of_another_vfm_are_named():
+    vfm = FrozenVFM(VFM, input_scale=0.5)
+    model = SiT(4, 4, 1, 1, 32, 2, 3, align_depth=1, align_channels=128, cls_channels=128)
+    REG(vfm).check_features((17, 128), vfm.source(), model, "'cache'")
+    REG().check_features((17, 128), vfm.source() | {"name": "another"}, model, "'cache'")
+    with pytest.raises(ValueError, match=r"'cache' are of another VFM than alignment.vfm: \['input_scale'\]"):
+        REG(vfm).check_features((17, 128), vfm.source() | {"input_scale": 1.0}, model, "'cache'")
