@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from callbacks.evaluation import EvaluationCallback, rows_of, weights_of
+from callbacks.evaluation import EvaluationCallback, by_name, rows_of, settings_of
 from callbacks.heatmap import block_heat_map
 from callbacks.images import show
 from vfm_vae.data.folder import ImageFolderDataset
@@ -20,7 +20,7 @@ from vfm_vae.metrics.alignment import cknna_of_neighbours, prepare_features
 from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.neighbours import Neighbours, nearest_neighbours
 from vfm_vae.metrics.reconstruction import from_uint8
-from vfm_vae.metrics.semantic import geometric_transformations, names_of, transformed
+from vfm_vae.metrics.semantic import geometric, names_of, transformed
 from vfm_vae.types import AlignmentFeatures, Batch, EncodesImages, LatentBatch
 from vfm_vae.vfm import FrozenVFM
 
@@ -38,9 +38,9 @@ class CKNNACallback(EvaluationCallback):
     SE-CKNNA (semantic-equivariant CKNNA) compares features of transformed images with the VFM's of the clean ones, as
     `val/se_cknna/<feature>/<transformation>`. `each` measures noise, scales and rotations one by one, and their mean,
     which is ours: the published code never aggregates; and scales and rotations of the latent itself, as
-    `val/se_cknna/<feature>_transformed/…`. `published` measures noise, and `equivariance`, for which each image is
-    turned and scaled by one draw; the published numbers are of sampled latents (`model.evaluate: sample`) on 10 000
-    images.
+    `val/se_cknna/<feature>_transformed/…`. `published` measures noise, and `equivariance`, for which each image, or
+    its latent, is turned and scaled by one draw; the published numbers are of sampled latents
+    (`model.evaluate: sample`) on 10 000 images.
 
     Args:
         vfms: the references.
@@ -72,15 +72,14 @@ class CKNNACallback(EvaluationCallback):
             raise ValueError("vfms: at least one is needed to compare with; got none.")
         if num_images is not None and num_images <= k:
             raise ValueError(f"num_images: {k} neighbours need more than {k} images; got {num_images}.")
-        self.vfms = {vfm.name: vfm for vfm in vfms}
-        if len(self.vfms) < len(vfms):
-            raise ValueError(f"vfms: each may be given once; got {[vfm.name for vfm in vfms]}.")
+        self.vfms = by_name(vfms)
         if times is not None and not all(0 <= time <= 1 for time in times):
             raise ValueError(f"times: each lies in [0, 1], 0 being noise; got {list(times)}.")
         super().__init__(num_images)
         self.k = k
         self.times: list[float | None] = list(times) if times else [None]
         self.se_cknna, self.every_n_images = se_cknna, every_n_images
+        self.images, self.image_size = images, image_size
         self._images = None
         if images is not None:
             folder = Path(images)
@@ -105,8 +104,15 @@ class CKNNACallback(EvaluationCallback):
         """Takes them back."""
         self._history = list(state_dict["history"])
 
+    def names(self) -> set[str]:
+        """By feature, time and VFM."""
+        of = ["cknna/<feature>" + ("" if len(self.times) == 1 else f"/t{time:g}") for time in self.times]
+        of += ["se_cknna/<feature>/<transformation>"] if self.se_cknna else []
+        return {name if len(self.vfms) == 1 else f"{name}/{vfm}" for name in of for vfm in self.vfms}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learns where to write, on all ranks: asking Lightning for it later on one alone would wait for the others."""
+        super().setup(trainer, pl_module, stage)
         self._directory = Path(trainer.log_dir or trainer.default_root_dir) / "images"
         self._known = {}
 
@@ -181,14 +187,17 @@ class CKNNACallback(EvaluationCallback):
         latent = pl_module.latents(batch)[chosen]  # [b, C, h, w]
         parts = transformed(self.se_cknna, part.images, part.index) if len(part.index) else {}
         for name in names_of(self.se_cknna):  # a rank without images has to know them, too
-            features = latent.new_zeros(len(latent), latent.shape[1])
+            features = latent.new_zeros(latent.shape[:2])
             for rows, images in parts.get(name, ()):
                 piece = Batch(images, part.labels[rows], part.index[rows])
                 features[rows] = pl_module.latents(piece).mean(dim=(2, 3))
             self._add({f"se_cknna/latent/{name}": features}, part.index)
-        if self.se_cknna == "each":
-            for name, turn in geometric_transformations().items():
-                self._add({f"se_cknna/latent_transformed/{name}": turn(latent).mean(dim=(2, 3))}, part.index)
+        turned = geometric(self.se_cknna, latent, part.index) if len(part.index) else {}
+        for name in names_of(self.se_cknna, geometric_alone=True):
+            features = latent.new_zeros(latent.shape[:2])
+            for rows, maps in turned.get(name, ()):
+                features[rows] = maps.mean(dim=(2, 3))
+            self._add({f"se_cknna/latent_transformed/{name}": features}, part.index)
 
     def results(self) -> dict[str, Tensor]:
         """One value for each feature and VFM; means over transformations."""
@@ -247,7 +256,9 @@ class CKNNACallback(EvaluationCallback):
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on."""
         settings = {"k": self.k, "times": self.times, "se_cknna": self.se_cknna}
-        return super().settings() | settings | weights_of(self.vfms.values())
+        if self.images is not None:
+            settings |= {"images": self.images, "image_size": self.image_size}
+        return super().settings() | settings | settings_of(self.vfms.values())
 
 
 def _progress(trainer: Trainer, pl_module: LightningModule) -> int:

@@ -1,12 +1,13 @@
 """What callbacks share that measure a module during validation and test."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from vfm_vae.types import Batch, LatentBatch
 from vfm_vae.vfm import FrozenVFM
@@ -16,12 +17,15 @@ class EvaluationCallback(Callback, ABC):
     """Measures over every validation and test batch of the first data loader, and logs at the end.
 
     Subclasses say how to start, what to do with a batch, and what came out. The check before training runs none of it.
+    Two that would log the same are refused when a run starts.
 
     Args:
         num_images: measure on so many images, spread evenly over the data set; null for all.
 
     Attributes:
         num_samples: images of the data set, over all ranks.
+        num_measured: images that the last results are of, over all ranks; damaged ones, and those that a limit of
+            batches left out, are not among them.
     """
 
     def __init__(self, num_images: int | None = None) -> None:
@@ -29,10 +33,12 @@ class EvaluationCallback(Callback, ABC):
             raise ValueError(f"num_images: at least 1, or null for all; got {num_images}.")
         self.num_images = num_images
         self.num_samples = 0
+        self.num_measured = 0
+        self._count = torch.zeros((), dtype=torch.int64)  # of this rank
 
     @property
-    def num_measured(self) -> int:
-        """Images that take part, over all ranks."""
+    def num_chosen(self) -> int:
+        """Images that are to take part, over all ranks."""
         return min(self.num_images or self.num_samples, self.num_samples)
 
     def settings(self) -> dict[str, Any]:
@@ -51,7 +57,11 @@ class EvaluationCallback(Callback, ABC):
         if chosen.all() and self.num_images is None:
             return batch
         part = rows_of(batch, chosen)
-        return part._replace(index=part.index * self.num_measured // self.num_samples)
+        return part._replace(index=part.index * self.num_chosen // self.num_samples)
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """What `results` are called, which no other callback may use; `<feature>` stands for whatever a module has."""
 
     @abstractmethod
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,15 +75,29 @@ class EvaluationCallback(Callback, ABC):
     def results(self) -> dict[str, Tensor]:
         """What to log, by name without the prefix `val/` or `test/`; the same on every rank."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Looks whether another callback logs the same: Lightning would log the average of both."""
+        for other in trainer.callbacks:
+            if other is self or not isinstance(other, EvaluationCallback):
+                continue
+            if shared := sorted(self.names() & other.names()):
+                raise ValueError(
+                    f"trainer.callbacks: {type(self).__name__} and another {type(other).__name__} would both log "
+                    f"{shared[0]!r}; give all `vfms` to one of them, or measure the other in a run of its own"
+                )
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts anew."""
         if not trainer.sanity_checking:
-            self.num_samples = _num_samples(trainer.val_dataloaders)
-            self.start(trainer, pl_module)
+            self._start(trainer, pl_module, trainer.val_dataloaders)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts anew."""
-        self.num_samples = _num_samples(trainer.test_dataloaders)
+        self._start(trainer, pl_module, trainer.test_dataloaders)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
+        self.num_samples = len(first_loader(loaders).dataset)
+        self._count = torch.zeros((), dtype=torch.int64, device=pl_module.device)
         self.start(trainer, pl_module)
 
     def on_validation_batch_end(
@@ -88,6 +112,7 @@ class EvaluationCallback(Callback, ABC):
         """Takes in the batch."""
         if dataloader_idx or trainer.sanity_checking:
             return
+        self._count += self.chosen(batch.index).sum()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             self.update(pl_module, batch)
 
@@ -105,6 +130,8 @@ class EvaluationCallback(Callback, ABC):
     def log_results(self, trainer: Trainer) -> dict[str, Tensor]:
         """Logs the results, and returns them."""
         prefix, values = "test" if trainer.testing else "val", self.results()
+        count = int(trainer.strategy.reduce(self._count, reduce_op="sum"))
+        self.num_measured = count if values else 0
         # Equal on every rank already; sync_dist only says so.
         self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, sync_dist=True)
         return values
@@ -112,15 +139,33 @@ class EvaluationCallback(Callback, ABC):
 
 def rows_of(batch: Batch | LatentBatch, chosen: Tensor) -> Batch | LatentBatch:
     """The chosen samples of a batch, by a mask `[B]` or by positions."""
-    return type(batch)(*(tensor[chosen] for tensor in batch))
+    return type(batch)(*(None if tensor is None else tensor[chosen] for tensor in batch))
 
 
-def weights_of(vfms: Iterable[FrozenVFM]) -> dict[str, Any]:
-    """Among settings: which VFMs, by name and hash of their weights."""
-    return {"vfms": {vfm.name: vfm.fingerprint() for vfm in vfms}}
+def by_name(vfms: Sequence[FrozenVFM]) -> dict[str, FrozenVFM]:
+    """VFMs by their names.
+
+    Raises:
+        ValueError: two have the same.
+    """
+    names = [vfm.name for vfm in vfms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"vfms: each may be given once; got {names}.")
+    return dict(zip(names, vfms, strict=True))
 
 
-def _num_samples(loaders: Any) -> int:
-    """Size of the (first) data loader's data set."""
-    loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
-    return len(loader.dataset)
+def by_short_name(vfms: Sequence[FrozenVFM]) -> dict[str, FrozenVFM]:
+    """VFMs by their names without the tag of their weights, but where it alone tells two apart; raises as `by_name`."""
+    short = [vfm.name.split(".")[0] for vfm in vfms]
+    named = zip(by_name(vfms).items(), short, strict=True)
+    return {name if short.count(start) > 1 else start: vfm for (name, vfm), start in named}
+
+
+def settings_of(vfms: Iterable[FrozenVFM]) -> dict[str, Any]:
+    """Among settings: which VFMs, by name, hash of their weights, and how they see images."""
+    return {"vfms": {vfm.name: {"weights": vfm.fingerprint(), "input_scale": vfm.input_scale} for vfm in vfms}}
+
+
+def first_loader(loaders: Any) -> DataLoader:
+    """The first of the trainer's data loaders, which is the one measured."""
+    return loaders[0] if isinstance(loaders, list | tuple) else loaders

@@ -6,11 +6,11 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.evaluation import EvaluationCallback
+from callbacks.evaluation import EvaluationCallback, first_loader
 from vfm_vae.metrics.inception import Inception
 from vfm_vae.metrics.reconstruction import to_uint8
-from vfm_vae.metrics.reference import Reference, ReferenceImages, name_of
-from vfm_vae.metrics.suite import DistributionSuite
+from vfm_vae.metrics.reference import Reference, ReferenceImages, network_settings
+from vfm_vae.metrics.suite import DistributionSuite, suite_names
 from vfm_vae.types import Batch, EvaluationImages, LatentBatch
 from vfm_vae.vfm import Frozen, FrozenVFM
 
@@ -34,8 +34,8 @@ class DistributionCallback(EvaluationCallback):
         precision_recall: measure these two; null does so on Inception's features with a reference.
 
     Raises:
-        ValueError: if the reference is missing; when validation starts, if the module has no `evaluation_images`, or
-            gives no real ones where there is no reference.
+        ValueError: if the reference is missing; when training or validation starts, if the module has no
+            `evaluation_images`, or there are no real ones and no reference.
     """
 
     def __init__(
@@ -59,20 +59,32 @@ class DistributionCallback(EvaluationCallback):
         self._measured: Reference | None = None
         self._suite: DistributionSuite | None = None
 
+    def names(self) -> set[str]:
+        """By network and, of a VFM, by reference."""
+        names = suite_names(self.network, self.reference is None, self.precision_recall)
+        return {self._log_name(name) for name in names.values()}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets the images of another run's data."""
+        super().setup(trainer, pl_module, stage)
         if self._images is None:
             self._measured = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks for real images, before a validation finds none."""
+        if trainer.val_dataloaders:
+            self._check_real_images(pl_module, trainer.val_dataloaders)
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the network to the module's device; measures the reference, the first time."""
         if not isinstance(pl_module, EvaluationImages):
             raise ValueError(f"{type(pl_module).__name__} has no evaluation_images to measure.")
+        self._check_real_images(pl_module, trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders)
         self.network.to(pl_module.device)
         if self._images is not None and self._measured is None:
             self._measured = self._images.load(self.network, self.precision_recall)
         self._suite = DistributionSuite(
-            self.network, self.num_measured, self._measured, self.precision_recall, self._images is None
+            self.network, self.num_chosen, self._measured, self.precision_recall, self._images is None
         ).to(pl_module.device)
 
     def update(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> None:
@@ -84,26 +96,36 @@ class DistributionCallback(EvaluationCallback):
         self._suite.update(to_uint8(generated), batch.index)
         if self._measured is None:
             if real is None:
-                raise ValueError(
-                    f"reference: {type(pl_module).__name__} on this data has no real images to compare with; give an "
-                    ".npz or a folder"
-                )
+                raise _no_real_images(pl_module)
             self._suite.update(to_uint8(real), batch.index, real=True)
 
     def results(self) -> dict[str, Tensor]:
         """Every number by its name."""
         values = self._suite.compute()
         self._measured = self._measured or self._suite.as_reference()
-        if isinstance(self.network, Inception) or self.reference is None:
-            return values
-        return {f"{name}/{Path(self.reference).stem}": value for name, value in values.items()}
+        return {self._log_name(name): value for name, value in values.items()}
+
+    def _log_name(self, name: str) -> str:
+        is_plain = isinstance(self.network, Inception) or self.reference is None
+        return name if is_plain else f"{name}/{Path(self.reference).stem}"
+
+    def _check_real_images(self, pl_module: LightningModule, loaders: Any) -> None:
+        """Looks at one sample, where real images have to be those of the data: the first batch would cost samples."""
+        loader = first_loader(loaders)
+        if self._images is None and self._measured is None and len(loader.dataset):
+            batch = loader.collate_fn([loader.dataset[0]])
+            if isinstance(batch, LatentBatch) or (isinstance(batch, Batch) and not batch.has_images):
+                raise _no_real_images(pl_module)
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on."""
-        return {
-            "network": name_of(self.network),
-            "network_weights": self.network.fingerprint(),
-            "num_images": self.num_measured,
-            "precision_recall": self.precision_recall,
-            "reference": self.reference or "the images themselves",
-        }
+        reference = self._images.settings() if self._images else {"reference": "the images themselves"}
+        settings = super().settings() | {"precision_recall": self.precision_recall} | reference
+        return network_settings(self.network) | settings
+
+
+def _no_real_images(pl_module: LightningModule) -> ValueError:
+    return ValueError(
+        f"reference: {type(pl_module).__name__} on this data has no real images to compare with; give an .npz or a "
+        "folder"
+    )

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from callbacks.evaluation import EvaluationCallback, rows_of, weights_of
+from callbacks.evaluation import EvaluationCallback, by_short_name, rows_of, settings_of
 from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.probe import LinearProbe
 from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8, quantised
@@ -38,6 +38,10 @@ class ClassAccuracyCallback(EvaluationCallback):
         self._probe: LinearProbe | None = None
         self._hits = MeanOverImages()
 
+    def names(self) -> set[str]:
+        """One number."""
+        return {"class_accuracy"}
+
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the VFM to the module's device; fits the probe, the first time, on every rank alike."""
         if not isinstance(pl_module, DrawsSamples) or not isinstance(pl_module, EvaluationImages):
@@ -59,13 +63,19 @@ class ClassAccuracyCallback(EvaluationCallback):
         """The share of hits."""
         return {"class_accuracy": self._hits.compute()}
 
+    def settings(self) -> dict[str, Any]:
+        """What the number depends on."""
+        fitted = {"images": self.images, "image_size": self.image_size}
+        return super().settings() | fitted | settings_of([self.vfm])
+
 
 class LinearProbeCallback(EvaluationCallback):
     """Logs how well a linear classifier tells classes by features, as `val/probe/<feature>`: what does a model know?
 
     The features are those of the module's `alignment_features` (a latent averaged over positions, a denoiser's blocks),
-    and the averaged patch tokens of VFMs beside them. For each a classifier is fitted to the training split without
-    augmentation, anew at every evaluation, and its top-1 accuracy is on validation images.
+    and the averaged patch tokens of VFMs beside them, named without the tag of their weights unless that alone tells
+    two apart. For each a classifier is fitted to the training split without augmentation, anew at every evaluation, and
+    its top-1 accuracy is on validation images.
 
     Args:
         vfms: VFMs to compare with; they need images, not cached latents.
@@ -74,7 +84,8 @@ class LinearProbeCallback(EvaluationCallback):
         time: of the diffusion, where the module is a denoiser; null for 0.5.
 
     Raises:
-        ValueError: when validation starts, if the module has no `alignment_features`, or VFMs have no images to see.
+        ValueError: if a VFM is given twice; when validation starts, if the module has no `alignment_features`, or VFMs
+            have no images to see.
     """
 
     def __init__(
@@ -87,10 +98,15 @@ class LinearProbeCallback(EvaluationCallback):
         super().__init__(num_images)
         if num_train_images is not None and num_train_images < 2:
             raise ValueError(f"num_train_images: at least 2, or null for all; got {num_train_images}.")
-        self.vfms, self.num_train_images, self.time = list(vfms), num_train_images, time
+        self.vfms, self.num_train_images, self.time = by_short_name(vfms), num_train_images, time
         self._train: DataLoader | None = None
+        self._num_fitted = 0
         self._probes: dict[str, LinearProbe] = {}
         self._hits: dict[str, MeanOverImages] = {}
+
+    def names(self) -> set[str]:
+        """By feature."""
+        return {"probe/<feature>"}
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the training images; nothing is fitted before all callbacks have started, averaged weights included."""
@@ -98,7 +114,7 @@ class LinearProbeCallback(EvaluationCallback):
             raise ValueError(f"{type(pl_module).__name__} has no alignment_features to probe.")
         self._probes, self._hits = {}, {}
         self._train = trainer.datamodule.evaluation_dataloader("train")
-        for vfm in self.vfms:
+        for vfm in self.vfms.values():
             vfm.to(pl_module.device)
 
     def update(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> None:
@@ -127,16 +143,17 @@ class LinearProbeCallback(EvaluationCallback):
             for name, values in named.items():
                 stores.setdefault(name, FeatureStore().to(pl_module.device)).update(values, batch.index)
         labels = stores.pop("labels").compute()[:, 0].long()
+        self._num_fitted = len(labels)
         for name, store in stores.items():
             self._probes[name] = LinearProbe(store.compute(), labels)
             self._hits[name] = MeanOverImages().to(pl_module.device)
 
     def _features(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> Mapping[str, Tensor]:
         features = dict(pl_module.alignment_features(batch, self.time))
-        for vfm in self.vfms:
+        for name, vfm in self.vfms.items():
             if not isinstance(batch, Batch):
                 raise ValueError("vfms: the data holds latents, so VFMs have no images to see; leave them out.")
-            features[vfm.name.split(".")[0]] = vfm(from_uint8(batch.images)).tokens.mean(1)  # [B, C]
+            features[name] = vfm(from_uint8(batch.images)).tokens.mean(1)  # [B, C]
         return features
 
     def results(self) -> dict[str, Tensor]:
@@ -145,5 +162,5 @@ class LinearProbeCallback(EvaluationCallback):
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on."""
-        fitted = min(self.num_train_images or len(self._train.dataset), len(self._train.dataset))
-        return super().settings() | {"num_train_images": fitted, "time": self.time} | weights_of(self.vfms)
+        fitted = {"num_train_images": self._num_fitted, "time": self.time}
+        return super().settings() | fitted | settings_of(self.vfms.values())

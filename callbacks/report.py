@@ -8,7 +8,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from callbacks.evaluation import EvaluationCallback
-from vfm_vae.metrics.summary import json_numbers, read_entries, settings_table, summary_table, versions, write_entry
+from vfm_vae.data.transforms import CentreCrop, ResizeAndCrop
+from vfm_vae.metrics.summary import (
+    check_entries,
+    json_numbers,
+    read_entries,
+    settings_table,
+    summary_table,
+    versions,
+    write_entry,
+)
 from vfm_vae.types import HasEvaluationSettings
 
 
@@ -16,31 +25,36 @@ class Report(Callback):
     """Writes the logged metrics to a JSON file after every validation and test, and prints them as a table at the end.
 
     The file maps names to entries, `{"strong": {"epoch": …, "step": …, "images_seen": …, "metrics": {…}, "versions":
-    {…}}, …}`: several runs may share it, each replaces its own entry only, and the table shows all of them side by
-    side. What `validate` and `test` measure also has `settings`, all that the numbers depend on: the module's, and
-    those of each callback that measures, with its count of images. Rank zero does it alone; the file is replaced at
-    once.
+    {…}, "settings": {…}}, …}`: several runs may share it, each replaces its own entry only, and the table shows all of
+    them side by side. The settings are all that the last validation's or test's numbers depend on: the module's, how
+    images were cropped, and those of each callback that measures, with the count of images that it measured. Rank zero
+    writes; the file is replaced at once.
 
     Args:
         path: the file; null for `<log_dir>/metrics.json`.
         name: this run's entry.
+
+    Raises:
+        ValueError: when a run starts, if something else lies at `path`, or nothing can be written there.
     """
 
     def __init__(self, path: str | None = None, name: str = "run") -> None:
         self.path = Path(path) if path else None
         self.name = name
         self._path = Path()
+        self._model: dict[str, Any] = {}
         self._settings: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learns where to write, on all ranks."""
         directory = Path(trainer.log_dir or trainer.default_root_dir)
         self._path = self.path or directory / "metrics.json"
+        check_entries(self._path, "path")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes what the numbers depend on, while averaged weights still stand in for the others."""
-        if trainer.state.fn != "fit" and trainer.is_global_zero:
-            self._settings = evaluation_settings(trainer, pl_module)
+        """Notes the module's settings while averaged weights stand in, on all ranks, which may share the weights."""
+        if isinstance(pl_module, HasEvaluationSettings) and not trainer.sanity_checking:
+            self._model = {"model": dict(pl_module.evaluation_settings())}
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -48,8 +62,10 @@ class Report(Callback):
         """Writes; prints if this is all that was asked for."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
+        self._settings = self._model | evaluation_settings(trainer)
         write_entry(self._path, self.name, self._entry(trainer, pl_module))
         if trainer.state.fn != "fit":
+            Console().print(settings_table(self._settings))
             self._print()
 
     on_test_end = on_validation_end
@@ -71,17 +87,18 @@ class Report(Callback):
         } | ({"settings": self._settings} if self._settings else {})
 
     def _print(self) -> None:
-        console = Console()
-        if self._settings:
-            console.print(settings_table(self._settings))
-        console.print(summary_table(read_entries(self._path), title=str(self._path)))
+        Console().print(summary_table(read_entries(self._path), title=str(self._path)))
 
 
-def evaluation_settings(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """All that measured numbers depend on: what the module says, and each callback that measures, by its name."""
-    settings: dict[str, Any] = {"checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None}
-    if isinstance(pl_module, HasEvaluationSettings):
-        settings["model"] = pl_module.evaluation_settings()
+def evaluation_settings(trainer: Trainer) -> dict[str, Any]:
+    """What numbers depend on beside the module: checkpoint, data, and each callback that measures, by its name."""
+    settings: dict[str, Any] = {}
+    if trainer.state.fn != "fit":  # there it is what training went on from
+        settings["checkpoint"] = str(trainer.ckpt_path) if trainer.ckpt_path else None
+    crop = getattr(trainer.datamodule, "evaluation_transform", None)
+    if isinstance(crop, CentreCrop | ResizeAndCrop) and trainer.datamodule.source != "latents":
+        name = "adm" if isinstance(crop, CentreCrop) else "resize"
+        settings["data"] = {"image_size": crop.image_size, "evaluation_crop": name}
     for callback in trainer.callbacks:
         if isinstance(callback, EvaluationCallback):
             name = type(callback).__name__

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.evaluation import EvaluationCallback, rows_of, weights_of
+from callbacks.evaluation import EvaluationCallback, by_short_name, rows_of, settings_of
 from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8
 from vfm_vae.metrics.semantic import is_identity, names_of, transformed
 from vfm_vae.types import Batch, EncodesImages
@@ -19,33 +19,37 @@ class RobustnessCallback(EvaluationCallback):
     """Logs the cosine similarity between features of clean and of transformed images.
 
     For the latent averaged over positions, and for VFMs' averaged patch tokens, by transformation: noise, scales and
-    rotations as for SE-CKNNA, as `val/robustness/<feature>/<transformation>`, and their mean.
+    rotations as for SE-CKNNA, as `val/robustness/<feature>/<transformation>`, and their mean. A VFM's feature is its
+    name, without the tag of its weights unless that alone tells two apart.
 
     Args:
         vfms: VFMs to compare with.
         num_images: measure on so many images, spread evenly over the data set; null for all.
 
     Raises:
-        ValueError: when validation starts, if the module encodes no images.
+        ValueError: if a VFM is given twice; when validation starts, if the module encodes no images.
     """
 
     def __init__(self, vfms: Sequence[FrozenVFM] = (), num_images: int | None = None) -> None:
         super().__init__(num_images)
-        self.vfms = list(vfms)
+        self.vfms = by_short_name(vfms)
         self._similarities: dict[str, dict[str, MeanOverImages]] = {}
+
+    def names(self) -> set[str]:
+        """By feature."""
+        return {f"robustness/{name}" for name in ("latent", *self.vfms)}
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the VFMs to the module's device."""
         if not isinstance(pl_module, EncodesImages):
             raise ValueError(f"{type(pl_module).__name__} encodes no images that could be transformed.")
-        names = ("latent", *(vfm.name.split(".")[0] for vfm in self.vfms))
         self._similarities = {
             name: {
                 change: MeanOverImages().to(pl_module.device) for change in names_of("each") if not is_identity(change)
             }
-            for name in names
+            for name in ("latent", *self.vfms)
         }
-        for vfm in self.vfms:
+        for vfm in self.vfms.values():
             vfm.to(pl_module.device)
 
     def update(self, pl_module: LightningModule, batch: Batch) -> None:
@@ -61,10 +65,8 @@ class RobustnessCallback(EvaluationCallback):
                 self._similarities[name][change].update(F.cosine_similarity(features, clean[name]))
 
     def _features(self, pl_module: LightningModule, batch: Batch) -> Mapping[str, Tensor]:
-        features = {"latent": pl_module.latents(batch).mean(dim=(2, 3)).float()}
-        return features | {
-            vfm.name.split(".")[0]: vfm(from_uint8(batch.images)).tokens.mean(1) for vfm in self.vfms
-        }  # [B, C] each
+        features = {"latent": pl_module.latents(batch).mean(dim=(2, 3)).float()}  # [B, C] each
+        return features | {name: vfm(from_uint8(batch.images)).tokens.mean(1) for name, vfm in self.vfms.items()}
 
     def results(self) -> dict[str, Tensor]:
         """Means over images, and over transformations."""
@@ -77,4 +79,4 @@ class RobustnessCallback(EvaluationCallback):
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on."""
-        return super().settings() | weights_of(self.vfms)
+        return super().settings() | settings_of(self.vfms.values())

@@ -1,13 +1,16 @@
 """`python -m ldm test --samples <file or folder>`: anybody's samples against any reference, without a model."""
 
+import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveFloat
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -15,9 +18,16 @@ from torch import Tensor
 
 from vfm_vae.data.archive import ImageArchive
 from vfm_vae.metrics.inception import Inception
-from vfm_vae.metrics.reference import ReferenceImages, name_of
+from vfm_vae.metrics.reference import ReferenceImages, name_of, network_settings
 from vfm_vae.metrics.suite import DistributionSuite
-from vfm_vae.metrics.summary import json_numbers, settings_table, summary_table, versions, write_entry
+from vfm_vae.metrics.summary import (
+    check_entries,
+    json_numbers,
+    settings_table,
+    summary_table,
+    versions,
+    write_entry,
+)
 from vfm_vae.vfm import FrozenVFM
 
 
@@ -28,12 +38,14 @@ class SampleFiles:
         path: of either.
 
     Raises:
-        ValueError: there is no such file or folder, or it holds no images.
+        ValueError: there is no such file or folder, or it holds no images; when they are read, if a file is damaged or
+            of another size than the first.
     """
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self._files: list[Path] = []
+        self._shape: tuple[int, ...] | None = None
         if self.path.is_dir():
             self._files = sorted(self.path.glob("*.png"))
             self.num_images = len(self._files)
@@ -53,8 +65,20 @@ class SampleFiles:
             return
         for start in range(0, self.num_images, batch_size):
             files = self._files[start : start + batch_size]
-            images = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1) for file in files]
+            images = [self._read(file) for file in files]
             yield torch.stack(images), torch.arange(start, start + len(files))
+
+    def _read(self, file: Path) -> Tensor:
+        try:
+            with Image.open(file) as image:
+                pixels = np.array(image.convert("RGB"))
+        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more at bad bytes
+            raise ValueError(f"samples: {str(file)!r} can't be read as an image ({error})") from error
+        self._shape = self._shape or pixels.shape
+        if pixels.shape != self._shape:
+            sizes = " pixels, but others ".join(f"{height}x{width}" for height, width, _ in (pixels.shape, self._shape))
+            raise ValueError(f"samples: {str(file)!r} has {sizes}; all have to be of one size")
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 @torch.inference_mode()
@@ -94,6 +118,7 @@ def evaluate_samples(
     inception: str | None = None,
     vfm: str | None = None,
     vfm_weights: str | None = None,
+    vfm_input_scale: PositiveFloat = 1.0,
     image_size: int = 256,
     statistics: str | None = None,
     precision_recall: bool = True,
@@ -110,6 +135,8 @@ def evaluate_samples(
         inception: File with Inception's weights, instead of torch-fidelity's usual place.
         vfm: Compare on this vision foundation model's features instead of Inception's; the numbers are no FID then.
         vfm_weights: File with the VFM's weights.
+        vfm_input_scale: Factor by which images are resized before the VFM sees them, such as 0.875 for 256 px and
+            patches of 14.
         image_size: Side in pixels of the centre crops of a reference folder's images.
         statistics: Where to save what is measured of a reference folder; by default beside it.
         precision_recall: Measure these two, which need the reference's images.
@@ -119,22 +146,42 @@ def evaluate_samples(
         name: Their entry in that file.
     """
     files, real = SampleFiles(samples), ReferenceImages(reference, image_size, statistics)
-    network = Inception(inception) if vfm is None else FrozenVFM(vfm, weights=vfm_weights)
+    check_entries(Path(metrics_file), "metrics_file")
+    network: Inception | FrozenVFM
+    if vfm is None:
+        with _named_as_options({"weights": "inception"}):
+            network = Inception(inception)
+    else:
+        with _named_as_options({"name": "vfm", "weights": "vfm_weights"}):
+            network = FrozenVFM(vfm, input_scale=vfm_input_scale, weights=vfm_weights)
     network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    values = measure(files, real, network, precision_recall, batch_size)
+    with _named_as_options({"input_scale": "vfm_input_scale"}):
+        values = measure(files, real, network, precision_recall, batch_size)
     settings: dict[str, Any] = {
         "samples": samples,
         "num_images": files.num_images,
-        "reference": reference,
-        "network": name_of(network),
-        "network_weights": network.fingerprint(),
+        "precision_recall": precision_recall,
     }
+    settings |= real.settings() | network_settings(network)
     metrics = json_numbers({f"test/{key}": value for key, value in values.items()})
     entry = {"metrics": metrics, "settings": settings, "versions": versions()}
-    write_entry(Path(metrics_file), name, entry)
-    console = Console()
+    console = Console()  # first, so that numbers are not lost if the file can't be written after all
     console.print(settings_table(settings))
     console.print(summary_table({name: entry}, title=metrics_file))
+    write_entry(Path(metrics_file), name, entry)
+
+
+@contextmanager
+def _named_as_options(options: dict[str, str]) -> Iterator[None]:
+    """Lets errors name the options that are given here instead of the arguments that these become."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for name, option in options.items():  # without an underscore a name may be but a word
+            pattern = rf"\b{name}\b" if "_" in name else rf"^{name}(?=:)|(?<=`){name}(?=`)"
+            message = re.sub(pattern, option, message)
+        raise ValueError(message) from error
 
 
 def asks_for_files(arguments: list[str]) -> bool:

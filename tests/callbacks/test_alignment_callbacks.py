@@ -22,7 +22,7 @@ from vfm_vae.data.transforms import CentreCrop
 from vfm_vae.metrics.alignment import cknna, prepare_features
 from vfm_vae.metrics.probe import LinearProbe
 from vfm_vae.metrics.reconstruction import from_uint8
-from vfm_vae.metrics.semantic import names_of, transformed
+from vfm_vae.metrics.semantic import geometric, names_of, transformed
 from vfm_vae.types import Batch, LatentBatch
 from vfm_vae.vfm import FrozenVFM
 
@@ -134,7 +134,15 @@ def test_se_cknna_by_the_published_protocol(encoder, images, trainer, vfm, val_b
             features[rows] = encoder.latents(part._replace(images=pixels)).mean((2, 3))
     expected = align(features, vfm, part.images)
     assert run.callback_metrics["val/se_cknna/latent/equivariance"].item() == pytest.approx(expected, abs=1e-5)
+    with torch.no_grad():  # of the latents in the same way
+        latents = encoder.latents(part)
+        for rows, maps in geometric("published", latents, part.index)["equivariance"]:
+            features[rows] = maps.mean((2, 3))
+    expected = align(features, vfm, part.images)
+    logged = run.callback_metrics["val/se_cknna/latent_transformed/equivariance"].item()
+    assert logged == pytest.approx(expected, abs=1e-5)
     assert "val/se_cknna/latent/noise_0.20" in run.callback_metrics
+    assert "val/se_cknna/latent_transformed/noise_0.20" not in run.callback_metrics
     assert "val/se_cknna/latent/mean" not in run.callback_metrics
 
 
@@ -197,7 +205,7 @@ def test_robustness_is_the_cosine_to_the_clean_features(encoder, images, trainer
     run = trainer(RobustnessCallback([vfm]))
     run.validate(encoder, images, verbose=False)
     logged = {name.removeprefix("val/robustness/"): value.item() for name, value in run.callback_metrics.items()}
-    noisy = transformed("each", val_batch.images, val_batch.index)["noise_0.20"][0].images
+    noisy = transformed("each", val_batch.images, val_batch.index)["noise_0.20"][0].maps
     tokens = [vfm(from_uint8(pixels)).tokens.mean(1) for pixels in (val_batch.images, noisy)]
     expected = F.cosine_similarity(*tokens).mean().item()
     assert logged[f"{VFM}/noise_0.20"] == pytest.approx(expected, abs=1e-5)
@@ -227,7 +235,22 @@ def test_report_says_what_numbers_depend_on(encoder, images, trainer, vfm, tmp_p
     entry = json.loads(path.read_text())["test"]
     assert entry["settings"]["model"] == {"seed": 3}
     assert entry["settings"]["CKNNACallback"]["num_images"] == 13
-    assert entry["settings"]["CKNNACallback"]["vfms"] == {VFM: vfm.fingerprint()}
+    assert entry["settings"]["CKNNACallback"]["vfms"] == {VFM: {"weights": vfm.fingerprint(), "input_scale": 1.0}}
+    assert entry["settings"]["data"] == {"image_size": 64, "evaluation_crop": "adm"}
     assert entry["settings"]["RobustnessCallback"]["num_images"] == 26
     shown = capsys.readouterr().out
     assert "CKNNACallback.num_images" in shown and "test/cknna/latent" in shown
+
+
+def test_report_says_so_during_training_too(encoder, photos, trainer, vfm, tmp_path):
+    path = tmp_path / "metrics.json"
+    data = ImageNetDataModule(
+        photos, image_size=64, batch_size=13, val_batch_size=7, num_workers=0, evaluation_crop="resize"
+    )
+    report, callback = Report(str(path)), CKNNACallback([vfm], k=5)
+    run = trainer(report, callback, val_check_interval=2, max_steps=3, limit_val_batches=3, num_sanity_val_steps=1)
+    run.fit(encoder, data)
+    settings = json.loads(path.read_text())["run"]["settings"]
+    assert settings["model"] == {"seed": 3} and "checkpoint" not in settings
+    assert settings["CKNNACallback"]["num_images"] == 21  # though the report comes before it
+    assert settings["data"] == {"image_size": 64, "evaluation_crop": "resize"}

@@ -2,19 +2,25 @@
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Timer
+from torch.utils.data import default_collate
 
 from callbacks.cknna import CKNNACallback
 from callbacks.fid import DistributionCallback
+from callbacks.probe import LinearProbeCallback
+from callbacks.robustness import RobustnessCallback
 from vfm_vae.metrics.alignment import cknna, prepare_features
 from vfm_vae.metrics.distribution import frechet_distance
+from vfm_vae.metrics.inception import Inception, InceptionNetwork
 from vfm_vae.metrics.reconstruction import from_uint8, quantised
+from vfm_vae.types import Batch
 from vfm_vae.vfm import FrozenVFM
 
 
-def small_vfm(name="vit_tiny_patch16_224", embed_dim=8):
+def small_vfm(name="vit_tiny_patch16_224", embed_dim=8, input_scale=1.0):
     torch.manual_seed(embed_dim)
     size = {"img_size": 8, "patch_size": 4, "depth": 1, "num_heads": 2, "embed_dim": embed_dim}
-    return FrozenVFM(name, pretrained=False, model_args=size)
+    return FrozenVFM(name, input_scale=input_scale, pretrained=False, model_args=size)
 
 
 @pytest.fixture
@@ -95,6 +101,104 @@ def test_real_images_are_looked_at_once_in_a_run(module, data, trainer):
     by_hand = frechet_distance(real.mean(0), real.T.cov(), fake.mean(0), fake.T.cov()).item()
     assert run.callback_metrics["val/fd_vit_tiny_patch16_224"].item() == pytest.approx(by_hand, rel=1e-4)
     assert 0 <= run.callback_metrics["val/recall_vit_tiny_patch16_224"] <= 1
+
+
+OTHER = "vit_small_patch16_224"
+SAME_NETWORK = ("vit_tiny_patch16_224.augreg_in21k", "vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+
+
+@pytest.mark.parametrize(
+    ("make", "shared"),
+    [
+        (lambda: (CKNNACallback([small_vfm()]), CKNNACallback([small_vfm(OTHER)])), "cknna/<feature>"),
+        (
+            lambda: (CKNNACallback([small_vfm()], times=[0.1]), CKNNACallback([small_vfm()], times=[0.9])),
+            "cknna/<feature>",
+        ),
+        (lambda: map(DistributionCallback, map(small_vfm, SAME_NETWORK)), "fd_vit_tiny_patch16_224"),
+        (lambda: (RobustnessCallback(), RobustnessCallback()), "robustness/latent"),
+        (lambda: (LinearProbeCallback(time=0.1), LinearProbeCallback(time=0.9)), "probe/<feature>"),
+    ],
+)
+def test_two_that_would_log_the_same_are_refused_before_anything_is_measured(module, data, trainer, make, shared):
+    first, second = make()
+    run = trainer(first, Timer(), second)
+    name = type(first).__name__
+    with pytest.raises(ValueError, match=rf"^trainer.callbacks: {name} and another {name} would both log '{shared}"):
+        run.validate(module, data, verbose=False)
+    assert not module.validated
+
+
+@pytest.fixture
+def inception(monkeypatch):
+    """Without weights: for its name."""
+    with torch.device("meta"):
+        network = InceptionNetwork()
+    monkeypatch.setattr("vfm_vae.metrics.inception._load", lambda weights: (network, "f" * 64))
+    return Inception()
+
+
+def test_inceptions_numbers_against_two_references_are_told_apart(inception, photos, module, data, trainer):
+    """Their names hold no reference's, but reconstructions and samples have names of their own."""
+    val, train = (
+        DistributionCallback(inception, reference=str(photos / split), precision_recall=False)
+        for split in ("val", "train")
+    )
+    with pytest.raises(ValueError, match="would both log 'gfid'"):
+        trainer(val, train).validate(module, data, verbose=False)
+    assert not val.names() & DistributionCallback(inception).names()
+
+
+def test_what_is_named_apart_may_stand_side_by_side(module, data, trainer):
+    vfms = [small_vfm(), small_vfm(OTHER, 12)]
+    run = trainer(*map(DistributionCallback, vfms), CKNNACallback(vfms, k=4), CKNNACallback([small_vfm()], k=4))
+    run.validate(module, data, verbose=False)
+    assert {
+        "val/fd_vit_tiny_patch16_224",
+        f"val/fd_{OTHER}",
+        f"val/cknna/latent/{OTHER}",
+    } <= run.callback_metrics.keys()
+
+
+@pytest.mark.parametrize("kind", [RobustnessCallback, LinearProbeCallback])
+def test_vfms_of_one_network_keep_the_tag_that_tells_them_apart(kind):
+    callback = kind([*map(small_vfm, SAME_NETWORK), small_vfm(f"{OTHER}.augreg_in21k")])
+    assert list(callback.vfms) == [*SAME_NETWORK, OTHER]
+    with pytest.raises(ValueError, match="vfms: each may be given once"):
+        kind([small_vfm(), small_vfm(input_scale=2.0)])
+
+
+def test_what_is_counted_was_measured(module, data, trainer):
+    callbacks = CKNNACallback([small_vfm()], num_images=11, k=3), DistributionCallback(small_vfm())
+    trainer(*callbacks).test(module, data, verbose=False)
+    assert [callback.settings()["num_images"] for callback in callbacks] == [11, 13]
+    trainer(*callbacks, limit_test_batches=1).test(module, data, verbose=False)
+    assert [callback.settings()["num_images"] for callback in callbacks] == [4, 5]
+    data.collate_padded = lambda samples: collate_damaged(samples, 3)
+    trainer(*callbacks).test(module, data, verbose=False)
+    assert [callback.settings()["num_images"] for callback in callbacks] == [10, 12]
+
+
+def test_counts_of_ranks_add_up(module, data, trainer, monkeypatch):
+    callback = DistributionCallback(small_vfm())
+    run = trainer(callback)
+    monkeypatch.setattr(run.strategy, "reduce", lambda tensor, reduce_op: {"sum": tensor + 12}[reduce_op])
+    run.validate(module, data, verbose=False)
+    assert callback.num_measured == 25
+
+
+def collate_damaged(samples, number):
+    batch = Batch(*default_collate(samples))
+    return batch._replace(index=torch.where(batch.index == number, -1, batch.index))
+
+
+def test_settings_name_networks_and_how_they_see_images(module, data, trainer):
+    vfm = small_vfm(input_scale=2.0)
+    callbacks = CKNNACallback([vfm], k=4), DistributionCallback(vfm)
+    trainer(*callbacks).test(module, data, verbose=False)
+    alignment, distance = (callback.settings() for callback in callbacks)
+    assert alignment["vfms"] == {vfm.name: {"weights": vfm.fingerprint(), "input_scale": 2.0}}
+    assert distance["network"] == vfm.name and distance["input_scale"] == 2.0
 
 
 def test_the_check_before_training_measures_nothing(module, data, trainer):

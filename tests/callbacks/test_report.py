@@ -44,6 +44,19 @@ def test_evaluations_alone_are_reported_in_the_log_directory(module, data, train
     assert "test/loss" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("place", ["folder", "text", "list", "in a file"])
+def test_a_place_that_can_not_be_written_is_refused_before_anything_is_measured(module, data, trainer, tmp_path, place):
+    path = tmp_path / "metrics.json"
+    if place == "folder":
+        path.mkdir()
+    else:
+        path.write_text("[1, 2]" if place == "list" else "no numbers")
+    path = path / "metrics.json" if place == "in a file" else path
+    with pytest.raises(ValueError, match=r"^path: .*give another path$"):
+        trainer(Report(str(path))).test(module, data, verbose=False)
+    assert not module.validated
+
+
 def test_numbers_that_json_lacks_become_null(module, trainer, tmp_path):
     run = trainer()
     run.strategy.connect(module)

@@ -15,7 +15,7 @@ from callbacks.fid import DistributionCallback
 from callbacks.images import SampleImages
 from callbacks.probe import ClassAccuracyCallback
 from callbacks.writers import LatentWriter, SampleWriter, keep_settings
-from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.data.datamodule import ImageNetDataModule, collate_latents
 from vfm_vae.data.latents import LatentDataset
 from vfm_vae.data.sampling import IndexedNoise
 from vfm_vae.metrics.distribution import frechet_distance
@@ -86,6 +86,44 @@ def test_distance_to_a_folder(painter, photos, trainer):
     assert run.callback_metrics[f"val/fd_{VFM}/train"].item() == pytest.approx(by_hand, rel=1e-4)
     run.validate(painter, photos_data(photos), verbose=False)  # the reference is not added twice
     assert run.callback_metrics[f"val/fd_{VFM}/train"].item() == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_settings_name_the_reference_and_its_crops(painter, photos, trainer):
+    vfm = FrozenVFM(VFM)
+    distance = DistributionCallback(vfm, num_images=20, reference=str(photos / "train"), image_size=64)
+    accuracy = ClassAccuracyCallback(vfm, str(photos / "train"), image_size=64)
+    trainer(distance, accuracy).validate(painter, photos_data(photos), verbose=False)
+    settings = distance.settings()
+    assert settings["reference"] == str(photos / "train") and settings["reference_image_size"] == 64
+    settings = accuracy.settings()
+    assert settings["vfms"] == {VFM: {"weights": vfm.fingerprint(), "input_scale": 1.0}}
+    assert (settings["images"], settings["image_size"]) == (str(photos / "train"), 64) and settings["num_images"] == 26
+
+
+class Sampled(ImageNetDataModule):
+    """Latents or the numbers of samples to draw: no images to compare with."""
+
+    def val_dataloader(self):
+        if self.num_samples is None:
+            rows = [(torch.zeros(2, 3, 3), 0, i) for i in range(6)]
+            return torch.utils.data.DataLoader(rows, 3, collate_fn=collate_latents)
+        return self.test_dataloader()
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader([0.0])
+
+
+@pytest.mark.parametrize("num_samples", [None, 6])
+@pytest.mark.parametrize("evaluation", ["validate", "test", "fit"])
+def test_no_reference_is_refused_before_a_sample_is_drawn(painter, photos, trainer, evaluation, num_samples):
+    data = Sampled(photos, image_size=64, val_batch_size=3, num_workers=0, num_samples=num_samples)
+    painter.test_step = painter.validation_step
+    painter.training_step = lambda *args: pytest.fail("trained for nothing")
+    painter.configure_optimizers = lambda: None
+    accuracy = ClassAccuracyCallback(FrozenVFM(VFM), str(photos / "train"), image_size=64)
+    with pytest.raises(ValueError, match="reference: Painter on this data has no real images to compare with"):
+        getattr(trainer(accuracy, DistributionCallback(FrozenVFM(VFM))), evaluation)(painter, data)
+    assert painter.drawn == 0
 
 
 @pytest.mark.parametrize(("num_images", "num_samples"), [(20, 26), (13, 26), (7, 10), (None, 26)])

@@ -50,7 +50,9 @@ def test_equals_the_distance_by_hand(samples, pixels, photos, name, capsys):
     expected = frechet_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov()).item()
     assert entry["metrics"][f"test/fd_{VFM}"] == pytest.approx(expected, rel=1e-4)
     assert 0 <= entry["metrics"][f"test/recall_{VFM}"] <= 1
-    assert entry["settings"]["num_images"] == 26 and entry["settings"]["network"] == VFM
+    settings = entry["settings"]
+    assert settings["num_images"] == 26 and settings["network"] == VFM and settings["input_scale"] == 1
+    assert settings["precision_recall"] is True and settings["reference_image_size"] == 64
     assert torch.__version__.startswith(entry["versions"]["torch"])
     assert f"test/fd_{VFM}" in capsys.readouterr().out
 
@@ -91,7 +93,69 @@ def test_what_is_missing_is_named_before_anything_is_measured(samples, photos, t
     with pytest.raises(ValueError, match=r"samples: .*holds no images.*give an \.npz with 'arr_0'"):
         SampleFiles(str(tmp_path / "latents.npz"))
     arguments = ["--samples", str(samples / "samples"), "--reference", str(photos / "val")]
+    options = {
+        "--inception=no": r"^inception: those of Inception.* from 'no' .*give its file as `inception`$",
+        "--vfm=vit_no": "^vfm: timm knows no model 'vit_no'",
+    }
+    for option, message in options.items():
+        with pytest.raises(ValueError, match=message):
+            main([*arguments, option])
+    with pytest.raises(ValueError, match=r"^vfm_weights: no file at 'no'"):
+        main([*arguments, f"--vfm={VFM}", "--vfm_weights=no"])
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    monkeypatch.setattr("ldm.evaluate.measure", lambda *args: pytest.fail("measured for nothing"))
+
+
+def test_a_file_that_can_not_be_written_is_refused_before_anything_is_measured(samples, photos, unmeasured, tmp_path):
+    (tmp_path / "text").write_text("no numbers")
+    for place in (tmp_path / "text", tmp_path / "samples", tmp_path / "text/metrics.json"):
+        with pytest.raises(ValueError, match=r"^metrics_file: .*give another path$"):
+            evaluate_samples(str(samples / "samples.npz"), str(photos / "val"), vfm=VFM, metrics_file=str(place))
+
+
+def test_numbers_are_shown_before_they_are_written(samples, photos, monkeypatch, capsys):
+    def full(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("ldm.evaluate.write_entry", full)
+    options = {"vfm": VFM, "image_size": 64, "statistics": str(samples / "real.npz"), "precision_recall": False}
+    with pytest.raises(OSError, match="no space left"):
+        evaluate_samples(str(samples / "samples"), str(photos / "val"), **options)
+    assert f"test/fd_{VFM}" in capsys.readouterr().out
+
+
+def test_images_of_other_sizes_and_damaged_ones_are_named(samples):
+    files = SampleFiles(str(samples / "samples"))
+    Image.new("RGB", (32, 16)).save(samples / "samples/00000012.png")
     with pytest.raises(
-        ValueError, match="weights: those of Inception, for FID and its kin, could not be had from 'no'"
+        ValueError, match=r"^samples: '.*/00000012\.png' has 16x32 pixels, but others 64x64; all have to be of one size"
     ):
-        main([*arguments, "--inception=no"])
+        list(files.batches(5))
+    whole = (samples / "samples/00000003.png").read_bytes()
+    for content in (whole[: len(whole) // 2], b"nothing"):
+        (samples / "samples/00000003.png").write_bytes(content)
+        with pytest.raises(ValueError, match=r"^samples: '.*/00000003\.png' can't be read as an image"):
+            list(files.batches(5))
+
+
+def test_images_are_resized_for_patches_that_do_not_divide_them(samples, photos):
+    size = {"img_size": 56, "depth": 1, "num_heads": 2, "embed_dim": 8}
+    name = "vit_base_patch14_dinov2"
+
+    def create(vfm, **kwargs):
+        assert vfm == name
+        return FrozenVFM(vfm, pretrained=False, model_args=size, **kwargs)
+
+    options = {"vfm": name, "image_size": 64, "statistics": str(samples / "real.npz"), "precision_recall": False}
+    file = samples / "numbers.json"
+    paths = str(samples / "samples"), str(photos / "val")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.evaluate.FrozenVFM", create)
+        with pytest.raises(ValueError, match=r"patches of 14 pixels.*times vfm_input_scale must be multiples of 14"):
+            evaluate_samples(*paths, metrics_file=str(file), **options)
+        evaluate_samples(*paths, metrics_file=str(file), vfm_input_scale=0.875, **options)
+    entry = json.loads(file.read_text())["samples"]
+    assert entry["settings"]["input_scale"] == 0.875 and entry["metrics"][f"test/fd_{name}"] > 0

@@ -1,5 +1,6 @@
 """References from folders and files: measured once, used again, refused where they don't fit."""
 
+import json
 import shutil
 
 import numpy as np
@@ -61,6 +62,32 @@ def test_a_folder_that_changed_is_measured_again(vfm, folder):
     assert not torch.equal(first.pool.mean, second.pool.mean)
     features = vfm(from_uint8(images_of(folder))).pooled.double()
     torch.testing.assert_close(second.pool.mean, features.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_another_input_scale_has_statistics_of_its_own(vfm, folder):
+    scaled = FrozenVFM(VFM, input_scale=0.5)
+    saved = folder.with_name(f"real_64px_{VFM}.npz")
+    by_hand = scaled(from_uint8(images_of(folder))).pooled.double()
+    measured = ReferenceImages(str(folder), 64).load(vfm, with_features=False)
+    from_file = ReferenceImages(str(saved)).load(scaled, with_features=False)  # of its images, as another network's
+    again = ReferenceImages(str(folder), 64).load(scaled, with_features=False)
+    for reference in (from_file, again):
+        assert not torch.allclose(reference.pool.mean, measured.pool.mean, rtol=1e-2)
+        torch.testing.assert_close(reference.pool.mean, by_hand.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_inception_refuses_statistics_of_others(vfm, folder, inception, tmp_path):
+    ReferenceImages(str(folder), 64).load(vfm, with_features=False)
+    with pytest.raises(ValueError, match=rf"^reference: the statistics in .* are of '{VFM}' .*not of Inception"):
+        ReferenceImages(str(folder.with_name(f"real_64px_{VFM}.npz"))).load(inception, with_features=False)
+    source = {"network": "inception", "fingerprint": "f" * 64}
+    ours = source | {"fingerprint": inception.fingerprint()}
+    made = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    for name, origin in (("other", source), ("ours", ours)):
+        np.savez(tmp_path / f"{name}.npz", source=np.array(json.dumps(origin)), **made)
+    with pytest.raises(ValueError, match="are of 'inception' with weights ffffffffffff…, not of Inception with"):
+        ReferenceImages(str(tmp_path / "other.npz")).load(inception, with_features=False)
+    assert ReferenceImages(str(tmp_path / "ours.npz")).load(inception, with_features=False).spatial is None
 
 
 def test_somebodys_file_has_inceptions_statistics_and_images_for_other_networks(vfm, folder, inception, tmp_path):

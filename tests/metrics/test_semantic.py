@@ -62,7 +62,7 @@ def test_published_protocol_draws_rotation_and_scale_together(images):
     rows = torch.cat([part.rows for part in parts["equivariance"]])
     assert sorted(rows.tolist()) == [0, 1, 2, 3]
     for part in parts["equivariance"]:
-        for row, image in zip(part.rows.tolist(), part.images, strict=True):
+        for row, image in zip(part.rows.tolist(), part.maps, strict=True):
             angle, factor = draw_published(index[row].item())
             assert torch.equal(image, scale(rotate(images[row : row + 1], angle), factor)[0])
     drawn = {draw_published(i) for i in range(400)}

@@ -56,6 +56,14 @@ def name_of(network: Inception | FrozenVFM) -> str:
     return "inception" if isinstance(network, Inception) else network.name.split(".")[0]
 
 
+def network_settings(network: Inception | FrozenVFM) -> dict[str, Any]:
+    """What features depend on, as JSON has it: the network's whole name, its weights, and how a VFM sees images."""
+    if isinstance(network, Inception):
+        return {"network": name_of(network), "network_weights": network.fingerprint()}
+    weights = {"network": network.name, "network_weights": network.fingerprint()}
+    return weights | {"input_scale": network.input_scale}
+
+
 def extract(network: Inception | FrozenVFM, images: Tensor) -> InceptionFeatures:
     """Features of uint8 images `[B, 3, H, W]`; those of a VFM are pooled ones alone, the others None."""
     if isinstance(network, Inception):
@@ -93,8 +101,8 @@ class ReferenceImages:
 
     A file holds `mu`, `sigma` of Inception's pooled features and `mu_s`, `sigma_s` of its spatial ones over all
     images, and some of these as `arr_0`. From a folder `<class>/*` such a file is made once, after ADM's centre crop,
-    and used again as long as the files' names, size and network are the same. On another network's features the
-    statistics of somebody's file say nothing: then they are taken over its `arr_0`.
+    and used again as long as the files' names, size, network and its `input_scale` are the same. Of the features of a
+    VFM the statistics of somebody's file say nothing: then they are taken over its `arr_0`.
 
     Args:
         path: of the file or the folder.
@@ -120,6 +128,11 @@ class ReferenceImages:
                 "their statistics, such as ADM's VIRTUAL_imagenet256_labeled.npz (docs/evaluation.md says where it is)"
             )
 
+    def settings(self) -> dict[str, Any]:
+        """What it is, as JSON has it."""
+        crops = {} if self._dataset is None else {"reference_image_size": self.image_size}
+        return {"reference": str(self.path)} | crops
+
     @torch.no_grad()
     def load(self, network: Inception | FrozenVFM, with_features: bool, batch_size: int = 64) -> Reference:
         """Measures or reads; to be called by all ranks, which share the work.
@@ -130,13 +143,21 @@ class ReferenceImages:
             batch_size: images at a time on each rank.
 
         Raises:
-            ValueError: the file lacks what is needed, or can't be written.
+            ValueError: the file lacks what is needed, or is of another Inception or a VFM, or can't be written.
         """
         path = self.path if self._dataset is None else self._measured(network, batch_size)
         archive = ImageArchive(path)
         source = json.loads(str(archive.array(SOURCE))) if SOURCE in archive.names else {}
+        wanted = _features_source(network)
+        is_of_network = source.items() >= wanted.items()
+        if isinstance(network, Inception) and source and not is_of_network:
+            raise ValueError(
+                f"reference: the statistics in {str(path)!r} are of {source.get('network')!r} with weights "
+                f"{str(source.get('fingerprint'))[:12]}…, not of Inception with {network.fingerprint()[:12]}…; give "
+                "ADM's file, or the folder that they were measured of"
+            )
         features = None
-        if isinstance(network, Inception) or source.get("fingerprint") == network.fingerprint():
+        if isinstance(network, Inception) or is_of_network:
             if not {"mu", "sigma"} <= archive.names:
                 raise ValueError(f"reference: {str(path)!r} has no statistics 'mu' and 'sigma'")
             pool = _gaussian(archive, "mu", "sigma", network)
@@ -181,13 +202,13 @@ def _batches(dataset: ImageFolderDataset, indices: Sequence[int], batch_size: in
 def _source(dataset: ImageFolderDataset, image_size: int, network: Inception | FrozenVFM) -> dict[str, Any]:
     """What tells statistics from others'."""
     names = hashlib.sha256("\n".join(dataset.name(i) for i in range(len(dataset))).encode()).hexdigest()
-    return {
-        "network": name_of(network),
-        "fingerprint": network.fingerprint(),
-        "image_size": image_size,
-        "num_images": len(dataset),
-        "names": names,
-    }
+    return _features_source(network) | {"image_size": image_size, "num_images": len(dataset), "names": names}
+
+
+def _features_source(network: Inception | FrozenVFM) -> dict[str, Any]:
+    """What tells features from others'."""
+    scale = {} if isinstance(network, Inception) else {"input_scale": network.input_scale}
+    return {"network": name_of(network), "fingerprint": network.fingerprint()} | scale
 
 
 def _has_source(path: Path, source: dict[str, Any]) -> bool:

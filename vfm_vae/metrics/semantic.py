@@ -17,15 +17,15 @@ PUBLISHED_SEED = 42
 
 
 class Part(NamedTuple):
-    """Images of a batch after a transformation that may give them several sizes.
+    """Images or latents of a batch after a transformation that may give them several sizes.
 
     Attributes:
         rows: their positions in the batch, int64 `[b]`.
-        images: uint8 `[b, 3, h, w]`.
+        maps: uint8 images `[b, 3, h, w]`, or latents `[b, C, h, w]`.
     """
 
     rows: Tensor
-    images: Tensor
+    maps: Tensor
 
 
 def add_noise(images: Tensor, sigma: float, index: Tensor, seed: int = 0) -> Tensor:
@@ -89,18 +89,25 @@ def transformed(protocol: Literal["each", "published"], images: Tensor, index: T
     """
     rows = torch.arange(len(images), device=images.device)
     parts = {f"noise_{sigma:.2f}": [Part(rows, add_noise(images, sigma, index))] for sigma in NOISES}
+    return parts | geometric(protocol, images, index)
+
+
+def geometric(protocol: Literal["each", "published"], maps: Tensor, index: Tensor) -> dict[str, list[Part]]:
+    """A protocol's scales and rotations alone, of images or of latents `[B, C, H, W]`; otherwise as `transformed`."""
+    rows = torch.arange(len(maps), device=maps.device)
     if protocol == "each":
-        return parts | {name: [Part(rows, turn(images))] for name, turn in geometric_transformations().items()}
+        return {name: [Part(rows, turn(maps))] for name, turn in geometric_transformations().items()}
     groups: dict[tuple[int, float], list[int]] = {}
     for row, number in enumerate(index.tolist()):
         groups.setdefault(draw_published(number), []).append(row)
-    parts["equivariance"] = [
-        Part(rows[chosen], scale(rotate(images[chosen], angle), factor)) for (angle, factor), chosen in groups.items()
-    ]
-    return parts
+    return {
+        "equivariance": [
+            Part(rows[chosen], scale(rotate(maps[chosen], angle), factor)) for (angle, factor), chosen in groups.items()
+        ]
+    }
 
 
-def names_of(protocol: Literal["each", "published"]) -> list[str]:
-    """What a protocol's transformations are called."""
-    noises = [f"noise_{sigma:.2f}" for sigma in NOISES]
+def names_of(protocol: Literal["each", "published"], geometric_alone: bool = False) -> list[str]:
+    """What a protocol's transformations are called, noise left out on demand."""
+    noises = [] if geometric_alone else [f"noise_{sigma:.2f}" for sigma in NOISES]
     return noises + (list(geometric_transformations()) if protocol == "each" else ["equivariance"])

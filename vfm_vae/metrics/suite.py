@@ -1,7 +1,5 @@
 """All that is measured of a set of images as a distribution, with one pass of the network over each image."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +7,17 @@ from vfm_vae.metrics.distribution import FrechetDistance, InceptionScore, Precis
 from vfm_vae.metrics.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
 from vfm_vae.metrics.reference import Reference, extract, name_of
 from vfm_vae.vfm import FrozenVFM
+
+
+def suite_names(network: Inception | FrozenVFM, reconstructions: bool, precision_recall: bool) -> dict[str, str]:
+    """What the suite's numbers are called, by what computes them; without spatial statistics there is no sFID."""
+    if isinstance(network, Inception):
+        samples = {"distance": "gfid", "spatial": "sfid", "score": "inception_score"}
+        names = {"distance": "rfid", "spatial": "rsfid", "score": "ris"} if reconstructions else samples
+        suffix = ""
+    else:
+        names, suffix = {"distance": f"fd_{name_of(network)}"}, f"_{name_of(network)}"
+    return names | ({name: f"{name}{suffix}" for name in ("precision", "recall")} if precision_recall else {})
 
 
 class DistributionSuite(nn.Module):
@@ -42,21 +51,20 @@ class DistributionSuite(nn.Module):
         self._network = (network,)
         is_paired = reference is None if reconstructions is None else reconstructions
         is_inception = isinstance(network, Inception)
-        width, name = (POOL_WIDTH, "fid") if is_inception else (network.width, f"fd_{name_of(network)}")
+        width = POOL_WIDTH if is_inception else network.width
         if reference is not None and len(reference.pool.mean) != width:
             raise ValueError(
                 f"reference: its statistics are of {len(reference.pool.mean)} features, but {name_of(network)} has "
                 f"{width}; they were made by another network"
             )
         self.distance = FrechetDistance(width, reference.pool if reference else None)
-        self.names = {"distance": f"{'r' if is_paired else 'g'}{name}" if is_inception else name}
-        if is_inception and (reference is None or reference.spatial is not None):
-            self.spatial = FrechetDistance(SPATIAL_WIDTH, reference.spatial if reference else None)
-            self.names["spatial"] = "rsfid" if is_paired else "sfid"
+        self.names = suite_names(network, is_paired, precision_recall)
         if is_inception:
             self.score = InceptionScore(num_images)
-            self.names["score"] = "ris" if is_paired else "inception_score"
-        self.suffix = "" if is_inception else f"_{name_of(network)}"
+        if is_inception and (reference is None or reference.spatial is not None):
+            self.spatial = FrechetDistance(SPATIAL_WIDTH, reference.spatial if reference else None)
+        else:
+            self.names.pop("spatial", None)
         known = reference.features if reference else None
         self.neighbours = PrecisionRecall(reference=known) if precision_recall else None
         if self.neighbours is not None:  # a rank that gets no images has to agree on the width all the same
@@ -84,10 +92,10 @@ class DistributionSuite(nn.Module):
     @torch.no_grad()
     def compute(self) -> dict[str, Tensor]:
         """Every number by its name, float32 scalars, the same on all ranks."""
-        values: dict[str, Any] = {name: getattr(self, part).compute() for part, name in self.names.items()}
+        parts = {part: getattr(self, part).compute() for part in ("distance", "spatial", "score") if part in self.names}
         if self.neighbours is not None:
-            values |= {f"{name}{self.suffix}": value for name, value in self.neighbours.compute().items()}
-        return values
+            parts |= self.neighbours.compute()
+        return {name: parts[part] for part, name in self.names.items()}
 
     def as_reference(self) -> Reference:
         """The real images that were given along, for a later suite that is not shown them again; asked on all ranks."""

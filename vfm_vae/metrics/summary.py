@@ -26,12 +26,43 @@ def versions() -> dict[str, str]:
 
 
 def read_entries(path: Path) -> dict[str, Any]:
-    """The entries of a metrics file by name; none where there is no file."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The entries of a metrics file by name; none where there is nothing.
+
+    Raises:
+        ValueError: something else is there.
+    """
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # a folder; no JSON, or no text
+        raise ValueError(f"{str(path)!r} is no file of metrics ({error}); give another path") from error
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError(f"{str(path)!r} is no file of metrics, which maps names to entries; give another path")
+    return entries
+
+
+def check_entries(path: Path, option: str) -> None:
+    """Looks whether `write_entry` will find a place, before anything is measured.
+
+    Args:
+        path: of the metrics file.
+        option: that sets it.
+
+    Raises:
+        ValueError: something else is there, or nothing can be written.
+    """
+    try:
+        read_entries(path)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{option}: no file can be made in {str(folder)!r}; give another path")
 
 
 def write_entry(path: Path, name: str, entry: Mapping[str, Any]) -> None:
-    """Puts an entry into a metrics file, at once; the others stay."""
+    """Puts an entry into a metrics file, at once; the others stay. Raises as `read_entries`."""
     entries = read_entries(path) | {name: entry}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
