@@ -55,13 +55,13 @@ class REPA(nn.Module):
             return batch.features.float()
         return self.vfm(from_uint8(batch.images)).sequence
 
-    def errors(self, prediction: Prediction, features: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
+    def errors(self, prediction: Prediction, features: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Further terms of the objective, `[B]` each.
 
         Args:
             prediction: Of the denoiser, with projected tokens.
             features: Of the clean images, `[B, 1 + N, D]`.
-            noise: Of the class token, `[B, D]`, where one is diffused along.
+            noise: Of the class token, `[B, cls_channels]`.
         """
         prefix = prediction.projected.shape[1] - features.shape[1] + 1  # without a class token, 0
         return {"align": alignment_error(prediction.projected[:, prefix:], features[:, 1:])}
@@ -146,7 +146,7 @@ class REG(REPA):
         """Of the terms that `errors` gives."""
         return {"align": self.weight, "cls": self.cls_weight}
 
-    def errors(self, prediction: Prediction, features: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
+    def errors(self, prediction: Prediction, features: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Further terms of the objective, `[B]` each."""
         target = path.velocity(features[:, 0], noise)
         return {

@@ -124,12 +124,13 @@ class DiffusionModule(LightningModule):
         torch.manual_seed(seed_of(self.seed, self.global_rank, self.images_seen))  # a resumed run draws the same
         x = self.normalization(self._latents(batch))  # [B, C, h, w]
         features = self._features(batch)  # [B, 1 + N, D]
-        noise = torch.randn_like(x), None if features is None else torch.randn_like(features[:, 0])
+        noise = torch.randn_like(x)
         t = path.times(self.times, torch.randn(len(x), device=x.device))  # [B]
         dropped = torch.rand(len(x), device=x.device) < self.label_drop
         y = batch.labels.masked_fill(dropped, self.model.null_label)
+        noise_token = torch.randn(len(x), self.model.cls_channels, device=x.device)  # last, and empty without one
 
-        errors = denoising_errors(self.model, self.alignment, x, features, noise, t, y)
+        errors = denoising_errors(self.model, self.alignment, x, features, (noise, noise_token), t, y)
         loss = sum(self.weights[name] * error.mean() for name, error in errors.items())
 
         self.images_seen += len(x) * self.trainer.world_size
@@ -200,7 +201,7 @@ class DiffusionModule(LightningModule):
         t, noise_x = path.times(self.times, noise.normal()), noise.normal(*shape)
         x = self.normalization(self._latents(batch, noise.normal(*shape)))
         features = self._features(batch)
-        noise_token = None if features is None else noise.normal(features.shape[2])
+        noise_token = noise.normal(self.model.cls_channels)
         errors = denoising_errors(self.model, self.alignment, x, features, (noise_x, noise_token), t, batch.labels)
         self.val_loss.update(sum(self.weights[name] * error for name, error in errors.items())[batch.real])
         self.val_loss_by_time.update(errors["mse"][batch.real], t[batch.real])

@@ -12,7 +12,7 @@ def denoising_errors(
     alignment: REPA | None,
     x: Tensor,
     features: Tensor | None,
-    noise: tuple[Tensor, Tensor | None],
+    noise: tuple[Tensor, Tensor],
     t: Tensor,
     y: Tensor,
 ) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ def denoising_errors(
         alignment: Of its tokens to a VFM's features; None for none.
         x: Normalised latents, `[B, C, h, w]`.
         features: The VFM's, `[B, 1 + N, D]`, where there is an alignment.
-        noise: Like the latents, and like the class token, `[B, D]`.
+        noise: Like the latents, and like the class token, `[B, cls_channels]`.
         t: Times, `[B]`.
         y: Labels, int64 `[B]`.
     """

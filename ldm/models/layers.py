@@ -271,7 +271,8 @@ class FinalLayer(nn.Module):
         self.norm = norm(width)
         self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, out_features)
-        self.cls_out = nn.Linear(width, cls_channels) if cls_channels else None
+        with torch.random.fork_rng(devices=[]):
+            self.cls_out = nn.Linear(width, cls_channels) if cls_channels else None
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
         """Maps tokens `[B, prefix + N, D]` to patches `[B, N, p·p·C]` and `[B, cls_channels]`.

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -108,15 +109,16 @@ class LightningDiT(Denoiser):
         else:
             norm, head_norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False), nn.LayerNorm
         self.patch_embed = PatchEmbed(in_channels, width, patch_size)
-        self.cls_embed = nn.Linear(cls_channels, width) if cls_channels else None
-        self.cls_norm = nn.LayerNorm(width, eps=1e-6) if cls_channels else None
         self.time_embed = TimeEmbedding(width)
         self.label_embed = nn.Embedding(num_classes + 1, width)
         self.blocks = nn.ModuleList(
             Block(width, num_heads, norm, head_norm if qk_norm else None, swiglu) for _ in range(depth)
         )
-        self.projector = Projector(width, projector_width, align_channels) if align_channels else None
         self.final = FinalLayer(width, patch_size**2 * in_channels, norm, cls_channels)
+        with torch.random.fork_rng(devices=[]):  # so that models with and without these parts begin alike in the others
+            self.cls_embed = nn.Linear(cls_channels, width) if cls_channels else None
+            self.cls_norm = nn.LayerNorm(width, eps=1e-6) if cls_channels else None
+            self.projector = Projector(width, projector_width, align_channels) if align_channels else None
         # Constants of the grid, made here and not stored. A class token has no place in it: it gets no position, and
         # is not turned.
         prefix = (0, 0, self.num_prefix_tokens, 0)
@@ -141,11 +143,16 @@ class LightningDiT(Denoiser):
 
     def reset_parameters(self) -> None:
         """Xavier for linear layers, N(0, 0.02²) for the embeddings, zeros for modulations and outputs."""
-        xavier_init(*(module for module in self.modules() if isinstance(module, nn.Linear)), self.patch_embed.proj)
+        optional = [self.cls_embed, *(self.projector or ())]
+        optional = [module for module in optional if isinstance(module, nn.Linear)]
+        linear = [module for module in self.modules() if isinstance(module, nn.Linear) and module not in optional]
+        if self.cls_channels:
+            linear.remove(self.final.cls_out)
+            zero_init(self.final.cls_out)
+        xavier_init(*linear, self.patch_embed.proj)
         scaled_init(0.02, self.label_embed, self.time_embed.mlp[0], self.time_embed.mlp[2])
         zero_init(*(block.modulation for block in self.blocks), self.final.modulation, self.final.out)
-        if self.cls_channels:
-            zero_init(self.final.cls_out)
+        xavier_init(*optional)
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor, cls_token: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens `[B, prefix + N, D]` and activated condition `[B, D]` for the blocks; arguments as of `forward`.

@@ -122,7 +122,7 @@ def test_all_parameters_get_a_gradient_from_reg():
 def test_repa_leaves_the_class_token_of_features_alone():
     module = module_of("lightningdit", "repa")
     x, features = torch.randn(2, 4, 4, 4), torch.randn(2, 17, WIDTH)
-    arguments = (module.model, module.alignment, x), (torch.randn_like(x), None), torch.rand(2), torch.tensor([0, 1])
+    arguments = (module.model, module.alignment, x), (torch.randn_like(x), torch.empty(2, 0)), torch.rand(2), torch.tensor([0, 1])
     plain = denoising_errors(*arguments[0], features, *arguments[1:])
     features[:, 0] = 100.0
     changed = denoising_errors(*arguments[0], features, *arguments[1:])
@@ -199,3 +199,24 @@ def test_features_of_another_vfm_are_named():
     REG().check_features((17, 128), vfm.source() | {"name": "another"}, model, "'cache'")
     with pytest.raises(ValueError, match=r"'cache' are of another VFM than alignment.vfm: \['input_scale'\]"):
         REG(vfm).check_features((17, 128), vfm.source() | {"input_scale": 1.0}, model, "'cache'")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_trainings_differ_in_their_alignment_alone(model, features, trainer, monkeypatch):
+    """The same seed gives the same first weights, noise, times and dropped labels, whatever the alignment."""
+    seen = {}
+
+    def watch(network, alignment, x, targets, noise, t, y):
+        seen[alignment and type(alignment)] = x, noise[0], t, y
+        return denoising_errors(network, alignment, x, targets, noise, t, y)
+
+    monkeypatch.setattr("ldm.module.denoising_errors", watch)
+    modules = {name: module_of(model, name, label_drop=0.5) for name in (None, *ALIGNED)}
+    plain = {name: tensor.clone() for name, tensor in modules[None].model.named_parameters()}
+    for module in modules.values():
+        others = dict(module.model.named_parameters())
+        assert all(torch.equal(others[name], tensor) for name, tensor in plain.items())
+        trainer(max_steps=1, limit_val_batches=0).fit(module, features())
+    assert set(seen) == {None, REPA, REG}
+    for drawn in (seen[REPA], seen[REG]):
+        assert all(torch.equal(*pair) for pair in zip(drawn, seen[None], strict=True))
