@@ -78,7 +78,7 @@ class REPA(nn.Module):
             fits = "the width of the VFM's class token" if self.has_class_token else "0"
             raise ValueError(f"model.cls_channels: {type(self).__name__} goes with {fits}, given {model.cls_channels}")
         if self.vfm is not None:
-            self._check_shape(model, (None, self.vfm.width), f"alignment.vfm: {self.vfm.name} gives")
+            self._check_shape(model, (None, self.vfm.width), f"model.alignment.vfm: {self.vfm.name} gives")
 
     def check_features(
         self, shape: tuple[int, int] | None, source: Mapping[str, Any] | None, model: Denoiser, place: str
@@ -103,7 +103,9 @@ class REPA(nn.Module):
             ours = self.vfm.source()
             other = [n for n in ("name", "fingerprint", "input_scale", "antialias") if source.get(n) != ours[n]]
             if other:
-                raise ValueError(f"data.root: the features in {place} are of another VFM than alignment.vfm: {other}")
+                raise ValueError(
+                    f"data.root: the features in {place} are of another VFM than model.alignment.vfm: {other}"
+                )
 
     def check_images(self, image_size: int, model: Denoiser) -> None:
         """Sees that there is a VFM for images, which gives as many tokens as the denoiser has.
@@ -114,7 +116,7 @@ class REPA(nn.Module):
         if self.vfm is None:
             raise ValueError("model.alignment.vfm: training on images needs the VFM; give it, or cached features")
         side = round(image_size * self.vfm.input_scale) // self.vfm.patch_size
-        self._check_shape(model, (1 + side * side, self.vfm.width), f"alignment.vfm: {self.vfm.name} gives")
+        self._check_shape(model, (1 + side * side, self.vfm.width), f"model.alignment.vfm: {self.vfm.name} gives")
 
     def _check_shape(self, model: Denoiser, shape: tuple[int | None, int], what: str) -> None:
         num_tokens, width = shape

@@ -2,12 +2,9 @@
 
 from argparse import Namespace
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
-import yaml
 from jsonargparse import ArgumentParser
 
 from ldm.guidance import Guidance
@@ -24,11 +21,9 @@ from ldm.samplers import Euler, EulerMaruyama, Sampler
 from vfm_vae.cli import short_errors
 from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.pretrained import describe
-from vfm_vae.published import pick, read_published
+from vfm_vae.published import pick, read_published, read_yaml, remove_training, write_training
 
 __all__ = ["denoiser_from_published", "lightningdit_from_published", "reg_from_published", "to_published"]
-
-CHECKPOINT, OVERLAY = "training.ckpt", "model.yaml"
 
 
 def convert(
@@ -54,7 +49,9 @@ def convert(
     """
     content = read_published(source)
     if isinstance(content, Mapping) and "tokenizer" in content and "state_dict" in content:
-        LatentDiffusion.from_checkpoint(source, tokenizer).save_pretrained(out)
+        model = LatentDiffusion.from_checkpoint(source, tokenizer)
+        remove_training(out)
+        model.save_pretrained(out)
         print(f"{out}: the diffusion model of {source}")
         return
     trained, averaged = pick(content, "x_embedder.")
@@ -69,11 +66,17 @@ def convert(
     if tokenizer is not None:
         model.use_tokenizer(tokenizer)
         model.latent_source = model.tokenizer.network.latent_identity()
-    model.save_pretrained(out)
     other = None if averaged is None or trained is None else denoiser_from_published(trained, published)
     checkpoint = _checkpoint(model, other)
-    torch.save(checkpoint, Path(out) / CHECKPOINT)
-    (Path(out) / OVERLAY).write_text(yaml.safe_dump({"model": checkpoint["hyper_parameters"]}, sort_keys=False))
+    overlay = dict(checkpoint["hyper_parameters"])
+    if tokenizer is not None:
+        overlay["tokenizer"] = {
+            "class_path": "vfm_vae.tokenizer.FrozenTokenizer",
+            "init_args": {"checkpoint": str(tokenizer)},
+        }
+    remove_training(out)
+    model.save_pretrained(out)
+    write_training(out, checkpoint, {"model": overlay})
     print(f"{out}: the {type(network).__name__} of {source}")
 
 
@@ -84,18 +87,19 @@ def _read_config(content: Any, path: str | None) -> Mapping[str, Any]:
         if arguments is None:
             raise ValueError("config: published weights need the public YAML that they were trained with")
         return vars(arguments) if isinstance(arguments, Namespace) else arguments
-    if not Path(path).is_file():
-        raise ValueError(f"config: there is no file {path!r}")
-    config = yaml.safe_load(Path(path).read_text())
-    if not isinstance(config, Mapping):
-        raise ValueError(f"config: {path!r} holds no options")
-    return config
+    return read_yaml(path)
 
 
 def _sampling(network: Denoiser, options: Mapping[str, Any]) -> tuple[Sampler, Guidance]:
-    """How published samples were drawn; the public LightningDiT guides the first three channels alone."""
+    """How published samples were drawn; the public LightningDiT guides the first three channels alone.
+
+    Raises:
+        ValueError: if by another method than Euler's.
+    """
     if isinstance(network, SiT):
         return EulerMaruyama(), Guidance(start=0.2, cls_scale=4.0)
+    if (method := options.get("sampling_method", "euler")) != "euler":
+        raise ValueError(f"config: sample.sampling_method {method!r} is not supported, only 'euler' is; change it")
     steps, shift = options.get("num_sampling_steps", 250), options.get("timestep_shift", 0.3)
     guidance = Guidance(options.get("cfg_scale", 1.0), start=options.get("cfg_interval_start", 0.125), channels=3)
     return Euler(steps, shift or 1.0), guidance

@@ -1,5 +1,6 @@
 """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) inside an interval of time."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -51,18 +52,20 @@ class Guidance:
         """Whether predictions at time `t` are guided."""
         return self.scale != 1 and self.start <= t <= self.end
 
-    def field(self, model: ConditionalField, labels: Tensor, null: int, cls_channels: int = 0) -> VelocityField:
+    def field(
+        self, model: ConditionalField, labels: Tensor, null: int, latent_shape: tuple[int, int, int] | None = None
+    ) -> VelocityField:
         """The velocity that a sampler integrates.
 
         Args:
             model: Predicts the velocity of `x_t`, times `[B]` and labels `[B]`.
             labels: Classes of the samples, int64 `[B]`.
             null: The label that stands for no label.
-            cls_channels: Width of a class token, which is the end of what is sampled.
+            latent_shape: (C, h, w), where samples are flat, a latent and behind it a class token.
 
         Returns:
-            A function of the samples, `[B, C, h, w]` or with a class token `[B, C · h · w + cls_channels]`, and one
-            time for all, a scalar on the CPU.
+            A function of the samples, `[B, C, h, w]` or with a class token `[B, C · h · w + D]`, and one time for all,
+            a scalar on the CPU.
         """
         both = torch.cat([labels, torch.full_like(labels, null)])
 
@@ -72,21 +75,22 @@ class Guidance:
             if not self.acts_at(time):
                 return model(x, times, labels)
             conditional, unconditional = model(torch.cat([x, x]), times.repeat(2), both).chunk(2)
-            if cls_channels:
-                return self._with_class_token(conditional, unconditional, cls_channels)
-            end = x.shape[1] if self.channels is None else self.channels
-            moved = guide(conditional[:, :end], unconditional[:, :end], self.scale)
-            return torch.cat([moved, conditional[:, end:]], dim=1)
+            if latent_shape is None:
+                return self._guide_latents(conditional, unconditional)
+            size = math.prod(latent_shape)
+            latents = (part[:, :size].unflatten(1, latent_shape) for part in (conditional, unconditional))
+            token = conditional[:, size:]
+            if self.cls_scale > 0:
+                token = guide(token, unconditional[:, size:], self.cls_scale)
+            return torch.cat([self._guide_latents(*latents).flatten(1), token], dim=1)
 
         return guided
 
-    def _with_class_token(self, conditional: Tensor, unconditional: Tensor, cls_channels: int) -> Tensor:
-        """Guides latent and class token, each by its scale."""
-        latent = guide(conditional[:, :-cls_channels], unconditional[:, :-cls_channels], self.scale)
-        token = conditional[:, -cls_channels:]
-        if self.cls_scale > 0:
-            token = guide(token, unconditional[:, -cls_channels:], self.cls_scale)
-        return torch.cat([latent, token], dim=1)
+    def _guide_latents(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        """Guides the channels of predictions `[B, C, h, w]` that are to be guided."""
+        end = conditional.shape[1] if self.channels is None else self.channels
+        moved = guide(conditional[:, :end], unconditional[:, :end], self.scale)
+        return torch.cat([moved, conditional[:, end:]], dim=1)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -215,7 +215,10 @@ def draw_latents(
         ValueError: if the statistics of latents are not known.
     """
     if not normalization.is_known:
-        raise ValueError("ckpt_path: only a trained model can sample; give its checkpoint")
-    field, shape = guidance.field(model.velocity, labels, model.null_label, model.cls_channels), model.state_shape
+        raise ValueError(
+            "the statistics of latents are not known: only a trained model can sample; load its checkpoint"
+        )
+    latent_shape = model.latent_shape if model.cls_channels else None
+    field, shape = guidance.field(model.velocity, labels, model.null_label, latent_shape), model.state_shape
     state = sampler(field, noise.normal(*shape), lambda: noise.normal(*shape))  # [B, C, h, w], or flat
     return normalization.inverse(model.latents_of(state).float())

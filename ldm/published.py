@@ -233,6 +233,12 @@ def _read_lightningdit(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"config: {section}.{option} is missing")
         return config[section][option]
 
+    for option, supported in {"latent_norm": True, "latent_multiplier": 1.0}.items():
+        given = (config.get("data") or {}).get(option, supported)
+        if given != supported:
+            raise ValueError(
+                f"config: data.{option} has to be {supported}, given {given!r}: latents are normalised here"
+            )
     for option, supported in {"path_type": "Linear", "prediction": "velocity"}.items():
         given = (config.get("transport") or {}).get(option, supported)
         if given != supported:
@@ -271,11 +277,7 @@ def _build(family: Family, config: Mapping[str, Any]) -> LightningDiT:
 
 def _fill(model: LightningDiT, state_dict: Mapping[str, Tensor]) -> LightningDiT:
     """Loads every published weight; returns the model in eval mode."""
-    tables = _tables(model)
-    for name, table in tables.items():
-        _check_table(name, state_dict.get(name, table), table, model.input_size)
-    trained = {name: tensor for name, tensor in state_dict.items() if name not in tables}
-    weights = from_published(model.state_dict(), trained, lambda name: (published_name(name),), {})
+    weights = from_published(model.state_dict(), state_dict, lambda name: (published_name(name),), _tables(model))
     model.load_state_dict(_mirrored(weights) if isinstance(model, SiT) else weights)
     return model.eval()
 
@@ -312,10 +314,3 @@ def _tables(model: LightningDiT) -> dict[str, Tensor]:
         tables["feat_rope.freqs_cos"] = model.rotary_cos.repeat_interleave(2, dim=1)
         tables["feat_rope.freqs_sin"] = model.rotary_sin.repeat_interleave(2, dim=1)
     return tables
-
-
-def _check_table(name: str, stored: Tensor, table: Tensor, input_size: tuple[int, int]) -> None:
-    if stored.shape != table.shape or not (
-        stored.is_meta or torch.allclose(stored.to(table.device, table.dtype), table, atol=1e-4)
-    ):
-        raise ValueError(f"{name}: the stored table is not the fixed one of input_size={input_size}")

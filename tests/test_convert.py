@@ -16,7 +16,7 @@ from callbacks.writers import LatentWriter
 from vfm_vae import convert
 from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
-from vfm_vae.published import discriminator_names, patchgan_names, to_published
+from vfm_vae.published import discriminator_names, patchgan_names, pick, to_published
 from vfm_vae.tokenizer import VFMVAE, FrozenTokenizer
 
 VFM = "vit_photos_patch8_64"
@@ -204,6 +204,23 @@ def test_our_own_checkpoint_is_shared_as_a_folder(tiny_module, trainer, data, tm
         assert torch.equal(tensor, averages[f"model.{name}"]), name
 
 
+def test_a_refused_file_leaves_what_was_there(converted, published, monkeypatch):
+    before = {path.name: path.read_bytes() for path in converted.iterdir()}
+    content = torch.load(published, weights_only=False)
+    content["D"]["unknown"] = torch.zeros(1)
+    torch.save(content, published)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, published, "--config", published.with_suffix(".yaml"), "--out", converted)
+    assert {path.name: path.read_bytes() for path in converted.iterdir()} == before
+
+
+def test_a_place_is_taken_for_averages_by_the_whole_word():
+    weights = {"x.weight": torch.zeros(1)}
+    assert pick({"remaining": weights}, "x.") == (weights, None)
+    assert pick({"G": weights, "G_ema": weights}, "x.") == (weights, weights)
+    assert pick({"state": {"EMA": weights}}, "x.") == (None, weights)
+
+
 class Foreign:
     """Something that only code can read back."""
 
@@ -212,6 +229,7 @@ MISTAKES = {
     "no file": (["nowhere.pth"], "source: there is no file 'nowhere.pth'"),
     "no config": (["published.pth"], "config: published weights need the public YAML"),
     "missing config": (["published.pth", "--config=nowhere.yaml"], "config: there is no file 'nowhere.yaml'"),
+    "no yaml": (["published.pth", "--config=broken.yaml"], "config: 'broken.yaml' is no YAML"),
     "other config": (["published.pth", "--config=other.yaml"], "is no public VFM-VAE configuration"),
     "half a config": (["published.pth", "--config=half.yaml"], "config: the option 'patch_in_dimensions' is missing"),
     "unknown vfm": (["published.pth", "--config=qwen.yaml"], "vfm: 'Qwen2.5-VL-3B-Instruct' is no VFM that timm"),
@@ -226,6 +244,7 @@ def test_a_mistake_ends_with_one_line(published, monkeypatch, capsys, mistake):
     arguments, message = MISTAKES[mistake]
     monkeypatch.chdir(published.parent)
     generator = CONFIG["G_kwargs"]
+    Path("broken.yaml").write_text("{")
     Path("other.yaml").write_text("model: LightningDiT\n")
     Path("half.yaml").write_text(yaml.safe_dump({"patch_from_layers": [0, -1], "z_dimension": 4}))
     Path("qwen.yaml").write_text(

@@ -112,6 +112,12 @@ def test_a_frozen_tokenizer_reads_a_folder(model, folder):
         ({"format_version": 0}, "is in format version 0, but this version of vfm_vae reads 1; convert its checkpoint"),
         ({"format_version": 2}, "is in format version 2, .*; install a newer version"),
         ({"model": {"class_path": "subprocess.Popen", "init_args": {}}}, r"asks for \['subprocess.Popen'\], but only"),
+        (
+            {"model": {"class_path": "vfm_vae.tokenizer.VFMVAE", "init_args": {"decoder": "evil.Decoder"}}},
+            "evil.Decoder",
+        ),
+        ({"format_version": "1"}, "is in format version 1, but"),
+        ({"model": None}, "describes no model"),
         ({"model": {"class_path": "ldm.pipeline.LatentDiffusion"}}, "holds a ldm.pipeline.LatentDiffusion, and no VFM"),
     ],
 )
@@ -122,8 +128,17 @@ def test_what_this_version_does_not_read_is_said(folder, entries, message):
 
 
 def test_a_folder_of_before_formats_were_counted_is_named(folder):
-    (folder / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="format version 0"):
+    for content in ("{}", "[]"):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="format version 0"):
+            VFMVAE.from_pretrained(folder)
+
+
+def test_weights_of_another_shape_are_named(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["init_args"]["decoder"]["init_args"]["w_channels"] = 12
+    change(folder, **config)
+    with pytest.raises(ValueError, match=r"are of another model than its config.json: .*decoder.mapping.out.weight"):
         VFMVAE.from_pretrained(folder)
 
 

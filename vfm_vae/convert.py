@@ -2,13 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning
 import timm
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
@@ -27,13 +25,15 @@ from vfm_vae.published import (
     patchgan_names,
     pick,
     read_published,
+    read_yaml,
+    remove_training,
     to_published,
     tokenizer_names,
+    write_training,
 )
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.vfm import FrozenVFM
 
-CHECKPOINT, OVERLAY = "training.ckpt", "model.yaml"
 ENCODER = "vfm_encoder."  # the frozen VFM, which is named and not stored
 
 PROJECTIONS: dict[str, Projection] = {"attnproj": "attention", "conv": "conv"}
@@ -230,11 +230,9 @@ def read_config(path: str) -> tuple[dict[str, Any], int]:
     Raises:
         ValueError: if it is no such file.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"config: there is no file {path!r}")
-    config = yaml.safe_load(Path(path).read_text())
-    generator = config.get("G_kwargs", config) if isinstance(config, Mapping) else {}
-    if "patch_from_layers" not in generator:
+    config = read_yaml(path)
+    generator = config.get("G_kwargs", config)
+    if not isinstance(generator, Mapping) or "patch_from_layers" not in generator:
         raise ValueError(f"config: {path!r} is no public VFM-VAE configuration, which has G_kwargs")
     return dict(generator), 1000 * int(config.get("total_kimg", 0))
 
@@ -263,7 +261,9 @@ def convert(
     """
     content = read_published(source)
     if isinstance(content, Mapping) and "vfm" in content and "state_dict" in content:
-        VFMVAE.from_checkpoint(source, vfm=vfm_weights is not None, vfm_weights=vfm_weights).save_pretrained(out)
+        model = VFMVAE.from_checkpoint(source, vfm=vfm_weights is not None, vfm_weights=vfm_weights)
+        remove_training(out)
+        model.save_pretrained(out)
         print(f"{out}: the tokenizer of {source}")
         return
     if config is None:
@@ -277,16 +277,15 @@ def convert(
     if vfm_weights is not None:
         model.attach_vfm(vfm_weights)
     opponents = pick(content, "heads.")[0] or pick(content, "patchgan_discriminator.")[0] or {}
-    model.save_pretrained(out)
     checkpoint = _checkpoint(
         model,
         None if averaged is None or trained is None else _weights(model, trained),
         opponents_from_published(opponents),
         trained_images if images_seen is None else images_seen,
     )
-    torch.save(checkpoint, Path(out) / CHECKPOINT)
-    overlay = {"model": {"model": checkpoint["hyper_parameters"]["model"]}}
-    (Path(out) / OVERLAY).write_text(yaml.safe_dump(overlay, sort_keys=False))
+    remove_training(out)
+    model.save_pretrained(out)
+    write_training(out, checkpoint, {"model": {"model": checkpoint["hyper_parameters"]["model"]}})
     kinds = sorted({name.partition(".")[0] for name in checkpoint["state_dict"]} - {"model"})
     print(f"{out}: the tokenizer of {source}, with {', '.join(kinds) or 'no discriminators'}")
 

@@ -176,9 +176,13 @@ def load(base: type, name: str | Path, config: Mapping[str, Any], tensors: Mappi
     except ArgumentError as error:
         cause = " ".join(str(error).partition("Given value")[0].split())
         raise ValueError(f"name: the {CONFIG} in {str(name)!r} does not fit: {cause}") from error
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    if missing or unexpected:
-        raise ValueError(f"name: {str(name)!r} lacks the weights {missing}, and those of {unexpected} are left over")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(
+            f"name: the weights in {str(name)!r} are of another model than its {CONFIG}: {cause}"
+        ) from error
     return model.eval()
 
 
@@ -209,24 +213,31 @@ def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> Non
     Raises:
         ValueError: if it is of another format, or asks for another class, or for one from outside of this project.
     """
-    version = config.get("format_version", 0)
+    version = config.get("format_version", 0) if isinstance(config, Mapping) else 0
     if version != FORMAT_VERSION:
-        hint = "convert its checkpoint again" if version < FORMAT_VERSION else "install a newer version of this project"
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        hint = "install a newer version of this project" if newer else "convert its checkpoint again"
         raise ValueError(
             f"name: {str(name)!r} is in format version {version}, but this version of vfm_vae reads {FORMAT_VERSION}; "
             + hint
         )
-    paths = list(_class_paths(config))
+    if not isinstance(config.get("model"), Mapping) or "class_path" not in config["model"]:
+        raise ValueError(f"name: the {CONFIG} in {str(name)!r} describes no model")
+    paths = list(_class_paths(config["model"]))
     if foreign := [path for path in paths if path.partition(".")[0] not in PACKAGES]:
         raise ValueError(f"name: {str(name)!r} asks for {foreign}, but only classes of this project are built")
     if config["model"]["class_path"] != f"{base.__module__}.{base.__qualname__}":
         raise ValueError(f"name: {str(name)!r} holds a {config['model']['class_path']}, and no {base.__qualname__}")
 
 
-def _class_paths(config: Any) -> Iterator[str]:
-    """Every class that a config names."""
-    if isinstance(config, Mapping):
-        if "class_path" in config:
-            yield str(config["class_path"])
-        for value in config.values():
-            yield from _class_paths(value)
+def _class_paths(description: Any) -> Iterator[str]:
+    """Every class that a description names; the parser takes a string with a dot for one, too."""
+    if isinstance(description, str) and "." in description:
+        yield description
+    elif isinstance(description, Mapping):
+        if "class_path" in description:
+            yield str(description["class_path"])
+        yield from _class_paths([value for name, value in description.items() if name != "class_path"])
+    elif isinstance(description, list):
+        for part in description:
+            yield from _class_paths(part)

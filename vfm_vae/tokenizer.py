@@ -229,7 +229,7 @@ class VFMVAE(nn.Module, Pretrained):
         if self.quantizer is not None:
             encoding["codebooks"] = self.quantizer.codebooks
         settings = [source["fingerprint"], list(source["layers"]), source["input_scale"], self.adapter.unshuffle]
-        settings += [] if source["antialias"] is None else [source["antialias"]]
+        settings += [] if source.get("antialias") is None else [source["antialias"]]
         return {
             "vfm": source["name"],
             "fingerprint": None if source["fingerprint"] is None else sha256_of(encoding, str(settings)),

@@ -16,6 +16,7 @@ from ldm.objective import denoising_errors
 from ldm.samplers import EulerMaruyama
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import STATISTICS, ShardPlan, measure_shards
+from vfm_vae.tokenizer import FrozenTokenizer
 from vfm_vae.types import Batch
 from vfm_vae.vfm import FrozenVFM
 
@@ -122,7 +123,12 @@ def test_all_parameters_get_a_gradient_from_reg():
 def test_repa_leaves_the_class_token_of_features_alone():
     module = module_of("lightningdit", "repa")
     x, features = torch.randn(2, 4, 4, 4), torch.randn(2, 17, WIDTH)
-    arguments = (module.model, module.alignment, x), (torch.randn_like(x), torch.empty(2, 0)), torch.rand(2), torch.tensor([0, 1])
+    arguments = (
+        (module.model, module.alignment, x),
+        (torch.randn_like(x), torch.empty(2, 0)),
+        torch.rand(2),
+        torch.tensor([0, 1]),
+    )
     plain = denoising_errors(*arguments[0], features, *arguments[1:])
     features[:, 0] = 100.0
     changed = denoising_errors(*arguments[0], features, *arguments[1:])
@@ -197,7 +203,7 @@ def test_features_of_another_vfm_are_named():
     model = SiT(4, 4, 1, 1, 32, 2, 3, align_depth=1, align_channels=128, cls_channels=128)
     REG(vfm).check_features((17, 128), vfm.source(), model, "'cache'")
     REG().check_features((17, 128), vfm.source() | {"name": "another"}, model, "'cache'")
-    with pytest.raises(ValueError, match=r"'cache' are of another VFM than alignment.vfm: \['input_scale'\]"):
+    with pytest.raises(ValueError, match=r"'cache' are of another VFM than model.alignment.vfm: \['input_scale'\]"):
         REG(vfm).check_features((17, 128), vfm.source() | {"input_scale": 1.0}, model, "'cache'")
 
 
@@ -220,3 +226,29 @@ def test_trainings_differ_in_their_alignment_alone(model, features, trainer, mon
     assert set(seen) == {None, REPA, REG}
     for drawn in (seen[REPA], seen[REG]):
         assert all(torch.equal(*pair) for pair in zip(drawn, seen[None], strict=True))
+
+
+@pytest.mark.parametrize("alignment", ALIGNED)
+def test_features_are_computed_on_the_fly(alignment, tiny_model, data, trainer, tmp_path):
+    """Of images that a frozen tokenizer encodes: 8x8 latents, and 8x8 tokens of the VFM."""
+    tiny_model().save_pretrained(tmp_path / "tokenizer")
+    cls_channels = 128 if alignment == "reg" else 0
+    network = SiT(4, 8, 1, 2, 32, 2, 13, cls_channels=cls_channels, align_channels=128, align_depth=1)
+    tokenizer = FrozenTokenizer(str(tmp_path / "tokenizer"))
+    optimizer = partial(torch.optim.AdamW, lr=2e-3)
+
+    def module(vfm: FrozenVFM | None) -> DiffusionModule:
+        aligned = ALIGNMENTS[alignment](vfm)
+        return DiffusionModule(network, optimizer, EulerMaruyama(3), tokenizer=tokenizer, alignment=aligned)
+
+    trained = module(FrozenVFM(VFM))
+    run = trainer(max_steps=2, limit_val_batches=1)
+    run.fit(trained, data(crop="centre"))
+    assert -1 <= run.callback_metrics["train/loss_align"] <= 1
+    (metrics,) = run.validate(trained, data(crop="centre"), verbose=False)
+    assert metrics["val/loss"] > 0
+    assert trained.draw(torch.arange(2)).images.shape == (2, 3, 64, 64)
+    with pytest.raises(ValueError, match=r"model\.alignment\.vfm: training on images needs the VFM"):
+        trainer(max_steps=1).fit(module(None), data(crop="centre"))
+    with pytest.raises(ValueError, match=r"gives 16 patch tokens, but the denoiser has 64"):
+        trainer(max_steps=1).fit(module(FrozenVFM(VFM, input_scale=0.5)), data(crop="centre"))

@@ -63,8 +63,19 @@ def test_bad_options_are_named(options):
 @pytest.mark.parametrize("cls_scale", [0.0, 2.0])
 def test_a_class_token_has_its_own_scale(cls_scale):
     labels = torch.tensor([1, 2])
-    field = Guidance(3.0, cls_scale=cls_scale).field(lambda x, t, y: x + y[:, None], labels, NULL, cls_channels=3)
+    field = Guidance(3.0, cls_scale=cls_scale).field(
+        lambda x, t, y: x + y[:, None], labels, NULL, latent_shape=(5, 1, 1)
+    )
     velocity = field(torch.zeros(2, 8), torch.tensor(0.5))
     assert torch.allclose(velocity[:, :5], (NULL + 3.0 * (labels - NULL)).float()[:, None])
     token = NULL + 2.0 * (labels - NULL) if cls_scale else labels
     assert torch.allclose(velocity[:, 5:], token.float()[:, None])
+
+
+def test_beside_a_class_token_channels_are_guided_alike():
+    """Of a latent of 3 channels and 4 positions, laid flat, the first channel alone."""
+    labels = torch.tensor([1])
+    field = Guidance(3.0, channels=1).field(lambda x, t, y: x + y[:, None], labels, NULL, latent_shape=(3, 2, 2))
+    velocity = field(torch.zeros(1, 14), torch.tensor(0.5))
+    assert (velocity[0, :4] == NULL + 3.0 * (1 - NULL)).all()
+    assert (velocity[0, 4:] == 1).all()

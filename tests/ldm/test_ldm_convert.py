@@ -92,6 +92,22 @@ def test_the_public_yaml_says_how_samples_are_drawn():
     assert guidance.arguments == Guidance(6.0, start=0.2, channels=3).arguments
 
 
+def test_another_sampler_of_the_public_yaml_is_refused():
+    with pytest.raises(ValueError, match=r"config: sample\.sampling_method 'dopri5' is not supported"):
+        convert._sampling(random_model(0), {"sampling_method": "dopri5"})
+
+
+def test_a_refused_file_leaves_what_was_there(converted, published, monkeypatch):
+    before = {path.name: path.read_bytes() for path in converted.iterdir()}
+    content = torch.load(published, weights_only=True)
+    del content["model"]["module.pos_embed"]
+    torch.save(content, published)
+    arguments = ["--config", published.with_suffix(".yaml"), "--statistics", published.parent / "latents_stats.pt"]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, published, *arguments, "--out", converted)
+    assert {path.name: path.read_bytes() for path in converted.iterdir()} == before
+
+
 def test_training_goes_on_from_it(converted, models, diffusion, latents, trainer):
     module = diffusion(init_from=str(converted / "training.ckpt"))
     datamodule = latents()
@@ -161,11 +177,17 @@ def test_the_tokenizer_of_its_latents_is_noted(published, tiny_model, monkeypatc
     run(monkeypatch, *common, "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["tokenizer"] == tokenizer.latent_identity()
+    overlay = yaml.safe_load((tmp_path / "out/model.yaml").read_text())
+    assert overlay["model"]["tokenizer"]["init_args"] == {"checkpoint": str(tmp_path / "tokenizer")}
 
 
 MISTAKES = {
     "no statistics": (["published.pt", "--config=published.yaml"], "statistics: latents are normalised by those of"),
     "no config": (["published.pt", "--statistics=latents_stats.pt"], "config: published weights need the public YAML"),
+    "junk statistics": (
+        ["published.pt", "--config=published.yaml", "--statistics=junk.pt"],
+        "statistics: 'junk.pt' can't",
+    ),
     "other config": (["published.pt", "--config=deep.yaml", "--statistics=latents_stats.pt"], "missing ['blocks.2."),
     "other statistics": (["published.pt", "--config=published.yaml", "--statistics=wide.pt"], "statistics: of 8 chan"),
     "other weights": (["else.pt", "--config=published.yaml"], "holds no weights of a LightningDiT or a SiT"),
@@ -178,6 +200,7 @@ def test_a_mistake_ends_with_one_line(published, monkeypatch, capsys, mistake):
     monkeypatch.chdir(published.parent)
     Path("deep.yaml").write_text(yaml.safe_dump(ARGUMENTS | {"depth": 3}))
     LatentStatistics(torch.zeros(1, 8, 1, 1), torch.ones(1, 8, 1, 1)).write(Path("wide.pt"))
+    Path("junk.pt").write_bytes(b"x")
     torch.save({"weight": torch.zeros(1)}, "else.pt")
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *arguments, "--out=out")

@@ -222,7 +222,7 @@ def test_stochastic_samples(model, run, scale, cls_scale):
     )
     assert (1 - sampler.times - reference["sampler/t_grid"]).abs().max() <= 1e-12
     guidance = Guidance(scale, start=1 - SETTINGS["sampler"]["guidance_high"], cls_scale=cls_scale)
-    field = guidance.field(velocity, reference["sampler/y"], model.null_label, model.cls_channels)
+    field = guidance.field(velocity, reference["sampler/y"], model.null_label, model.latent_shape)
     state = sampler(field, joined("sampler/latents", "sampler/cls_latents"), lambda: next(noises))
     close(model.latents_of(state), reference[f"sampler/{run}/final"].float(), 1e-4)
     close(state[:, -model.cls_channels :], reference[f"sampler/{run}/cls_final"].float(), 1e-4)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vfm_vae.data.sampling import Draw, seed_of
+from vfm_vae.published import read_published
 
 STATISTICS, IDENTITY = "latents_stats.pt", "latents.json"
 
@@ -47,7 +48,7 @@ class LatentStatistics(NamedTuple):
         path = path / STATISTICS if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"no statistics of latents at {str(path)!r}; a finished cache has them in {STATISTICS}")
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = read_published(path, "statistics")
         if not isinstance(stored, Mapping) or not {"mean", "std"} <= stored.keys():
             raise ValueError(f"{str(path)!r} holds no 'mean' and 'std' of latents")
         return cls(*(stored[name].float().reshape(1, -1, 1, 1) for name in ("mean", "std")))
