@@ -79,7 +79,7 @@ torch.save(result, out / f"{devices}_{trainer.global_rank}.pt")
 """
 
 
-DIFFUSION = """
+LATENTS = """
 import sys
 from functools import partial
 from pathlib import Path
@@ -92,10 +92,12 @@ from callbacks.ema import EMA
 from callbacks.fid import DistributionCallback
 from callbacks.probe import ClassAccuracyCallback, LinearProbeCallback
 from callbacks.writers import LatentWriter, SampleWriter
+from ldm.alignment import REG
 from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
+from ldm.models.reg import SiT
 from ldm.module import DiffusionModule
-from ldm.samplers import Euler
+from ldm.samplers import Euler, EulerMaruyama
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.losses.objective import Objective
@@ -117,6 +119,19 @@ def trainer(*callbacks, **kwargs):
     )
 
 
+torch.manual_seed(0)
+tokenizer = VFMVAE(Adapter([128], [8], 4, 1, 16, 128), Decoder(16, [16, 16, 16, 16, 8], [16], [], 0, w_channels=16),
+                   FrozenVFM(name))
+optimizer = partial(torch.optim.Adam, lr=1e-3)
+opponent = ProjectedDiscriminator(name, size=64, layers=(1,))
+images = ImageNetDataModule(photos, image_size=64, val_batch_size=6, num_workers=0, predict=["train", "val"])
+cache = out / f"cache{devices}"
+"""
+
+
+DIFFUSION = (
+    LATENTS
+    + """
 class Tokenizer(Frozen):
     def __init__(self, model):
         super().__init__(model)
@@ -126,14 +141,7 @@ class Tokenizer(Frozen):
         return self.network.decode(z).image.clamp(-1, 1)
 
 
-torch.manual_seed(0)
-tokenizer = VFMVAE(Adapter([128], [8], 4, 1, 16, 128), Decoder(16, [16, 16, 16, 16, 8], [16], [], 0, w_channels=16),
-                   FrozenVFM(name))
-optimizer = partial(torch.optim.Adam, lr=1e-3)
-opponent = ProjectedDiscriminator(name, size=64, layers=(1,))
 encoder = TokenizerModule(tokenizer, opponent, Objective(), optimizer, optimizer, predict="latents")
-images = ImageNetDataModule(photos, image_size=64, val_batch_size=6, num_workers=0, predict=["train", "val"])
-cache = out / f"cache{devices}"
 trainer(LatentWriter(str(cache), shard_size=10)).predict(encoder, datamodule=images)
 
 torch.manual_seed(0)
@@ -163,52 +171,14 @@ run.fit(module, datamodule=data)
 result = {"metrics": metrics, "weights": dict(module.state_dict()), "images_seen": module.images_seen}
 torch.save(result, out / f"{devices}_{run.global_rank}.pt")
 """
+)
 
 
-REG_SCRIPT = """
-import sys
-from functools import partial
-from pathlib import Path
-
-import torch
-from lightning.pytorch import Trainer
-
-from callbacks.ema import EMA
-from ldm.alignment import REG
-from ldm.guidance import Guidance
-from ldm.models.reg import SiT
-from ldm.module import DiffusionModule
-from ldm.samplers import EulerMaruyama
-from vfm_vae.data.datamodule import ImageNetDataModule
-from vfm_vae.modules.adapter import Adapter
-from vfm_vae.modules.decoder import Decoder
-from vfm_vae.tokenizer import VFMVAE
-from vfm_vae.vfm import FrozenVFM
-from vfm_vae.discriminators.projected import ProjectedDiscriminator
-from vfm_vae.losses.objective import Objective
-from vfm_vae.module import TokenizerModule
-from callbacks.writers import LatentWriter
-
-devices, photos, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-name = "vit_photos_patch8_64"
-
-
-def trainer(*callbacks, **kwargs):
-    return Trainer(
-        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        callbacks=list(callbacks), **kwargs,
-    )
-
-
-torch.manual_seed(0)
-tokenizer = VFMVAE(Adapter([128], [8], 4, 1, 16, 128), Decoder(16, [16, 16, 16, 16, 8], [16], [], 0, w_channels=16),
-                   FrozenVFM(name))
-optimizer = partial(torch.optim.Adam, lr=1e-3)
-encoder = TokenizerModule(tokenizer, ProjectedDiscriminator(name, size=64, layers=(1,)), Objective(), optimizer,
-                          optimizer, predict="moments", features=FrozenVFM(name, input_scale=0.5))
-images = ImageNetDataModule(photos, image_size=64, val_batch_size=6, num_workers=0, predict=["train", "val"])
-cache = out / f"cache{devices}"
+ALIGNED = (
+    LATENTS
+    + """
+encoder = TokenizerModule(tokenizer, opponent, Objective(), optimizer, optimizer, predict="moments",
+                          features=FrozenVFM(name, input_scale=0.5))
 trainer(LatentWriter(str(cache), shard_size=10)).predict(encoder, datamodule=images)
 torch.manual_seed(0)
 denoiser = SiT(4, 8, 2, 2, 32, 2, 13, cls_channels=128, align_channels=128, align_depth=1, projector_width=16)
@@ -221,6 +191,7 @@ run.fit(module, datamodule=data)
 result = {"metrics": metrics, "weights": dict(module.state_dict()), "images_seen": module.images_seen}
 torch.save(result, out / f"{devices}_{run.global_rank}.pt")
 """
+)
 
 
 POISON = """
@@ -343,8 +314,8 @@ def test_two_processes_cache_measure_and_sample_as_one(tmp_path: Path, photos: P
 
 
 def test_two_processes_align_as_one(tmp_path: Path, photos: Path):
-    (one,) = launch(tmp_path, photos, 1, REG_SCRIPT)
-    first, second = launch(tmp_path, photos, 2, REG_SCRIPT)
+    (one,) = launch(tmp_path, photos, 1, ALIGNED)
+    first, second = launch(tmp_path, photos, 2, ALIGNED)
     for split, size in (("train", 52), ("val", 26)):
         ours, theirs = (LatentDataset(tmp_path / f"cache{n}" / split, train=False) for n in (1, 2))
         for position in range(size):
