@@ -355,20 +355,19 @@ class DiffusionModule(LightningModule):
         self.latent_source = check_data(data, self.model, self.tokenizer, self.alignment, self.latent_source)
         if data.latent_statistics is not None and not self.normalization.is_known:
             self.normalization.take(data.latent_statistics)
-
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
             self._begin_from(self.init_from)
 
-    def _begin_from(self, path: str) -> None:
+    def _begin_from(self, source: str) -> None:
         """Takes weights and statistics of a checkpoint over."""
-        if not Path(path).is_file():
-            raise ValueError(f"init_from: there is no checkpoint {path!r}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not Path(source).is_file():
+            raise ValueError(f"init_from: there is no checkpoint {source!r}")
+        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
         self._check_origin(checkpoint, "init_from")
         try:
             self.load_state_dict(checkpoint["state_dict"] | checkpoint.get("ema", {}).get("weights", {}))
         except RuntimeError as error:
-            raise ValueError(f"init_from: {path!r} holds another model: {error}") from error
+            raise ValueError(f"init_from: {source!r} holds another model: {error}") from error
         self.latent_source = self.latent_source or checkpoint["tokenizer"]
 
     def on_fit_start(self) -> None:
