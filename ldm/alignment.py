@@ -59,12 +59,11 @@ class REPA(nn.Module):
         """Further terms of the objective, `[B]` each.
 
         Args:
-            prediction: Of the denoiser, with projected tokens.
+            prediction: Of the denoiser, with projected tokens, `[B, prefix + N, D]`.
             features: Of the clean images, `[B, 1 + N, D]`.
-            noise: Of the class token, `[B, cls_channels]`.
+            noise: Of the class token, `[B, cls_channels]`; of no width here.
         """
-        prefix = prediction.projected.shape[1] - features.shape[1] + 1  # without a class token, 0
-        return {"align": alignment_error(prediction.projected[:, prefix:], features[:, 1:])}
+        return {"align": alignment_error(prediction.projected, features[:, 1:])}
 
     def check_model(self, model: Denoiser) -> None:
         """Sees that the denoiser has what is to be aligned, and no more.
@@ -149,7 +148,7 @@ class REG(REPA):
         return {"align": self.weight, "cls": self.cls_weight}
 
     def errors(self, prediction: Prediction, features: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Further terms of the objective, `[B]` each."""
+        """Further terms of the objective, `[B]` each; arguments as of `REPA.errors`."""
         target = path.velocity(features[:, 0], noise)
         return {
             "align": alignment_error(prediction.projected, features),

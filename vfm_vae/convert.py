@@ -294,16 +294,8 @@ def _vfm_source(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
     name = name or timm_name(config["vfm_name"])
     if name is None:
         raise ValueError(f"vfm: {config['vfm_name']!r} is no VFM that timm is known to have; give timm's name for it")
-    return {
-        "name": name,
-        "layers": list(config["patch_from_layers"]),
-        "input_scale": config["scale_factor"],
-        "weights": None,
-        "pretrained": True,
-        "model_args": None,
-        "antialias": None,
-        "fingerprint": None,
-    }
+    arguments = {"name": name, "layers": list(config["patch_from_layers"]), "input_scale": config["scale_factor"]}
+    return FrozenVFM.arguments_of({"init_args": arguments}) | {"fingerprint": None}
 
 
 def _checkpoint(
