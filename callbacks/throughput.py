@@ -1,15 +1,17 @@
 """Images per second, and how much of the hardware's arithmetic a training step uses."""
 
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ThroughputMonitor
+from lightning.fabric.utilities.throughput import Throughput as Rates
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 from vfm_vae.types import num_images
 
@@ -25,19 +27,9 @@ PEAK_FLOPS = {
     "A100": 312e12,
 }
 
-# The CPU's fused attention, which torch's table lacks.
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value)
-    ),
-}
 
-
-class Throughput(ThroughputMonitor):
-    """Lightning's ThroughputMonitor, which counts the floating-point operations of a training step itself.
+class Throughput(Callback):
+    """Logs images per second, and counts the floating-point operations of a training step itself.
 
     In the first training batches of a run, all products (matrix products, convolutions, attention), forward and
     backward, of every player and every frozen network, are counted as the device is told to do them, at two operations
@@ -47,17 +39,23 @@ class Throughput(ThroughputMonitor):
     With `torch.compile`, the batches that are counted run uncompiled, so they differ from compiled ones by rounding.
     List it before callbacks that compute at the end of a batch, or that is counted as well.
 
-    Logged, each over the last `window_size` batches of rank zero, those that were counted left out:
+    Logged where Lightning logs, each over the last `window_size` batches of rank zero, those that were counted left
+    out, and validations and what comes with them:
 
-    - `train/device/samples_per_sec`, and over all ranks, where there are several, `train/samples_per_sec`;
+    - `train/device/samples_per_sec`, and over all ranks, where there are several, `train/samples_per_sec`; likewise
+      `batches_per_sec`;
     - `train/device/flops_per_sec`, likewise `train/flops_per_sec`;
     - `train/device/mfu`: the share of what the device can do at most, where that is known: `peak_flops`, or, with
       `bf16` or `16` precision, the data sheet of the GPUs in `PEAK_FLOPS`. (Lightning's own table holds numbers with
       sparsity for some.)
+    - `train/time` (seconds), `train/batches` and `train/samples` (of rank zero) since the last that was counted.
+
+    An evaluation's speed is logged as well, as `validate/...`, `test/...` and `predict/...`, without operations. The
+    host never waits for the device to measure, so a time is that at which a batch was launched.
 
     Args:
         batch_size_fn: images in a batch.
-        window_size: batches that an average spans.
+        window_size: batches that an average spans; with few, a GPU's rates are rough.
         count_batches: batches to count; 0 counts none and logs no operations.
         peak_flops: of one device, per second.
 
@@ -78,21 +76,26 @@ class Throughput(ThroughputMonitor):
             raise ValueError(f"count_batches: must not be negative, given {count_batches}")
         if peak_flops is not None and peak_flops <= 0:
             raise ValueError(f"peak_flops: must be positive, or null, given {peak_flops:g}")
-        super().__init__(batch_size_fn, window_size=window_size)
+        self.batch_size_fn, self.window_size = batch_size_fn, window_size
         self.count_batches, self.peak_flops = count_batches, peak_flops
+        self.available_flops: float | None = None
+        self._meters: dict[RunningStage, _Meter] = {}
         self._counts: list[int] = []
         self._counter: FlopCounterMode | None = None
         self._counting = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learns what the device can do."""
-        super().setup(trainer, pl_module, stage)
         self.available_flops = self.peak_flops or peak_flops(trainer)
-        for throughput in self._throughputs.values():
-            throughput.available_flops = self.available_flops
+        self._meters = {}
         if stage == "fit":
             self._counts = []
             pl_module.flops_per_batch = None
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._begin(trainer)
 
     @rank_zero_only
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -106,15 +109,52 @@ class Throughput(ThroughputMonitor):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         """Notes the count, and then starts the clock; later batches are measured."""
-        if self._counter is None:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, *args)
+        if self._counter is not None:
+            self._counting.close()
+            self._counts.append(self._counter.get_total_flops())
+            self._counter = None
+            if len(self._counts) == self.count_batches:
+                pl_module.flops_per_batch = sum(self._counts) / self.count_batches
+            self._begin(trainer)
             return
-        self._counting.close()
-        self._counts.append(self._counter.get_total_flops())
-        self._counter = None
-        if len(self._counts) == self.count_batches:
-            pl_module.flops_per_batch = sum(self._counts) / self.count_batches
-        self._start(trainer)
+        self._meters[RunningStage.TRAINING].note(self.batch_size_fn(batch), pl_module.flops_per_batch)
+        if not trainer.fit_loop._should_accumulate():
+            self._log(trainer)
+
+    @rank_zero_only
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the evaluation's clock."""
+        if not trainer.sanity_checking:
+            self._begin(trainer)
+
+    @rank_zero_only
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        """Measures a batch of the evaluation."""
+        if not trainer.sanity_checking:
+            self._meters[trainer.state.stage].note(self.batch_size_fn(batch))
+            self._log(trainer, trainer._active_loop.batch_progress.total.ready)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets the clock of training, if it ran, go on where it stood."""
+        if RunningStage.TRAINING in self._meters:
+            self._meters[RunningStage.TRAINING].resume()
+
+    def _begin(self, trainer: Trainer) -> None:
+        rates = Rates(self.available_flops, trainer.world_size, self.window_size)
+        self._meters[trainer.state.stage] = _Meter(rates)
+
+    def _log(self, trainer: Trainer, step: int | None = None) -> None:
+        # The connector, as in Lightning's own monitors: `log_dict` would copy to the device in each batch, and wait.
+        if trainer._logger_connector.should_update_logs:
+            stage = trainer.state.stage
+            rates = {f"{stage.value}/{name}": rate for name, rate in self._meters[stage].rates.compute().items()}
+            trainer._logger_connector.log_metrics(rates, step=step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Counts no longer."""
@@ -122,9 +162,63 @@ class Throughput(ThroughputMonitor):
         self._counter = None
 
 
+class _Meter:
+    """Counts batches and images, and the seconds that the host took for them.
+
+    It looks at the clock when a batch was launched. Waiting until the device has done it would leave the device idle
+    while the next is launched. A device's queue is bounded, to about the launches of a step, so over a window of 50
+    batches the difference is small.
+    """
+
+    def __init__(self, rates: Rates) -> None:
+        self.rates = rates
+        self._batches = self._images = 0
+        self._seconds, self._start = 0.0, time.perf_counter()
+
+    def note(self, images: int, flops: float | None = None) -> None:
+        """A batch has ended."""
+        self._batches += 1
+        self._images += images
+        self._seconds = time.perf_counter() - self._start
+        self.rates.update(time=self._seconds, batches=self._batches, samples=self._images, flops=flops)
+
+    def resume(self) -> None:
+        """What passed since the last batch takes no time."""
+        self._start = time.perf_counter() - self._seconds
+
+
 def flop_counter() -> FlopCounterMode:
-    """Counts the operations of products within it, the CPU's fused attention included."""
-    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    """Counts the operations of products within it, at two per multiplication and addition.
+
+    Torch's counter, which lacks the CPU's fused attention, and takes the gradients of a grouped convolution for those
+    of a dense one.
+    """
+    aten = torch.ops.aten
+    formulas = {
+        aten.convolution_backward: _convolution_backward,
+        aten._scaled_dot_product_flash_attention_for_cpu: (
+            lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value)
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _convolution_backward(
+    gradient: Sequence[int], x: Sequence[int], weight: Sequence[int], *arguments: Any, **_: Any
+) -> int:
+    """The gradients of the input and of the weight, where asked for: each has the products of the forward pass.
+
+    Args:
+        gradient: shape of the output's gradient.
+        x: shape of the input.
+        weight: shape `[C_out, C_in / groups, *kernel]`, transposed `[C_in, C_out / groups, *kernel]`.
+        arguments: the others of `aten.convolution_backward`, in its order.
+    """
+    *_, transposed, _, _, wanted = arguments
+    return conv_flop_count(x, weight, gradient, transposed) * sum(wanted[:2])
 
 
 def peak_flops(trainer: Trainer) -> float | None:

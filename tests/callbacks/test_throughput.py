@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from callbacks.throughput import PEAK_FLOPS, Throughput, peak_flops
+from callbacks.throughput import PEAK_FLOPS, Throughput, flop_counter, peak_flops
 
 B = 4
 # Multiplications of one image: the generator forward (16 * 8 twice), its weights' gradients, the gradient between its
@@ -44,6 +44,9 @@ class Players(LightningModule):
             second.optimizer.step()
             for optimizer in (first, second):
                 optimizer.zero_grad()
+
+    def validation_step(self, batch, batch_idx):
+        self.generator(batch.images[:, 0, 0].float())
 
 
 class Growing(LightningModule):
@@ -83,6 +86,20 @@ def logged(trainer, tmp_path):
     return make
 
 
+class Waiting(Callback):
+    """A clock that goes a second per training batch and a hundred per batch of a validation, and nothing but that."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("callbacks.throughput.time.perf_counter", lambda: self.now)
+
+    def on_train_batch_start(self, *_):
+        self.now += 1
+
+    def on_validation_batch_start(self, *_):
+        self.now += 100
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_operations_of_two_players(logged, events, data, accumulate):
     module = Players(accumulate)
@@ -102,6 +119,62 @@ def test_share_of_the_peak(logged, events, data):
     scalars = events("run")
     for step, rate in scalars["train/device/flops_per_sec"].items():
         assert scalars["train/device/mfu"][step] == pytest.approx(rate / 1e9)
+
+
+def test_rates_over_all_ranks_without_validations(monkeypatch, logged, events, data):
+    clock, module = Waiting(monkeypatch), Players()
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    fitting = logged("run", clock, Throughput(window_size=3, peak_flops=1e9), max_steps=12, val_check_interval=4)
+    fitting.fit(module, data)
+    scalars = events("run")
+    rates = {
+        "train/device/batches_per_sec": 1,
+        "train/device/samples_per_sec": B,
+        "train/device/flops_per_sec": TWO_PLAYERS,
+        "train/device/mfu": TWO_PLAYERS / 1e9,
+        "train/batches_per_sec": 2,
+        "train/samples_per_sec": 2 * B,
+        "train/flops_per_sec": 2 * TWO_PLAYERS,
+    }
+    for key, rate in rates.items():
+        assert list(scalars[key]) == list(range(3, 12))  # the first was counted, and three make a window
+        assert list(scalars[key].values()) == pytest.approx([rate] * 9), key
+    assert scalars["train/time"] == scalars["train/batches"] == {step: step for step in range(1, 12)}
+    assert list(scalars["validate/device/batches_per_sec"].values()) == pytest.approx([0.01] * 3)
+    assert not any("flops" in key for key in scalars if key.startswith("validate"))
+
+
+class Device(Callback):
+    """Callbacks listed after it see this device at the end of a batch."""
+
+    def __init__(self, kind):
+        self.device = torch.device(kind)
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.strategy._root_device = self.device
+
+
+def test_no_batch_waits_for_the_device(monkeypatch, logged, events, data):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("the host waits"))
+    callbacks = (Device("cuda"), Throughput(window_size=2, peak_flops=1e9), Device("cpu"))
+    logged("run", *callbacks, max_steps=4, limit_val_batches=0).fit(Players(), data)
+    assert "train/device/mfu" in events("run")
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [2, 3, 4, 5]), (3, [2, 5])])
+def test_logged_where_others_are(logged, events, data, every, steps):
+    throughput = Throughput(window_size=2)
+    logged("run", throughput, max_steps=6, limit_val_batches=0, log_every_n_steps=every).fit(Players(), data)
+    assert list(events("run")["train/device/samples_per_sec"]) == steps
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_evaluations_are_measured(trainer, new_module, data, verb):
+    throughput = Throughput(window_size=2)
+    evaluating = trainer(throughput, log_every_n_steps=1, logger=True)
+    getattr(evaluating, verb)(new_module(), data)
+    assert evaluating.logged_metrics[f"{verb}/samples"] == 13
+    assert evaluating.logged_metrics[f"{verb}/device/samples_per_sec"] > 0
 
 
 def test_batches_that_differ_are_averaged(logged, data):
@@ -134,6 +207,38 @@ def test_attention_counts_on_the_cpu(logged, data):
     logged("run", Throughput(), max_steps=1, limit_val_batches=0).fit(module, data)
     linear, products = 2 * 2 * B * 8 * 8, 2 * 2 * B * 8 * 8 * 16  # forward and weights; q k^T and weights v
     assert module.flops_per_batch == linear + products * 3.5  # backward computes q k^T once more, then four products
+
+
+@pytest.mark.parametrize("needs_input", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3},
+        {"kernel_size": 7, "groups": 8, "padding": 3},
+        {"kernel_size": 3, "groups": 4, "stride": 2, "padding": 1},
+        {"kernel_size": (1, 3), "groups": 2, "dilation": 2, "bias": False},
+    ],
+)
+def test_convolutions(options, transposed, needs_input):
+    inputs, outputs = 8, 16
+    layer = (nn.ConvTranspose2d if transposed else nn.Conv2d)(inputs, outputs, **options)
+    x = torch.randn(B, inputs, 13, 10, requires_grad=needs_input)
+    with flop_counter() as forward:
+        y = layer(x)
+    positions = x[0, 0].numel() if transposed else y[0, 0].numel()  # at which the kernel lies
+    operations = 2 * B * outputs * positions * layer.weight[0, 0].numel() * inputs // layer.groups
+    assert forward.get_total_flops() == operations
+    with flop_counter() as backward:
+        y.sum().backward()
+    assert backward.get_total_flops() == operations * (2 if needs_input else 1)
+
+
+def test_a_frozen_convolution_hands_gradients_on():
+    layer = nn.Conv2d(8, 8, 3, groups=8).requires_grad_(False)
+    with flop_counter() as counter:
+        layer(torch.randn(B, 8, 6, 6, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * B * 8 * 4 * 4 * 9)
 
 
 def test_counting_changes_no_weight_and_survives_a_resume(trainer, logged, events, new_module, data, tmp_path):
