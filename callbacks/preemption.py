@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loops.progress import _BatchProgress
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import distributed
+from torch import Tensor, distributed
 
 
 class StopOnSignal(Checkpoint):
@@ -24,6 +24,10 @@ class StopOnSignal(Checkpoint):
     waits for the end of an optimiser's step, because a checkpoint holds no half-accumulated gradients. No validation is
     run; one that was due or had begun is done as a whole after the resume. (What a validation computes after its last
     batch is not interrupted.) Until training begins, signals do what they did before.
+
+    Several ranks with GPUs read an answer when they next ask, so all of them stop one asking later (by default, one
+    step): a rank that waited for it at once would leave its GPU idle at the end of each step. For the same reason,
+    where SIGTERM is among the signals, Lightning's ranks no longer ask each other for it before each batch.
 
     The process ends by `SystemExit` out of `Trainer.fit`, with code 0: whoever started it sees a command that did what
     it was told, and one that went wrong differs from it. Give `exit_code` where a scheduler restarts jobs by their
@@ -69,6 +73,8 @@ class StopOnSignal(Checkpoint):
         self.every_n_steps, self.exit_code, self.requeue = every_n_steps, exit_code, requeue
         self._received = 0  # number of the signal
         self._asked = 0  # step
+        self._late = False  # whether an answer is read when the next question is asked
+        self._answer: _Answer | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -84,8 +90,13 @@ class StopOnSignal(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on, signals are noted. Lightning's handler of SIGTERM, which breaks off, stands aside."""
         self._received, self._asked = 0, trainer.global_step
+        self._late, self._answer = trainer.strategy.root_device.type == "cuda", None
         if threading.current_thread() is threading.main_thread():
             self._previous |= {number: signal.signal(number, self._note) for number in self.signals}
+        if trainer.world_size > 1 and signal.SIGTERM in self.signals:
+            loop = trainer.fit_loop.epoch_loop
+            loop._broadcast_sigterm_tensor()  # of a signal that came before; Lightning hears of no later one
+            loop._broadcast_sigterm_tensor = lambda: None
 
     def _note(self, number: int, frame: Any) -> None:
         self._received = number
@@ -115,9 +126,12 @@ class StopOnSignal(Checkpoint):
         """The signal that any rank received, or 0; the same on all ranks."""
         if trainer.world_size == 1:
             return self._received
-        number = torch.tensor(self._received, device=trainer.strategy.root_device)
+        number = torch.full((), self._received, device=trainer.strategy.root_device)  # `tensor` would wait to copy
         distributed.all_reduce(number, distributed.ReduceOp.MAX)
-        return int(number)
+        if not self._late:
+            return int(number)
+        former, self._answer = self._answer, _Answer(number)
+        return former.read() if former is not None else 0
 
     def _stop(self, trainer: Trainer, number: int) -> None:
         name, code = signal.Signals(number).name, self.exit_code
@@ -133,10 +147,25 @@ class StopOnSignal(Checkpoint):
         """Gives the signals back, before Lightning gives back what it found itself."""
         while self._previous:
             signal.signal(*self._previous.popitem())
+        vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives them back."""
         self.on_train_end(trainer, pl_module)
+
+
+class _Answer:
+    """A GPU's number on its way to the host, to be read a step later."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = number.to("cpu", non_blocking=True)  # pinned
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def read(self) -> int:
+        """Waits for what was launched before the number was sent; what was launched since remains in the queue."""
+        self._arrived.synchronize()
+        return int(self._number)
 
 
 def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,7 +144,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.preemption import StopOnSignal
 
-out, name = Path(sys.argv[1]), sys.argv[2]
+out, name, late = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "late"
+asked = []  # by Lightning, in training
 
 class Module(LightningModule):
     def __init__(self):
@@ -154,39 +156,76 @@ class Module(LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 
+class Event:  # of a device that there is not
+    def record(self):
+        self.recorded = True
+    def synchronize(self):
+        assert self.recorded
+
+class Late(StopOnSignal):  # as on GPUs
+    def on_train_start(self, trainer, module):
+        super().on_train_start(trainer, module)
+        self._late = True
+
 class Signal(Callback):
+    def on_train_start(self, trainer, module):
+        broadcast = torch.distributed.broadcast
+        torch.distributed.broadcast = lambda *args, **kwargs: (asked.append(args), broadcast(*args, **kwargs))
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if batch_idx == 4 and trainer.global_rank == 1:
             (out / "sent").write_text(str(time.time()))
             os.kill(os.getpid(), signal.Signals[name])
     def on_exception(self, trainer, module, exception):
         steps, code = trainer.global_step, exception.code
-        (out / f"rank{trainer.global_rank}").write_text(f"{time.time()} {steps} {code}")
+        (out / f"rank{trainer.global_rank}").write_text(f"{time.time()} {steps} {code} {len(asked)}")
+
+torch.cuda.Event = Event
 
 trainer = Trainer(
     accelerator="cpu", devices=2, strategy="ddp", logger=False, default_root_dir=out, enable_progress_bar=False,
     enable_model_summary=False, max_epochs=1,
     callbacks=[
-        Signal(), ModelCheckpoint(out, save_last=True, save_top_k=0), StopOnSignal(every_n_steps=3, exit_code=7)
+        Signal(), ModelCheckpoint(out, save_last=True, save_top_k=0),
+        (Late if late else StopOnSignal)(every_n_steps=3, exit_code=7),
     ],
 )
 trainer.fit(Module(), torch.utils.data.DataLoader(torch.randn(1000, 2)))
 """
 
 
-def test_a_signal_to_one_rank_stops_both(tmp_path: Path):
+# Told in step 5, they ask each other after steps 3, 6 and 9, and on GPUs read the answer when they next ask.
+@pytest.mark.parametrize(("when_read", "last_step"), [("soon", "6"), ("late", "9")])
+def test_a_signal_to_one_rank_stops_both(tmp_path: Path, when_read: str, last_step: str):
     (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path), "SIGTERM"]
+    command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path), "SIGTERM", when_read]
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     code = end(process, timeout=60)
     sent = float((tmp_path / "sent").read_text())
     for rank in (0, 1):
-        when, step, exit_code = (tmp_path / f"rank{rank}").read_text().split()
+        when, step, exit_code, asked = (tmp_path / f"rank{rank}").read_text().split()
         assert float(when) - sent < 5
-        assert (step, exit_code) == ("6", "7")  # in step 5 it was told to, after step 6 they asked each other
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
+        assert (step, exit_code) == (last_step, "7")
+        assert asked == "1"  # as training began; in no step since
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == int(last_step)
     assert code == 7
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_asking_leaves_the_queue_filled(tmp_path: Path):
+    strategy = SimpleNamespace(root_device=torch.device("cuda", torch.cuda.current_device()))
+    trainer = SimpleNamespace(world_size=2, strategy=strategy)
+    stop = StopOnSignal()
+    stop._late = True
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        assert [stop._agreed(trainer) for _ in range(3)] == [0, 0, 0]  # whatever it allocates it has by now
+        stop._received = signal.SIGTERM
+        torch.cuda._sleep(2 * 10**9)  # cycles, about a second
+        assert stop._agreed(trainer) == 0 and not torch.cuda.current_stream().query()
+        assert stop._agreed(trainer) == signal.SIGTERM
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class Raise(Callback):
