@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from vfm_vae.cli import MATMUL_PRECISION, add_matmul_precision, set_matmul_precision
 from vfm_vae.data.archive import ImageArchive
 from vfm_vae.metrics.inception import Inception
 from vfm_vae.metrics.reference import ReferenceImages, name_of, network_settings
@@ -161,6 +162,7 @@ def evaluate_samples(
         "samples": samples,
         "num_images": files.num_images,
         "precision_recall": precision_recall,
+        "matmul_precision": torch.get_float32_matmul_precision(),
     }
     settings |= real.settings() | network_settings(network)
     metrics = json_numbers({f"test/{key}": value for key, value in values.items()})
@@ -194,5 +196,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="python -m ldm test", exit_on_error=False, description=evaluate_samples.__doc__.splitlines()[0]
     )
+    add_matmul_precision(parser)
     parser.add_function_arguments(evaluate_samples)
-    evaluate_samples(**parser.parse_args(sys.argv[2:] if arguments is None else arguments).as_dict())
+    options = parser.parse_args(sys.argv[2:] if arguments is None else arguments).as_dict()
+    set_matmul_precision(options.pop(MATMUL_PRECISION))
+    evaluate_samples(**options)

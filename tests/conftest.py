@@ -1,6 +1,6 @@
 """A tokenizer small enough to train within a test, on the embedded VFM."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,15 @@ from vfm_vae.types import Batch
 from vfm_vae.vfm import FrozenVFM
 
 VFM = "vit_photos_patch8_64"
+
+
+@pytest.fixture(autouse=True)
+def matmul_precision() -> Iterator[None]:
+    """Undoes what a command line that ran within a test set for the whole process."""
+    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @pytest.fixture

@@ -84,12 +84,15 @@ def test_fit_validate_predict(folder: Path):
     last = "runs/small/checkpoints/last.ckpt"
     assert torch.load(folder / last, weights_only=True)["images_seen"] == 48
     assert list((folder / "runs/small").glob("events*"))
+    assert "\nmatmul_precision: high\n" in (folder / "runs/small/config.yaml").read_text()
 
     trained = ["-c", "runs/small/config.yaml", "--ckpt_path", last]
-    code, out, err = run(folder, "validate", *trained)
+    report = folder / "runs/small/metrics.json"
+    assert json.loads(report.read_text())["run"]["settings"]["model"]["matmul_precision"] == "high"
+    code, out, err = run(folder, "validate", *trained, "--matmul_precision=highest")
     assert code == 0, err
-    metrics = json.loads((folder / "runs/small/metrics.json").read_text())["run"]["metrics"]
-    assert metrics["val/psnr"] > 5
+    entry = json.loads(report.read_text())["run"]
+    assert entry["metrics"]["val/psnr"] > 5 and entry["settings"]["model"]["matmul_precision"] == "highest"
     assert "val/psnr" in out
 
     writer = "--trainer.callbacks+=callbacks.writers.ReconstructionWriter"
@@ -129,6 +132,10 @@ MISTAKES = {
     "misspelt key": (["--model.max_imges=3"], "--model.max_imges"),
     "misspelt key in YAML": (["-c", "typo.yaml"], "latent_chanels"),
     "wrong parts": (["--model.model.init_args.adapter.init_args.unshuffle=2"], "unshuffle"),
+    "no such precision": (
+        ["--matmul_precision=low"],
+        "\"matmul_precision\": Expected a typing.Literal['highest', 'high', 'medium']. Got value: low",
+    ),
     "missing stage": (["--model.init_from=nowhere.ckpt"], "init_from: there is no checkpoint 'nowhere.ckpt'"),
 }
 

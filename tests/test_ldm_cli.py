@@ -101,10 +101,12 @@ def test_fit_validate_predict(chain: Path):
 
     writer = "--trainer.callbacks+=callbacks.writers.SampleWriter"
     options = ["--trainer.callbacks.npz=true", "--data.num_samples=13"]
-    for name, batch in (("a", 13), ("b", 4)):
+    for name, batch, precision in (("a", 13, "high"), ("b", 4, "highest")):
         where = [f"--trainer.callbacks.directory={name}", f"--data.val_batch_size={batch}"]
+        where += [] if precision == "high" else [f"--matmul_precision={precision}"]
         code, _, err = ldm(chain, "predict", *trained, writer, *where, *options)
         assert code == 0, err
+        assert json.loads((chain / name / "samples.json").read_text())["matmul_precision"] == precision
     with np.load(chain / "a.npz") as a, np.load(chain / "b.npz") as b:
         assert a["arr_0"].shape == (13, 64, 64, 3)
         assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
@@ -141,6 +143,7 @@ MISTAKES = {
         ],
         "reference: nothing at 'nowhere.npz'; give a folder",
     ),
+    "no such precision": (["--matmul_precision=low"], "['highest', 'high', 'medium']. Got value: low"),
     "misspelt key": (["--model.cosine_wait=3"], "--model.cosine_wait"),
 }
 

@@ -5,15 +5,17 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
-from jsonargparse import ArgumentError
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 DEBUG = "VFM_VAE_DEBUG"
 PACKAGES = ("vfm_vae", "ldm", "callbacks")
+MATMUL_PRECISION = "matmul_precision"
 
 
 class SaveTrainingConfig(SaveConfigCallback):
@@ -27,6 +29,14 @@ class SaveTrainingConfig(SaveConfigCallback):
 
 class CLI(LightningCLI):
     """LightningCLI that reads checkpoints without unpickling objects, and lets configs have the last word."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what is set before anything is built."""
+        add_matmul_precision(parser)
+
+    def before_instantiate_classes(self) -> None:
+        """Sets it."""
+        set_matmul_precision(self.config[self.subcommand][MATMUL_PRECISION])
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -60,6 +70,28 @@ def run(module: type[LightningModule], datamodule: type[LightningDataModule], te
             # Rerunning a stage in its folder is how it is resumed.
             save_config_kwargs={"overwrite": True},
         )
+
+
+def add_matmul_precision(parser: ArgumentParser) -> None:
+    """Adds the option whose value `set_matmul_precision` takes."""
+    parser.add_argument(
+        f"--{MATMUL_PRECISION}",
+        type=Literal["highest", "high", "medium"],
+        default="high",
+        help="How GPUs compute products and convolutions of float32: `highest` in float32 throughout, `high` and "
+        "`medium` in TF32, which is several times faster. CPUs do alike where they can: hardly any has TF32, but by "
+        "`medium` many take bfloat16.",
+    )
+
+
+def set_matmul_precision(precision: str) -> None:
+    """Lets all that follows in this process compute products and convolutions of float32 as precisely.
+
+    Args:
+        precision: `highest`, `high` or `medium`, as `add_matmul_precision` explains them.
+    """
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"  # convolutions would take TF32 in any case
 
 
 @contextmanager

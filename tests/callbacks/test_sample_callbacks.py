@@ -307,3 +307,5 @@ def test_settings_are_kept_and_compared(tmp_path, trainer):
     keep_settings(trainer(), tmp_path / "a/settings.json", {"seed": 1, "size": (2, 3)})
     with pytest.raises(ValueError, match="seed was 1, now 2"):
         keep_settings(trainer(), tmp_path / "a/settings.json", {"seed": 2, "size": (2, 3)})
+    with pytest.raises(ValueError, match=r"holds what was made otherwise: precision was None, now 'high'\. Choose an"):
+        keep_settings(trainer(), tmp_path / "a/settings.json", {"seed": 1, "size": (2, 3), "precision": "high"})

@@ -69,6 +69,7 @@ def test_the_command_line_knows_files_of_samples(samples, photos):
     for wrong, message in {
         "--reference=nowhere": "reference: nothing at 'nowhere'",
         "--bach_size=3": "bach_size",
+        "--matmul_precision=low": "['highest', 'high', 'medium']. Got value: low",
     }.items():
         run = subprocess.run(
             [sys.executable, "-m", "ldm", *command, wrong], cwd=samples, capture_output=True, text=True, timeout=120,
@@ -102,6 +103,19 @@ def test_what_is_missing_is_named_before_anything_is_measured(samples, photos, t
             main([*arguments, option])
     with pytest.raises(ValueError, match=r"^vfm_weights: no file at 'no'"):
         main([*arguments, f"--vfm={VFM}", "--vfm_weights=no"])
+
+
+@pytest.mark.parametrize(("options", "precision"), [([], "high"), (["--matmul_precision=highest"], "highest")])
+def test_the_precision_of_products_is_set_and_noted(samples, photos, monkeypatch, options, precision):
+    def watch(*args):
+        assert torch.get_float32_matmul_precision() == precision
+        return {}
+
+    monkeypatch.setattr("ldm.evaluate.measure", watch)
+    paths = ["--samples", str(samples / "samples"), "--reference", str(photos / "val"), "--image_size=64"]
+    main([*paths, f"--vfm={VFM}", f"--metrics_file={samples / 'numbers.json'}", *options])
+    settings = json.loads((samples / "numbers.json").read_text())["samples"]["settings"]
+    assert settings["matmul_precision"] == precision
 
 
 @pytest.fixture
