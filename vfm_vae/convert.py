@@ -16,7 +16,8 @@ from vfm_vae.discriminators.projected import DiscriminatorHead
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.modules.adapter import Adapter, Projection, ProjectionAttention
 from vfm_vae.modules.decoder import Decoder
-from vfm_vae.modules.layers import Blur, UpsampleUnit
+from vfm_vae.modules.layers import UpsampleUnit
+from vfm_vae.modules.maps import Blur
 from vfm_vae.pretrained import describe
 from vfm_vae.published import (
     Names,

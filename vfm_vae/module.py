@@ -15,15 +15,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.game import Game
+from vfm_vae.losses.alignment import settle
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.losses.objective import Objective
 from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics, Rounding, from_uint8, quantised
 from vfm_vae.modules.equivariance import EquivarianceRegularizer
 from vfm_vae.modules.resize import resize
+from vfm_vae.optimization import log_where_due, step_unless
 from vfm_vae.stages import begin, freeze_all_but, read_stage
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Batch, Decoded, Encoded, WeightAverage
@@ -50,7 +53,8 @@ class TokenizerModule(LightningModule):
         train_only: Parts of the model that train, by name, such as `decoder` or `decoder.blocks.5`; null for all. The
             others are set to the former stage's averages, which evaluation uses: so fine-tuning a decoder leaves the
             latents, and what was trained on them, as they are.
-        torch_compile: Compile the decoder for training, once for each size of latents.
+        torch_compile: Compile adapter, decoder and VFM layer by layer; `auto` does it on GPUs, for models that are not
+            small.
         evaluate: Which latent is decoded in evaluation: the posterior's mode, or a sample as published numbers do.
         rounding: How reconstructions become 8-bit images before they are measured: `round`, or `truncate` as in
             published numbers.
@@ -80,7 +84,7 @@ class TokenizerModule(LightningModule):
         max_images: int = -1,
         init_from: str | None = None,
         train_only: list[str] | None = None,
-        torch_compile: bool = False,
+        torch_compile: Compile = "auto",
         evaluate: Literal["mode", "sample"] = "mode",
         rounding: Rounding = "round",
         predict: Literal["reconstructions", "latents", "moments"] = "reconstructions",
@@ -119,7 +123,8 @@ class TokenizerModule(LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.interpolation = model.vfm.target_interpolation
         self.images_seen = 0
-        self._refused = False
+        self._refused: Tensor | None = None  # what the guard says of the step at hand
+        self._grad_norms: dict[str, Tensor] = {}  # of the last step
         self._average: Mapping[str, Any] | None = None
         self._evaluated: tuple[Batch, Tensor] | None = None  # reconstructions of the batch at hand
         self._encoded: tuple[Batch, Tensor] | None = None
@@ -145,15 +150,16 @@ class TokenizerModule(LightningModule):
         target = transform.image(images, self.interpolation)
 
         rec = self.objective.reconstruction(decoded, target, self.interpolation, self.images_seen)
-        latent, scalars = self.objective.latent(posterior, z, features, self.model.adapter, self.objective.total(rec))
+        total = settle(self.objective.total(rec), [decoded.image, *decoded.multiscale])  # two passes follow
+        latent, scalars = self.objective.latent(posterior, z, features, self.model.adapter, total)
         game = Game(self.discriminator, self.patchgan, target)
         against = game.generator_terms(decoded.image)
-        if self._accepts(reconstruction=rec, adversarial=against, others=latent):
-            self._learn(0, self.objective.total(rec | latent | against), step_ends)
+        self._judge(reconstruction=rec, adversarial=against, others=latent)
+        self._learn(0, total + self.objective.total(latent | against), step_ends)
 
         opponents = game.discriminator_terms(decoded.image)
-        if self._accepts(adversarial=opponents):
-            self._learn(1, sum(opponents.values()), step_ends)
+        self._judge(adversarial=opponents)
+        self._learn(1, sum(opponents.values()), step_ends)
 
         self._finish(step_ends, len(images))
         self._log_step(rec | latent | against | opponents, scalars | game.logits)
@@ -162,10 +168,9 @@ class TokenizerModule(LightningModule):
         """Makes a step's randomness a function of seed, rank and images seen, so that a resumed run draws the same."""
         torch.manual_seed(seed_of(self.seed, self.global_rank, self.images_seen))
 
-    def _accepts(self, **terms: Mapping[str, Tensor]) -> bool:
-        """Whether the guard lets the step go on; a refusal holds for every batch that would make one step."""
-        self._refused = self._refused or not self.guard.accepts(self.images_seen, **terms)
-        return not self._refused
+    def _judge(self, **terms: Mapping[str, Tensor]) -> None:
+        """Lets the guard see terms; a refusal holds for every batch that would make one step."""
+        self._refused = self.guard.refuses(self.images_seen, **terms, already=self._refused)
 
     def _learn(self, player: int, loss: Tensor, step_ends: bool) -> None:
         """Backward pass, and the optimiser's step where the accumulated batches are complete."""
@@ -176,13 +181,13 @@ class TokenizerModule(LightningModule):
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters])
-        self.log(("train/grad_norm", "train/grad_norm_discriminator")[player], norm)
-        if not self._accepts(others={"grad_norm": norm}):  # finite losses can have gradients that are not
-            return
+        self._grad_norms[("grad_norm", "grad_norm_discriminator")[player]] = norm
+        self._judge(others={"grad_norm": norm})  # finite losses can have gradients that are not
         if self.gradient_clip_val is not None:
             clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
         # Only the generator goes through Lightning's wrapper, which counts global_step: one step per batch.
-        (optimizer if player == 0 else optimizer.optimizer).step()
+        step = (optimizer if player == 0 else optimizer.optimizer).step
+        step_unless(self._refused, optimizer.optimizer, step)
 
     def _finish(self, step_ends: bool, num_images: int) -> None:
         """Counts images; where a step ends, drops its gradients, also those of a refused one."""
@@ -190,19 +195,13 @@ class TokenizerModule(LightningModule):
         if step_ends:
             for optimizer in self.optimizers():
                 optimizer.zero_grad()
-            self._refused = False
+            self._refused = None
 
     def _log_step(self, terms: Mapping[str, Tensor], scalars: Mapping[str, Tensor]) -> None:
-        losses = {f"train/loss_{name}": term.detach() for name, term in terms.items()}
-        self.log("train/loss_l1", losses.pop("train/loss_l1", torch.zeros(())), prog_bar=True)
-        self.log_dict(
-            losses
-            | {f"train/{name}": value for name, value in scalars.items()}
-            | {
-                "train/skipped_steps": float(self.guard.num_skipped),
-                "images_seen": float(self.images_seen),
-            }
-        )
+        losses = {"train/loss_l1": 0.0} | {f"train/loss_{name}": term for name, term in terms.items()}
+        others = {f"train/{name}": value for name, value in (scalars | self._grad_norms).items()}
+        counts = {"train/skipped_steps": self.guard.skipped, "images_seen": float(self.images_seen)}
+        log_where_due(self, losses | others | counts, shown="train/loss_l1")
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Ends training once `max_images` were seen; Lightning then validates and saves once more."""
@@ -250,6 +249,7 @@ class TokenizerModule(LightningModule):
             "seed": self.seed,
             "tokenizer": self.latent_identity(),
             "precision": self.trainer.precision,
+            "matmul_precision": torch.get_float32_matmul_precision(),
             "images_seen": self.images_seen,
             "weights": sha256_of(self.model.state_dict()),
         }
@@ -326,13 +326,20 @@ class TokenizerModule(LightningModule):
         image_size = getattr(self.trainer.datamodule, "image_size", None)
         if image_size is not None:
             self.model.check_image_size(image_size)
+        device = self.trainer.strategy.root_device
+        if device.type == "cuda":
+            self.model.vfm.hold_products_in(torch.bfloat16)  # in which it runs there
+        if should_compile(self.torch_compile, device, self.model):
+            self.model.compile_regions()
+            if stage == "fit":
+                self.discriminator.compile_regions()
         if stage == "fit":
             if self.trainer.precision == "16-mixed":
                 raise ValueError("trainer.precision: 16-mixed is not supported, use bf16-mixed")
+            if self.trainer.precision == "bf16-mixed":
+                self.discriminator.backbone.hold_products_in(torch.bfloat16)
             if self.init_from is not None and self.trainer.ckpt_path is None:
                 self._begin_from(self.init_from)
-            if self.torch_compile:
-                self.model.decoder.compile(dynamic=False)
 
     def _begin_from(self, path: str) -> None:
         """Carries over weights, discriminator, averages and the image counter; optimisers start fresh."""
@@ -353,6 +360,7 @@ class TokenizerModule(LightningModule):
         """Adds the image counter, the guard's memory, and which VFM the weights belong to."""
         checkpoint["images_seen"] = self.images_seen
         checkpoint["guard"] = self.guard.state_dict()
+        checkpoint["alignment"] = self.objective.progress()
         checkpoint["vfm"] = vfm_identity(self.model.vfm)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -372,6 +380,7 @@ class TokenizerModule(LightningModule):
             checkpoint["state_dict"] = state | {n: w for n, w in self.state_dict().items() if n.startswith(OPPONENTS)}
         self.images_seen = checkpoint["images_seen"]
         self.guard.load_state_dict(checkpoint["guard"])
+        self.objective.go_on(checkpoint.get("alignment", {}))
 
 
 def _accumulating(trainer: Trainer, wanted: bool) -> AbstractContextManager:

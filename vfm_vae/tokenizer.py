@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vfm_vae.modules.adapter import Adapter
+from vfm_vae.compilation import compile_regions
+from vfm_vae.modules.adapter import Adapter, AttentionProjection
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.modules.quantizer import QuantizedPosterior, VectorQuantizer
@@ -207,6 +208,13 @@ class VFMVAE(nn.Module, Pretrained):
                 f"image_size: {size} does not fit this tokenizer, whose latent needs sides that divide by 4: give a "
                 f"multiple of {step} (4 cells of {self.compression} pixels)"
             )
+
+    def compile_regions(self) -> None:
+        """Compiles adapter, decoder and VFM layer by layer, each where it is first called."""
+        compile_regions((m for m in self.adapter.modules() if isinstance(m, AttentionProjection)), dynamic=True)
+        self.decoder.compile_regions()
+        if self.vfm is not None:
+            compile_regions(self.vfm.network.blocks, dynamic=True)
 
     @property
     def latent_channels(self) -> int:

@@ -132,8 +132,22 @@ class Frozen(nn.Module):
         """Runs the network; gradients may pass through it to its inputs."""
         return self.network(*args, **kwargs)
 
+    def hold_products_in(self, dtype: torch.dtype) -> None:
+        """Keeps the weights of linear layers and convolutions in the precision that autocast takes them in.
+
+        Under it the outputs stay the same, bit for bit, and nothing is cast at each call. The fingerprint remains that
+        of the weights as they were read.
+
+        Args:
+            dtype: Of autocast.
+        """
+        self.fingerprint()
+        for layer in self.network.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.to(dtype)
+
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, over the names, shapes and bytes of the network's weights."""
+        """SHA-256, in hexadecimal, over the names, shapes and bytes of the network's weights, as they were read."""
         if self._fingerprint is None:
             self._fingerprint = sha256_of(self.network.state_dict())
         return self._fingerprint

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from vfm_vae.modules.decoder import Decoder, Mapping
+from vfm_vae.modules.modulated import ModulatedConvNeXt
 
 
 @pytest.fixture
@@ -97,8 +98,9 @@ def test_activation_checkpointing_changes_memory_alone(decoder):
     def measure(checkpointing: bool) -> tuple[list[torch.Tensor], int]:
         """Gradients, and the numbers that wait for the backward pass."""
         sizes = []
-        for block in decoder.blocks:
-            block.activation_checkpointing = checkpointing
+        for module in decoder.modules():
+            if isinstance(module, ModulatedConvNeXt):
+                module.recompute = checkpointing
         decoder.zero_grad()
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
             loss = decoder(latent).image.square().mean()

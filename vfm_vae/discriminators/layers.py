@@ -1,10 +1,13 @@
 """Layers that the discriminators share."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vfm_vae.modules.maps import uses_native_kernels
 
 
 class LocalBatchNorm(nn.Module):
@@ -35,6 +38,9 @@ class LocalBatchNorm(nn.Module):
                 f"batch size: {len(x)} doesn't divide into {groups} equal groups of at most {self.virtual_batch_size} "
                 f"samples; take a multiple of {self.virtual_batch_size}, or fewer"
             )
+        if x.ndim == 4 and not uses_native_kernels(x):  # folding would undo the memory layout
+            normalise = partial(F.batch_norm, running_mean=None, running_var=None, training=True, eps=self.eps)
+            return torch.cat([normalise(part, weight=self.weight, bias=self.bias) for part in x.chunk(groups)])
         # Groups become channels, so that one fused kernel does it.
         folded = x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)  # [B/G, G·C, ...]
         weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)

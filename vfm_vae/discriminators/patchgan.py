@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfm_vae.discriminators.layers import LocalBatchNorm
+from vfm_vae.modules.maps import in_fast_layout
 
 
 class PatchDiscriminator(nn.Module):
@@ -117,7 +118,7 @@ class PatchGAN(nn.Module):
             ValueError: if B doesn't divide into equal groups.
         """
         with torch.autocast(images.device.type, enabled=False):
-            images = images.float()
+            images = in_fast_layout(images.float())
             outputs = []
             for i, discriminator in enumerate(self.scales):
                 if i > 0:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
+from vfm_vae.compilation import compile_regions
 from vfm_vae.discriminators.augment import DifferentiableAugmentation
 from vfm_vae.discriminators.layers import LocalBatchNorm
 from vfm_vae.modules.resize import resize
@@ -128,6 +129,10 @@ class ProjectedDiscriminator(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             logits = [head(tokens.float()) for head, tokens in zip(self.heads, features, strict=True)]  # [B, 1, N]
         return torch.cat(logits, 2).squeeze(1)  # [B, L·N]
+
+    def compile_regions(self) -> None:
+        """Compiles the backbone block by block, where it is first called."""
+        compile_regions(self.backbone.network.blocks, dynamic=True)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Brings images to the backbone's input: resize, [-1, 1] → [0, 1], the backbone's mean and std.

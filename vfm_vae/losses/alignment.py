@@ -1,11 +1,13 @@
 """Alignment of latents with a vision foundation model's features: the VF loss of VA-VAE (arXiv 2501.01423)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from vfm_vae.modules.convnext import no_gradients_of_weights
 
 
 class VFLoss(NamedTuple):
@@ -79,13 +81,45 @@ def pool_tokens(tokens: Tensor, grid: Sequence[int], latent_grid: Sequence[int])
     return F.avg_pool2d(maps, (rows // latent_grid[0], columns // latent_grid[1]))
 
 
+def settle(loss: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """The same loss, whose gradient at `inputs` is computed here, once, and not in each backward pass that follows.
+
+    What lies between the two, such as a perceptual network, is then freed.
+
+    Args:
+        loss: A scalar.
+        inputs: Tensors that it depends on, or not.
+    """
+    if not loss.requires_grad:  # nothing was weighed
+        return loss
+    inputs = [x for x in inputs if x.requires_grad]
+    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    used = [(x, gradient) for x, gradient in zip(inputs, gradients, strict=True) if gradient is not None]
+    return _Settled.apply(loss.detach(), [gradient for _, gradient in used], *(x for x, _ in used))
+
+
+class _Settled(torch.autograd.Function):
+    """A scalar with gradients that are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(known * gradient for known in ctx.saved_tensors)
+
+
 def adaptive_weight(
     reconstruction_loss: Tensor, alignment_loss: Tensor, weight: Tensor, maximum: float = 1e8
 ) -> Tensor:
     """Balances the alignment loss against the reconstruction (adaptive weighting of VA-VAE; VQGAN's rule).
 
     `||grad L_rec|| / (||grad L_vf|| + 1e-4)`, both gradients taken at the last weight that the two losses share. The
-    graph is kept for the backward pass that follows; no gradient is accumulated.
+    graph is kept for the backward pass that follows; no gradient is accumulated. Costs a backward pass through the
+    decoder, without its weights' gradients; give a `settle`d loss, so that what lies behind the decoder isn't passed
+    twice.
 
     Args:
         reconstruction_loss: sum of the weighted reconstruction terms, a scalar.
@@ -96,7 +130,8 @@ def adaptive_weight(
     Returns:
         Detached scalar in `[0, maximum]`.
     """
-    (reconstruction,) = torch.autograd.grad(reconstruction_loss, weight, retain_graph=True)
+    with no_gradients_of_weights():
+        (reconstruction,) = torch.autograd.grad(reconstruction_loss, weight, retain_graph=True)
     (alignment,) = torch.autograd.grad(alignment_loss, weight, retain_graph=True)
     ratio = reconstruction.float().norm() / (alignment.float().norm() + 1e-4)
     return ratio.clamp(0, maximum).detach()

@@ -8,7 +8,7 @@ from torch import Tensor, distributed
 
 
 class NonFiniteGuard:
-    """Decides whether a step may be taken; all ranks decide together, so that none waits for another.
+    """Decides whether a step may be taken; all ranks decide together, so that none goes on alone.
 
     A step is refused when on any rank
 
@@ -18,6 +18,8 @@ class NonFiniteGuard:
 
     The last two begin `grace_images` images after the start or a resume: until then losses may rightly move that fast.
 
+    Decisions stay on the device: nothing here waits for it but `num_skipped` and `state_dict`.
+
     Args:
         jump: largest allowed ratio of a reconstruction term to its last accepted value.
         floor: a last value at or below this allows any jump.
@@ -25,7 +27,7 @@ class NonFiniteGuard:
         grace_images: images, over all ranks, before anything but finiteness is asked for.
 
     Attributes:
-        num_skipped: steps refused so far, former runs included.
+        skipped: steps refused so far, former runs included, an integer on the device.
     """
 
     def __init__(
@@ -35,27 +37,35 @@ class NonFiniteGuard:
         self.floor = floor
         self.adversarial_limit = adversarial_limit
         self.grace_images = grace_images
-        self.num_skipped = 0
+        self.skipped = torch.zeros((), dtype=torch.int64)
         self._first_images: int | None = None
         self._previous: dict[str, Tensor] = {}
 
-    def accepts(
+    @property
+    def num_skipped(self) -> int:
+        """`skipped` as a number."""
+        return int(self.skipped)
+
+    def refuses(
         self,
         images_seen: int,
         *,
         reconstruction: Mapping[str, Tensor] | None = None,
         adversarial: Mapping[str, Tensor] | None = None,
         others: Mapping[str, Tensor] | None = None,
-    ) -> bool:
-        """Says whether the step with these terms may be taken; every rank asks alike.
-
-        Waits for the device once.
+        already: Tensor | None = None,
+    ) -> Tensor:
+        """Says whether the step with these terms must not be taken; every rank asks alike.
 
         Args:
             images_seen: images trained on so far, over all ranks.
             reconstruction: scalars that fall slowly, by name.
             adversarial: scalars of the two-player game, by name.
             others: scalars of which nothing but finiteness is asked.
+            already: what was said of other terms of this step; once it was refused, it stays so and counts once.
+
+        Returns:
+            1 or 0, a float32 scalar on the terms' device.
         """
         if self._first_images is None:
             self._first_images = images_seen
@@ -63,13 +73,16 @@ class NonFiniteGuard:
         strict = images_seen - self._first_images >= self.grace_images
         with torch.no_grad():
             refused = self._refused(reconstruction, adversarial or {}, others or {}, strict)
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(refused, distributed.ReduceOp.MAX)
-        if refused.item():
-            self.num_skipped += 1
-            return False
-        self._previous |= {name: term.detach() for name, term in reconstruction.items()}
-        return True
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(refused, distributed.ReduceOp.MAX)
+            before = torch.zeros_like(refused) if already is None else already
+            refused = torch.maximum(refused, before)
+            self.skipped = self.skipped.to(refused.device, non_blocking=True) + (refused > before)
+            for name, term in reconstruction.items():
+                # The last accepted value; below the floor where there is none, so that the next may be any.
+                last = self._previous.get(name, torch.zeros(()))
+                self._previous[name] = torch.where(refused > 0, last.to(term.device, non_blocking=True), term.detach())
+        return refused
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint stores: numbers only."""
@@ -78,7 +91,7 @@ class NonFiniteGuard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state`; the grace period begins anew."""
-        self.num_skipped = state["num_skipped"]
+        self.skipped = torch.tensor(state["num_skipped"])
         self._previous = {name: torch.tensor(value) for name, value in state["previous"].items()}
         self._first_images = None
 
@@ -95,7 +108,7 @@ class NonFiniteGuard:
         if strict:
             num = len(reconstruction)
             unknown = terms.new_zeros(())  # below the floor, so that a new term may have any value
-            previous = [self._previous.get(name, unknown).to(terms) for name in reconstruction]
+            previous = [self._previous.get(name, unknown).to(terms, non_blocking=True) for name in reconstruction]
             if previous:
                 last = torch.stack(previous)
                 refused = refused | ((last > self.floor) & (terms[:num] > self.jump * last)).any()

@@ -1,5 +1,8 @@
 """The generator's objective: which losses, with which weights."""
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor, nn
 
 from vfm_vae.losses.alignment import adaptive_weight, pool_tokens, vf_loss
@@ -33,6 +36,8 @@ class Objective(nn.Module):
         entropy: Weight of a discrete latent's entropy loss.
         alignment: Weight of the alignment with the VFM's final tokens.
         adaptive_alignment: Whether that weight is multiplied by the ratio of gradient norms.
+        alignment_every: Batches for which that ratio is kept before it is computed anew; 1, as published, computes it
+            for each, at the cost of a second pass back through the decoder.
         distmat_margin: Margin of the alignment's distance matrix term.
         cos_margin: Margin of its cosine term.
         adversarial: Weight of the projected discriminator's word.
@@ -57,6 +62,7 @@ class Objective(nn.Module):
         entropy: float = 0.0,
         alignment: float = 5.0,
         adaptive_alignment: bool = True,
+        alignment_every: int = 1,
         distmat_margin: float = 0.0,
         cos_margin: float = 0.0,
         adversarial: float = 1.0,
@@ -66,10 +72,14 @@ class Objective(nn.Module):
         super().__init__()
         if perceptual and perceptual_loss is None:
             raise ValueError(f"perceptual={perceptual:g} weighs nothing: give perceptual_loss, or set perceptual to 0")
+        if alignment_every < 1:
+            raise ValueError(f"alignment_every: must be at least 1, given {alignment_every}")
         self.perceptual_loss = perceptual_loss
         self.ssim_loss = SSIMLoss()
         self.multi_resolution_images = multi_resolution_images
-        self.adaptive_alignment = adaptive_alignment
+        self.adaptive_alignment, self.alignment_every = adaptive_alignment, alignment_every
+        self._kept_weight: Tensor | None = None
+        self._kept_for = 0  # more batches
         self.margins = {"distmat_margin": distmat_margin, "cos_margin": cos_margin}
         self.weights = {
             "l1": l1,
@@ -142,11 +152,31 @@ class Objective(nn.Module):
             extra |= {"alignment_distance": loss.distance.detach(), "alignment_cosine": loss.cosine.detach()}
             terms["alignment"] = loss.loss
             if self.adaptive_alignment:
-                weight = adaptive_weight(reconstruction, loss.loss, adapter.last_encoding_weight)
+                weight = self._alignment_weight(reconstruction, loss.loss, adapter.last_encoding_weight)
                 extra |= {"alignment": loss.loss.detach(), "alignment_weight": weight}
                 terms["alignment"] = weight * loss.loss
         return terms, extra
 
+    def _alignment_weight(self, reconstruction: Tensor, alignment: Tensor, weight: Tensor) -> Tensor:
+        """The adaptive weight, computed anew where it was kept for long enough."""
+        if self._kept_for == 0:
+            new = adaptive_weight(reconstruction, alignment, weight)
+            old = new.new_zeros(()) if self._kept_weight is None else self._kept_weight.to(new, non_blocking=True)
+            # That of a batch that the guard refuses must not spoil those after it.
+            self._kept_weight = new if self.alignment_every == 1 else torch.where(new.isfinite(), new, old)
+            self._kept_for = self.alignment_every
+        self._kept_for -= 1
+        return self._kept_weight
+
+    def progress(self) -> dict[str, float | int]:
+        """What a run that goes on has to know: the kept weight, and for how many batches more."""
+        return {} if self._kept_weight is None else {"weight": float(self._kept_weight), "batches": self._kept_for}
+
+    def go_on(self, progress: Mapping[str, float | int]) -> None:
+        """Continues from `progress`; from none, the weight is computed anew."""
+        self._kept_weight = torch.tensor(progress["weight"]) if progress else None
+        self._kept_for = progress["batches"] if progress else 0
+
     def total(self, terms: dict[str, Tensor]) -> Tensor:
-        """Weighted sum of terms, a float32 scalar."""
-        return sum(self.weights[name] * term.float() for name, term in terms.items())
+        """Weighted sum of terms, a float32 scalar; zero where there are none."""
+        return sum((self.weights[name] * term.float() for name, term in terms.items()), torch.zeros(()))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.models import VGG16_Weights
 
+from vfm_vae.modules.maps import in_fast_layout
 from vfm_vae.modules.resize import resize
 from vfm_vae.vfm import Frozen, FrozenVFM, Interpolation
 
@@ -83,7 +84,7 @@ class LPIPSLoss(Frozen):
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         """Mean distance between `images` and `target`, both `[B, 3, H, W]` in [-1, 1]."""
         with torch.autocast(images.device.type, enabled=False):
-            return self.network(images.float(), target.float()).mean()
+            return self.network(in_fast_layout(images.float()), in_fast_layout(target.float())).mean()
 
 
 def _vgg16_state(weights: str | None) -> Mapping[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vfm_vae.modules.maps import pixel_unshuffle
 from vfm_vae.pretrained import remembers_arguments
 
 Projection = Literal["attention", "conv"]
@@ -127,7 +128,7 @@ def unshuffle_tokens(tokens: Tensor, grid: tuple[int, int], factor: int) -> Tens
     if factor == 1:
         return tokens
     maps = tokens.transpose(1, 2).unflatten(2, grid)  # [B, C, rows, columns]
-    return F.pixel_unshuffle(maps, factor).flatten(2).transpose(1, 2)
+    return pixel_unshuffle(maps, factor).flatten(2).transpose(1, 2)
 
 
 class Adapter(nn.Module):

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from vfm_vae.compilation import compile_regions
 from vfm_vae.modules.layers import EqualizedLinear, SelfAttentionLayer, UpsampleUnit, activation
+from vfm_vae.modules.maps import Blur, GroupNorm, PixelShuffle, PixelUnshuffle, Pointwise
 from vfm_vae.modules.modulated import ModulatedConvNeXt, ToRGB
 from vfm_vae.pretrained import remembers_arguments
 from vfm_vae.types import Decoded
@@ -59,14 +60,14 @@ class LatentRoute(nn.Sequential):
         channels = latent_channels * 4 ** max(-scale, 0)
         widened = out_channels * 4 ** max(scale, 0)
         super().__init__(
-            nn.PixelUnshuffle(2 ** max(-scale, 0)),
+            PixelUnshuffle(2 ** max(-scale, 0)),
             nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
-            nn.Conv2d(channels, widened, 1, bias=False),
-            nn.GroupNorm(min(32, widened), widened),
+            Pointwise(channels, widened, bias=False),
+            GroupNorm(min(32, widened), widened),
             activation(act),
-            nn.PixelShuffle(2 ** max(scale, 0)),
-            nn.Conv2d(out_channels, out_channels, 1, bias=False),
-            nn.GroupNorm(min(32, out_channels), out_channels),
+            PixelShuffle(2 ** max(scale, 0)),
+            Pointwise(out_channels, out_channels, bias=False),
+            GroupNorm(min(32, out_channels), out_channels),
         )
 
 
@@ -104,14 +105,14 @@ class DecoderBlock(nn.Module):
         activation_checkpointing: bool = False,
     ):
         super().__init__()
-        self.activation_checkpointing = activation_checkpointing
         taps = ((1, 2, 1) if index < COARSE_BLUR_BLOCKS else (1, 4, 6, 4, 1)) if blur else None
         kernel = 5 if index < COARSE_KERNEL_BLOCKS else 7
         first = previous_channels is None
         self.upsample = UpsampleUnit(in_channels, channels, taps, norm_first=not first)
         self.upsample_sum = None if first else UpsampleUnit(previous_channels, channels, taps)
         self.layers = nn.ModuleList(
-            ModulatedConvNeXt(channels, w_channels, kernel, noise_side) for _ in range(num_layers)
+            ModulatedConvNeXt(channels, w_channels, kernel, noise_side, recompute=activation_checkpointing)
+            for _ in range(num_layers)
         )
         self.attention = nn.Sequential(
             *(SelfAttentionLayer(channels, attention_heads, attention_widening) for _ in range(attention_depth))
@@ -130,9 +131,8 @@ class DecoderBlock(nn.Module):
             Features `[B, C, 2H, 2W]`, their running sum, and the image computed from it, `[B, 3, 2H, 2W]`.
         """
         x = self.upsample(x)
-        again = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = checkpoint(layer, x, w, use_reentrant=False) if again else layer(x, w)
+            x = layer(x, w)
         x = self.attention(x)
         feature_sum = x if self.upsample_sum is None else self.upsample_sum(feature_sum) + x
         return x, feature_sum, self.to_rgb(feature_sum, w)
@@ -217,6 +217,16 @@ class Decoder(nn.Module):
                     activation_checkpointing=activation_checkpointing,
                 )
             )
+
+    def compile_regions(self) -> None:
+        """Compiles layer by layer; one compilation serves latents of any size, and all layers that are alike."""
+        methods = {GroupNorm: "normalise", PixelShuffle: "on_pixels", Blur: "on_pixels"}
+        for kind, method in (methods | {SelfAttentionLayer: "on_tokens"}).items():
+            compile_regions((module for module in self.modules() if isinstance(module, kind)), method, dynamic=True)
+        layers = [module for module in self.modules() if isinstance(module, ModulatedConvNeXt)]
+        compile_regions(layers, "modulation", dynamic=True)
+        for layer in layers:
+            layer.compiled = True
 
     @property
     def upscaling(self) -> int:

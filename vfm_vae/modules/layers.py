@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vfm_vae.modules.maps import Blur, GroupNorm, PixelShuffle, Pointwise, as_map, as_pixels
 
 ACTIVATIONS = {"lrelu": lambda: nn.LeakyReLU(0.2), "silu": nn.SiLU, "gelu": nn.GELU}
 
@@ -46,37 +47,6 @@ class EqualizedLinear(nn.Module):
         return F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
 
 
-class Blur(nn.Module):
-    """Fixed separable binomial blur with replicate padding.
-
-    Args:
-        taps: Unnormalised one-dimensional kernel of odd length.
-    """
-
-    def __init__(self, taps: Sequence[int]):
-        super().__init__()
-        kernel = torch.tensor(taps, dtype=torch.float32)
-        kernel = torch.outer(kernel, kernel)
-        self.register_buffer("kernel", (kernel / kernel.sum())[None, None], persistent=False)
-        self.padding = len(taps) // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Blurs every channel of `[B, C, H, W]`."""
-        channels = x.shape[1]
-        # The compiler takes the gradient of replicate padding for contiguous in memory, which it is not here.
-        pad = _replicate if torch.compiler.is_compiling() else partial(F.pad, mode="replicate")
-        x = pad(x, [self.padding] * 4)
-        return F.conv2d(x, self.kernel.to(x.dtype).expand(channels, -1, -1, -1), groups=channels)
-
-
-def _replicate(x: Tensor, padding: Sequence[int]) -> Tensor:
-    """What `F.pad(x, padding, mode="replicate")` gives, of `[B, C, H, W]`."""
-    for dim, (before, after) in ((3, padding[:2]), (2, padding[2:])):
-        first, last = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
-        x = torch.cat([*[first] * before, x, *[last] * after], dim)
-    return x
-
-
 class UpsampleUnit(nn.Module):
     """Doubles the sides: GroupNorm, depthwise 3x3, pointwise, pixel-shuffle, blur.
 
@@ -84,27 +54,25 @@ class UpsampleUnit(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         taps: Kernel of the blur that follows, or None for no blur.
-        norm_first: Whether the norm comes first, or after the shuffle.
+        norm_first: Whether the norm comes first, or between shuffle and blur.
     """
 
     def __init__(self, in_channels: int, out_channels: int, taps: Sequence[int] | None, norm_first: bool = True):
         super().__init__()
         norm_channels = in_channels if norm_first else out_channels
         self.norm_first = norm_first
-        self.norm = nn.GroupNorm(min(32, norm_channels // 4), norm_channels)
+        self.norm = GroupNorm(min(32, norm_channels // 4), norm_channels)
         self.depthwise = nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False)
-        self.pointwise = nn.Conv2d(in_channels, 4 * out_channels, 1, bias=False)
+        self.pointwise = Pointwise(in_channels, 4 * out_channels, bias=False)
+        self.shuffle = PixelShuffle(2)
         self.blur = Blur(taps) if taps is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[B, C_in, H, W]` to `[B, C_out, 2H, 2W]`."""
         if self.norm_first:
             x = self.norm(x)
-        x = self.pointwise(self.depthwise(x))  # [B, 4·C_out, H, W]
-        x = F.pixel_shuffle(x, 2)  # [B, C_out, 2H, 2W]
-        if not self.norm_first:
-            x = self.norm(x)
-        return self.blur(x)
+        x = self.shuffle(self.pointwise(self.depthwise(x)))  # [B, C_out, 2H, 2W]
+        return self.blur(x if self.norm_first else self.norm(x))
 
 
 class ChannelRMSNorm(nn.Module):
@@ -152,10 +120,12 @@ class SelfAttentionLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[B, C, H, W]` to the same shape."""
-        tokens = x.flatten(2).transpose(1, 2)  # [B, N, C]
+        return as_map(self.on_tokens(as_pixels(x)), x.shape[2:])
+
+    def on_tokens(self, tokens: Tensor) -> Tensor:
+        """Maps `[B, N, C]` to the same shape."""
         tokens = tokens + self.attend(self.norm(tokens))
-        tokens = tokens + self.feed_forward(tokens)
-        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])  # [B, C, H, W], channels-last
+        return tokens + self.feed_forward(tokens)
 
     def attend(self, tokens: Tensor) -> Tensor:
         """Attention over `[B, N, C]`, the null token's key and value standing before the others'."""

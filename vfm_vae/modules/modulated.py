@@ -1,53 +1,66 @@
 """Style-modulated pointwise convolutions, in the form that is cheapest for the size at hand."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vfm_vae.modules import convnext
 from vfm_vae.modules.layers import EqualizedLinear
+from vfm_vae.modules.maps import GroupNorm, Pointwise, compute_precision, pointwise, uses_native_kernels
 
 
-def modulate_activations(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor, bias: Tensor) -> Tensor:
-    """`y_o = d_o Σ_i W_oi s_i x_i + b_o` as one shared convolution between scalings of its input and of its output."""
-    y = F.conv2d(x * style[:, :, None, None].to(x.dtype), weight[:, :, None, None])
+def modulate_activations(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor | None, bias: Tensor) -> Tensor:
+    """`y_o = d_o Σ_i W_oi s_i x_i + b_o` as one shared product between scalings of its input and of its output."""
+    x = x * style[:, :, None, None].to(x.dtype)
+    if demodulation is None:
+        return pointwise(x, weight, bias)
+    y = pointwise(x, weight)
     return torch.addcmul(bias[:, None, None].to(y.dtype), y, demodulation[:, :, None, None].to(y.dtype))
 
 
-def modulate_weights(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor, bias: Tensor) -> Tensor:
-    """The same with one matrix per sample: a batched product on accelerators, a convolution per sample on CPU."""
-    weights = weight * style.unsqueeze(1) * demodulation.unsqueeze(2)  # [B, O, I]
-    if x.device.type == "cpu":  # batched products are the slower library call there
-        samples = zip(x.split(1), weights[..., None, None], strict=True)
-        return torch.cat([F.conv2d(sample, matrix, bias) for sample, matrix in samples])
-    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, HW, I], a view where x is channels-last
-    y = torch.baddbmm(bias.to(x.dtype), pixels, weights.mT.to(x.dtype))
-    return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+def modulate_weights(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor | None, bias: Tensor) -> Tensor:
+    """The same as a convolution per sample, each with a matrix of its own."""
+    weights = weight * style.unsqueeze(1)  # [B, O, I]
+    weights = weights if demodulation is None else weights * demodulation.unsqueeze(2)
+    samples = zip(x.split(1), weights[..., None, None], strict=True)
+    return torch.cat([F.conv2d(sample, matrix, bias) for sample, matrix in samples])
 
 
-def modulated_pointwise(x: Tensor, weight: Tensor, style: Tensor, bias: Tensor, demodulate: bool = True) -> Tensor:
+def demodulate(weight: Tensor, style: Tensor) -> Tensor:
+    """What brings every output channel to unit expected variance (Karras et al. 2020, equation 3), `[B, O]`.
+
+    Args:
+        weight: `[O, I]`.
+        style: Scale of every input channel, `[B, I]`.
+    """
+    return torch.rsqrt(style.square() @ weight.square().t() + 1e-8)
+
+
+def modulated_pointwise(
+    x: Tensor, weight: Tensor, style: Tensor, bias: Tensor, demodulation: Tensor | None = None
+) -> Tensor:
     """Modulated 1x1 convolution (Karras et al. 2020, equations 1 and 3), in the cheaper of two forms.
 
-    Scaling activations costs passes over `(I + O) · HW` numbers of a sample; scaling weights costs `O · I`, and gives
-    up the one large product over the batch. `make bench` compares them.
+    Scaling activations costs passes over `(I + O) · HW` numbers of a sample, which a compiler fuses into those before
+    and after, and keeps the one large product over the batch. Scaling weights costs `O · I`: the cheaper form on a CPU
+    where there are many pixels. `make bench` compares them.
 
     Args:
         x: Features, `[B, I, H, W]`.
         weight: Shared weight, `[O, I]`.
         style: Scale of every input channel, `[B, I]`.
         bias: Added to every output channel, `[O]`.
-        demodulate: Whether every output channel is brought to unit expected variance.
+        demodulation: Scale of every output channel, `[B, O]`; None for none.
 
     Returns:
         `[B, O, H, W]`.
     """
-    if demodulate:
-        demodulation = torch.rsqrt(style.square() @ weight.square().t() + 1e-8)  # [B, O]
-    else:
-        demodulation = style.new_ones(len(style), len(weight))
     few_pixels = x.shape[2] * x.shape[3] < 2 * x.shape[1]
-    return (modulate_activations if few_pixels else modulate_weights)(x, weight, style, demodulation, bias)
+    modulate = modulate_weights if uses_native_kernels(x) and not few_pixels else modulate_activations
+    return modulate(x, weight, style, demodulation, bias)
 
 
 class Style(nn.Module):
@@ -80,10 +93,9 @@ class NoiseMap(nn.Module):
         self.register_buffer("map", torch.randn(side, side))
         self.strength = nn.Parameter(torch.zeros([]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Adds the noise to `[B, C, H, W]`."""
-        noise = F.interpolate(self.map[None, None], size=x.shape[2:], mode="bilinear", align_corners=False)
-        return x + (noise * self.strength).to(x.dtype)
+    def forward(self, size: Sequence[int]) -> Tensor:
+        """The noise of maps of `size` (rows, columns), `[1, 1, H, W]`."""
+        return F.interpolate(self.map[None, None], size=size, mode="bilinear", align_corners=False) * self.strength
 
 
 class ModulatedConvNeXt(nn.Module):
@@ -94,17 +106,24 @@ class ModulatedConvNeXt(nn.Module):
         w_channels: Width of the global latent w.
         kernel: Sides of the depthwise convolution.
         noise_side: Sides of the noise map, or None for no noise.
+        recompute: Whether training keeps the input alone, and computes what else its backward pass needs again.
+
+    Attributes:
+        compiled: Whether the layer's passes are compiled.
     """
 
-    def __init__(self, channels: int, w_channels: int, kernel: int, noise_side: int | None = None):
+    def __init__(
+        self, channels: int, w_channels: int, kernel: int, noise_side: int | None = None, recompute: bool = False
+    ):
         super().__init__()
+        self.recompute, self.compiled = recompute, False
         self.style = Style(w_channels, channels)
         self.depthwise = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
-        self.noise = NoiseMap(noise_side) if noise_side is not None else nn.Identity()
-        self.norm = nn.GroupNorm(min(32, channels // 4), channels)
+        self.noise = NoiseMap(noise_side) if noise_side is not None else None
+        self.norm = GroupNorm(min(32, channels // 4), channels)
         self.expand = nn.Parameter(torch.empty(4 * channels, channels))
         self.expand_bias = nn.Parameter(torch.zeros(4 * channels))
-        self.contract = nn.Conv2d(4 * channels, channels, 1)
+        self.contract = Pointwise(4 * channels, channels)
         self.layer_scale = nn.Parameter(torch.full([channels, 1, 1], 1e-5))
         for weight in (self.depthwise.weight, self.expand, self.contract.weight):
             nn.init.trunc_normal_(weight, std=0.02)
@@ -113,9 +132,32 @@ class ModulatedConvNeXt(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """Maps features `[B, C, H, W]` and global latents `[B, w_channels]` to `[B, C, H, W]`."""
-        y = self.norm(self.noise(self.depthwise(x)))
-        y = modulated_pointwise(y, self.expand, self.style(w), self.expand_bias)  # [B, 4C, H, W]
-        return torch.addcmul(x, self.layer_scale, self.contract(F.gelu(y)))
+        noise = None if self.noise is None else self.noise(x.shape[2:])
+        condition = convnext.Condition(*self.modulation(w), noise)
+        if self.compiled or self.recompute or not uses_native_kernels(x):
+            return self._fused(x, condition)
+        y = self.depthwise(x)
+        y = self.norm(y if noise is None else y + noise.to(y.dtype))
+        y = modulated_pointwise(y, self.expand, condition.style, self.expand_bias, condition.demodulation)
+        return torch.addcmul(x, self.layer_scale, self.contract(F.gelu(y))).to(x.dtype)  # y: [B, 4C, H, W]
+
+    def modulation(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Style `[B, C]` and demodulation `[B, 4C]` of global latents `[B, w_channels]`."""
+        style = self.style(w)
+        return style, demodulate(self.expand, style)
+
+    def _fused(self, x: Tensor, condition: convnext.Condition) -> Tensor:
+        """The same as passes over pixels, between which all but products can fuse."""
+        weights = convnext.Weights(
+            self.depthwise.weight, self.depthwise.bias, self.norm.weight, self.norm.bias, self.expand,
+            self.expand_bias, self.contract.weight.flatten(1), self.contract.bias, self.layer_scale.flatten(),
+        )  # fmt: skip
+        shape = convnext.Shape(self.norm.num_groups, self.norm.eps)
+        x = x.to(compute_precision(x))
+        with torch.autocast(x.device.type, enabled=False):
+            if self.recompute and torch.is_grad_enabled():
+                return convnext.Recomputed.apply(shape, self.compiled, x, *condition, *weights)
+            return convnext.layer(x, condition, weights, shape, self.compiled)
 
 
 class ToRGB(nn.Module):
@@ -135,4 +177,5 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """Maps features `[B, C, H, W]` and global latents `[B, w_channels]` to an image `[B, 3, H, W]`."""
-        return modulated_pointwise(x, self.weight, self.style(w) * self.gain, self.bias, demodulate=False)
+        style = self.style(w) * self.gain
+        return modulated_pointwise(x, self.weight, style, self.bias)

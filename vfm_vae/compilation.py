@@ -1,0 +1,58 @@
+"""Compiling a model region by region, rather than whole: equal layers are compiled once, and the rest stays eager.
+
+A region is a module whose `forward` has no break: a transformer's block, a decoder's layer. What is compiled is
+`forward` alone, once for each class, so that hooks, state dicts, sharding and activation checkpointing around it know
+nothing of it.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Compile = bool | Literal["auto"]
+
+MIN_PARAMETERS = 20_000_000
+"""Below so many parameters, `auto` leaves a model alone: it would compile longer than it trains."""
+
+# Each distinct shape is compiled once for each class. Past PyTorch's limit of 8 it would go on eagerly and say nothing;
+# past this one, `fullgraph` makes it an error.
+MAX_SHAPES = 256
+
+
+def should_compile(option: Compile, device: torch.device, model: nn.Module) -> bool:
+    """Whether to compile: as the option says, or with `auto` on CUDA and for models that are not small.
+
+    Args:
+        option: Of the command line.
+        device: Where the model runs.
+        model: All of it.
+    """
+    if option != "auto":
+        return option
+    return device.type == "cuda" and sum(p.numel() for p in model.parameters()) >= MIN_PARAMETERS
+
+
+def compile_regions(regions: Iterable[nn.Module], method: str = "forward", dynamic: bool | None = None) -> None:
+    """Compiles the `forward` of each region where it is first called; a region that is compiled already stays so.
+
+    Args:
+        regions: The modules.
+        method: Another method instead.
+        dynamic: Whether one compilation serves tensors of any size; None lets the first have its own.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, MAX_SHAPES)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * MAX_SHAPES)
+    for region in regions:
+        if method not in vars(region):
+            # A method, so that a copy of the module gets a method of the copy.
+            setattr(region, method, MethodType(_compiled(type(region), method, dynamic), region))
+
+
+@cache
+def _compiled(region: type[nn.Module], method: str, dynamic: bool | None) -> Any:
+    return torch.compile(getattr(region, method), fullgraph=True, dynamic=dynamic)

@@ -1,0 +1,231 @@
+"""What is in a modulated ConvNeXt layer, forward and backward, for where it is fused or computed again.
+
+`x + scale · C gelu(d · E(s · norm(D x)) + e)`: a depthwise convolution D, group norm, an expanding product E whose
+input channels are scaled by the style s and whose outputs by the demodulation d, GELU, and a contracting product C.
+Behind the convolution it is written as passes over pixels `[B, P, C]`, between which a compiler fuses all that is no
+product. `Recomputed` keeps the input for the backward pass and nothing else.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vfm_vae.modules.maps import as_map, as_pixels, group_moments
+
+
+class Weights(NamedTuple):
+    """A layer's weights, in float32.
+
+    Attributes:
+        depthwise: `[C, 1, k, k]`.
+        depthwise_bias: `[C]`.
+        norm: Gain of the group norm, `[C]`.
+        norm_bias: `[C]`.
+        expand: `[4C, C]`.
+        expand_bias: `[4C]`.
+        contract: `[C, 4C]`.
+        contract_bias: `[C]`.
+        scale: Layer scale, `[C]`.
+    """
+
+    depthwise: Tensor
+    depthwise_bias: Tensor
+    norm: Tensor
+    norm_bias: Tensor
+    expand: Tensor
+    expand_bias: Tensor
+    contract: Tensor
+    contract_bias: Tensor
+    scale: Tensor
+
+
+class Condition(NamedTuple):
+    """What a layer is told beside its input.
+
+    Attributes:
+        style: Scale of every channel, `[B, C]`.
+        demodulation: Scale of every expanded channel, `[B, 4C]`.
+        noise: Added to the depthwise result, `[1, 1, H, W]`; None for none.
+    """
+
+    style: Tensor
+    demodulation: Tensor
+    noise: Tensor | None
+
+
+class Shape(NamedTuple):
+    """What of a layer is no tensor: groups of the norm, and what is added to variances."""
+
+    groups: int
+    eps: float
+
+
+def convolve(x: Tensor, condition: Condition, weights: Weights) -> Tensor:
+    """The depthwise convolution of `x: [B, C, H, W]`, and the noise, as pixels `[B, P, C]`."""
+    kernel, bias = weights.depthwise.to(x.dtype), weights.depthwise_bias.to(x.dtype)
+    y = F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2, groups=len(kernel))
+    if condition.noise is not None:
+        y = y + condition.noise.to(x.dtype)
+    return as_pixels(y)
+
+
+def forward(pixels: Tensor, convolved: Tensor, condition: Condition, weights: Weights, shape: Shape) -> Tensor:
+    """The layer behind its convolution, in the precision of `pixels`; statistics and sums are float32.
+
+    Args:
+        pixels: The layer's input, `[B, P, C]`.
+        convolved: What `convolve` makes of it, `[B, P, C]`.
+        condition: Style and demodulation.
+        weights: The layer's.
+        shape: Of its norm.
+
+    Returns:
+        `[B, P, C]`.
+    """
+    *_, hidden = _hidden(convolved, condition, weights, shape)
+    before = hidden * condition.demodulation.unsqueeze(1) + weights.expand_bias  # [B, P, 4C], float32
+    y = F.linear(F.gelu(before).to(pixels.dtype), weights.contract.to(pixels.dtype))  # [B, P, C]
+    return (pixels + weights.scale * (y + weights.contract_bias)).to(pixels.dtype)
+
+
+def _hidden(
+    convolved: Tensor, condition: Condition, weights: Weights, shape: Shape
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first half: normalised pixels and their inverse deviation, their modulated form, and the expanded pixels."""
+    mean, inverse = group_moments(convolved, shape.groups, shape.eps)  # [B, 1, C]
+    normalised = (convolved - mean) * inverse  # [B, P, C], float32
+    modulated = (normalised * weights.norm + weights.norm_bias) * condition.style.unsqueeze(1)
+    modulated = modulated.to(convolved.dtype)
+    return normalised, inverse, modulated, F.linear(modulated, weights.expand.to(convolved.dtype))
+
+
+def backward(
+    g: Tensor, convolved: Tensor, condition: Condition, weights: Weights, shape: Shape, of_weights: bool
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The gradients behind the convolution, from its result alone.
+
+    The contracting product is not computed again: what its result would be needed for, the gradient of the layer
+    scale, is `Σ_p g · (C a) = Σ_k C · (Σ_p g aᵀ)`, and that sum is the gradient of C but for the scale.
+
+    Args:
+        g: Gradient of the output, `[B, P, C]`.
+        convolved: As in the forward pass, `[B, P, C]`.
+        condition: As in the forward pass.
+        weights: As in the forward pass.
+        shape: As in the forward pass.
+        of_weights: Whether gradients of the weights are wanted.
+
+    Returns:
+        Gradients of `convolved`, the style, the demodulation, and, where wanted, of the weights from `norm` on.
+    """
+    dtype = convolved.dtype
+    normalised, inverse, modulated, hidden = _hidden(convolved, condition, weights, shape)
+
+    # Contracting product and GELU.
+    before = hidden * condition.demodulation.unsqueeze(1) + weights.expand_bias
+    after = F.gelu(before).to(dtype)
+    of_after = (g * weights.scale).to(dtype) @ weights.contract.to(dtype)  # [B, P, 4C]
+    of_before = of_after.float() * _gelu_slope(before)
+    of_expand_bias = of_before.sum(1)  # [B, 4C], of each sample
+    of_demodulation = (of_before * hidden).sum(1)  # [B, 4C]
+    of_hidden = (of_before * condition.demodulation.unsqueeze(1)).to(dtype)
+
+    # Expanding product, modulation and norm. Everything about the norm follows from two sums over pixels.
+    of_modulated = of_hidden @ weights.expand.to(dtype)  # [B, P, C]
+    plain = of_modulated.float().sum(1)  # [B, C]
+    weighted = (of_modulated * normalised).sum(1)
+    of_style = weights.norm * weighted + weights.norm_bias * plain
+    gain = condition.style * weights.norm  # [B, C]
+    mean, slope = (_group_mean(gain * total, shape.groups) / normalised.shape[1] for total in (plain, weighted))
+    of_convolved = (inverse * (of_modulated * gain.unsqueeze(1) - mean - normalised * slope)).to(dtype)
+    if not of_weights:
+        return of_convolved, of_style, of_demodulation, []
+
+    unscaled = (g.flatten(0, 1).mT @ after.flatten(0, 1)).float()  # [C, 4C]
+    summed = g.float().sum((0, 1))  # [C]
+    of_all = [
+        (weighted * condition.style).sum(0),  # norm
+        (plain * condition.style).sum(0),
+        (of_hidden.flatten(0, 1).mT @ modulated.flatten(0, 1)).float(),  # expand
+        of_expand_bias.sum(0),
+        weights.scale.unsqueeze(1) * unscaled,  # contract
+        weights.scale * summed,
+        (unscaled * weights.contract).sum(1) + weights.contract_bias * summed,  # scale
+    ]
+    return of_convolved, of_style, of_demodulation, of_all
+
+
+def _gelu_slope(x: Tensor) -> Tensor:
+    """Derivative of the exact GELU: `Φ(x) + x φ(x)` (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
+    return torch.special.ndtr(x) + x * torch.exp(-0.5 * x.square()) * 0.3989422804014327
+
+
+def _group_mean(x: Tensor, groups: int) -> Tensor:
+    """`[B, C]` to the mean of each channel's group, `[B, 1, C]`."""
+    grouped = x.unflatten(1, (groups, -1))
+    return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1).unsqueeze(1)
+
+
+_gradients_of_weights = True
+
+
+@contextmanager
+def no_gradients_of_weights() -> Iterator[None]:
+    """A backward pass within it, through `Recomputed`, gives the weights no gradient and does not compute it."""
+    global _gradients_of_weights
+    _gradients_of_weights = False
+    try:
+        yield
+    finally:
+        _gradients_of_weights = True
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` or `backward`, compiled once for maps of any size."""
+    return torch.compile(function, fullgraph=True, dynamic=True)
+
+
+class Recomputed(torch.autograd.Function):
+    """The layer that keeps its input alone: all else is computed again in the backward pass, but no second product."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: Shape, compile: bool, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        """Maps `x: [B, C, H, W]`; `tensors` are those of `Condition`, then of `Weights`."""
+        ctx.save_for_backward(x, *tensors)
+        ctx.shape, ctx.compile = shape, compile
+        return layer(x, Condition(*tensors[:3]), Weights(*tensors[3:]), shape, compile)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients in the order of the arguments."""
+        x, *tensors = ctx.saved_tensors
+        condition, weights = Condition(*tensors[:3]), Weights(*tensors[3:])
+        of_weights, run = _gradients_of_weights, compiled(backward) if ctx.compile else backward
+        with torch.autocast(x.device.type, enabled=False):
+            gradient = gradient.to(x.dtype)
+            of_convolved, of_style, of_demodulation, of_others = run(
+                as_pixels(gradient), convolve(x, condition, weights), condition, weights, ctx.shape, of_weights
+            )
+            of_convolved = as_map(of_convolved, x.shape[2:])
+            of_x, *of_depthwise = torch.ops.aten.convolution_backward(
+                of_convolved, x, weights.depthwise.to(x.dtype), [x.shape[1]],
+                [1, 1], [weights.depthwise.shape[-1] // 2] * 2, [1, 1], False, [0, 0], x.shape[1],
+                [True, of_weights, of_weights],
+            )  # fmt: skip
+            of_noise = None if condition.noise is None else of_convolved.float().sum((0, 1), keepdim=True)
+        if not of_weights:
+            return None, None, of_x + gradient, of_style, of_demodulation, of_noise, *[None] * len(weights)
+        of_depthwise = [of.to(weights.depthwise.dtype) for of in of_depthwise]
+        return None, None, of_x + gradient, of_style, of_demodulation, of_noise, *of_depthwise, *of_others
+
+
+def layer(x: Tensor, condition: Condition, weights: Weights, shape: Shape, compile: bool) -> Tensor:
+    """The whole layer, `[B, C, H, W]` to the same shape, with or without compiled passes."""
+    run = compiled(forward) if compile else forward
+    return as_map(run(as_pixels(x), convolve(x, condition, weights), condition, weights, shape), x.shape[2:])

@@ -1,0 +1,51 @@
+"""Steps of an optimiser, and what is logged of them, without waiting for the device."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+
+def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimiser's kernels look at `found_inf`, as fused ones do for a gradient scaler."""
+    return bool(optimizer.param_groups) and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def step_unless(refused: Tensor, optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:
+    """Takes a step, unless it is refused; then neither weights nor the optimiser's state change.
+
+    A fused optimiser decides on the device. Any other waits for the answer, which on a CPU is there.
+
+    Args:
+        refused: 1 to leave the step out, 0 to take it; a float32 scalar.
+        optimizer: Whose step it is.
+        step: Takes it.
+    """
+    if takes_found_inf(optimizer):
+        optimizer.found_inf = refused
+        try:
+            step()
+        finally:
+            del optimizer.found_inf
+    elif not refused.item():
+        step()
+
+
+def log_where_due(module: LightningModule, values: Mapping[str, Tensor | float], shown: str) -> None:
+    """Logs numbers of a training step where the trainer logs; elsewhere the device is not asked for them.
+
+    They are fetched at once, and logged as tensors of the CPU: what is shown is read at every batch.
+
+    Args:
+        module: In training.
+        values: Scalars by name.
+        shown: The name of the one that the progress bar shows.
+    """
+    if not module.trainer._logger_connector.should_update_logs:
+        return
+    tensors = {name: value.detach().float() for name, value in values.items() if isinstance(value, Tensor)}
+    fetched = torch.stack(list(tensors.values())).tolist() if tensors else []
+    scalars = dict(values) | dict(zip(tensors, fetched, strict=True))
+    module.log(shown, torch.tensor(scalars.pop(shown)), prog_bar=True)
+    module.log_dict({name: torch.tensor(float(value)) for name, value in scalars.items()})
