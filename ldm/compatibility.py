@@ -112,6 +112,32 @@ def check_images(image_size: int, tokenizer: FrozenTokenizer | None, denoiser: D
         )
 
 
+def check_checkpoint(
+    checkpoint: Mapping[str, Any],
+    latent_source: Mapping[str, Any] | None,
+    normalization: LatentNormalization,
+    option: str,
+) -> None:
+    """Compares the latents that a checkpoint was trained on with those at hand.
+
+    Args:
+        checkpoint: Of a diffusion model's training.
+        latent_source: Identity of the tokenizer at hand, where it is known.
+        normalization: At hand.
+        option: Names the checkpoint.
+
+    Raises:
+        ValueError: if it is no diffusion model's, or belongs to another tokenizer's latents.
+    """
+    if "tokenizer" not in checkpoint:
+        raise ValueError(f"{option}: this is no checkpoint of a diffusion model")
+    check_tokenizer(checkpoint["tokenizer"], latent_source, f"{option}: data and tokenizer at hand are")
+    # A strategy that shards the model has loaded its state by now, and taken it out.
+    state = checkpoint.get("state_dict", normalization.state_dict(prefix="normalization."))
+    stored = LatentStatistics(*(state[f"normalization.{name}"] for name in ("mean", "std")))
+    check_statistics(stored, normalization, option)
+
+
 def check_statistics(stored: LatentStatistics, normalization: LatentNormalization, option: str) -> None:
     """Compares the statistics of latents in a checkpoint with those at hand, where there are any.
 

@@ -27,11 +27,10 @@ class LossByTime(Metric):
             loss: One number for each, `[B]`.
             t: Their times in [0, 1], `[B]`.
         """
-        usable = loss.isfinite()  # the step of one that is not is left out, too
-        loss, t = loss[usable], t[usable]
+        usable = loss.isfinite()  # the step of one that is not is left out, too; chosen by weight, not to wait for it
         bucket = (t * self.num_buckets).long().clamp(0, self.num_buckets - 1)
-        self.total.index_add_(0, bucket, loss.detach().double())
-        self.count.index_add_(0, bucket, torch.ones_like(bucket))
+        self.total.index_add_(0, bucket, torch.where(usable, loss.detach(), 0).double())
+        self.count.index_add_(0, bucket, usable.long())
 
     def compute(self) -> Tensor:
         """Means, float32 `[num_buckets]`; nan where nothing fell."""
@@ -39,7 +38,7 @@ class LossByTime(Metric):
 
     def named(self, stage: str) -> dict[str, Tensor]:
         """The means that there are, by the start of their interval: `loss_by_time/<stage>_0.30`."""
-        values = self.compute()
+        values = self.compute().cpu()  # at once
         return {
             f"loss_by_time/{stage}_{number / self.num_buckets:.2f}": value
             for number, value in enumerate(values)

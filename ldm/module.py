@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ldm import path
 from ldm.alignment import REPA
-from ldm.compatibility import check_alignment, check_data, check_statistics, check_tokenizer
+from ldm.compatibility import check_alignment, check_checkpoint, check_data
 from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
 from ldm.models.denoiser import Denoiser
@@ -27,14 +27,15 @@ from ldm.normalization import LatentNormalization
 from ldm.objective import denoising_errors
 from ldm.pipeline import draw_latents
 from ldm.samplers import Euler, Sampler
+from ldm.skipping import SkippedSteps
+from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.data.latents import LatentStatistics, RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8
+from vfm_vae.optimization import log_where_due
 from vfm_vae.tokenizer import FrozenTokenizer
 from vfm_vae.types import Batch, LatentBatch, Samples
 from vfm_vae.vfm import sha256_of
-
-MAX_SKIPPED_IN_A_ROW = 100
 
 
 class DiffusionModule(LightningModule):
@@ -55,12 +56,11 @@ class DiffusionModule(LightningModule):
         statistics_images: Training images whose latents give the statistics for normalising, where the data is images.
         init_from: Checkpoint whose weights training begins with, averaged ones where it has them; its optimiser and its
             counters are left.
-        torch_compile: Compile the denoiser in training.
+        torch_compile: Compile the denoiser, block by block; `auto` does so on CUDA, unless it is small.
         seed: Of every step's randomness, and of samples.
 
     Attributes:
         images_seen: Images trained on, over all ranks.
-        skipped_steps: Steps that were left out because a gradient was not finite.
     """
 
     flops_per_batch: float | None = None  # counted by callbacks.throughput.Throughput
@@ -80,7 +80,7 @@ class DiffusionModule(LightningModule):
         predict: Literal["images", "latents"] = "images",
         statistics_images: int = 10_000,
         init_from: str | None = None,
-        torch_compile: bool = False,
+        torch_compile: Compile = "auto",
         seed: int = 0,
     ):
         super().__init__()
@@ -100,16 +100,17 @@ class DiffusionModule(LightningModule):
         self.predict = predict
         self.statistics_images = statistics_images
         self.init_from = init_from
-        self.torch_compile = torch_compile
+        self.torch_compile: Compile = torch_compile
         self.seed = seed
-        self.images_seen = self.skipped_steps = 0
+        self.images_seen = 0
+        self.skipped = SkippedSteps()
         self.normalization = LatentNormalization(model.in_channels)
         self.latent_source: dict[str, Any] | None = None if tokenizer is None else tokenizer.identity
         self.train_loss_by_time, self.val_loss_by_time = LossByTime(), LossByTime()
         self.val_loss = MeanOverImages()
         self._drawn: Samples | None = None
+        self._losses: dict[str, Tensor] = {}
         self._grad_norm = torch.zeros(())
-        self._skipped_in_a_row = 0
         check_alignment(alignment, model)
         if tokenizer is not None and tokenizer.identity["channels"] != model.in_channels:
             raise ValueError(
@@ -135,11 +136,8 @@ class DiffusionModule(LightningModule):
 
         self.images_seen += len(x) * self.trainer.world_size
         self.train_loss_by_time.update(errors["mse"], t)
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log_dict(
-            {f"train/loss_{name}": error.detach().mean() for name, error in errors.items()}
-            | {"train/skipped_steps": float(self.skipped_steps), "images_seen": float(self.images_seen)}
-        )
+        self._losses = {"train/loss": loss.detach()}
+        self._losses |= {f"train/loss_{name}": error.detach().mean() for name, error in errors.items()}
         return loss
 
     def _features(self, batch: Batch | LatentBatch) -> Tensor | None:
@@ -153,26 +151,31 @@ class DiffusionModule(LightningModule):
         return self.tokenizer.encode(from_uint8(batch.images)).sample(noise)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Leaves out a step whose gradients are not finite; all ranks have the same ones."""
+        """Leaves out a step whose gradients are not finite, all ranks having the same ones, and logs where it is time.
+
+        Raises:
+            ValueError: where a step logs, if none of the last 100 was taken.
+        """
         norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.log("train/grad_norm", self._grad_norm)
-        if self._grad_norm.isfinite():
-            self._skipped_in_a_row = 0
-            return
-        self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise ValueError(
-                f"the gradients of {MAX_SKIPPED_IN_A_ROW} steps in a row were not finite: look at the data, or go on "
-                "from the last checkpoint with a lower learning rate"
-            )
-        optimizer.zero_grad()  # without gradients, neither weights nor moments change
+        self.skipped.judge(optimizer, self._grad_norm)
+        counts = {"train/skipped_steps": self.skipped.total, "images_seen": float(self.images_seen)}
+        log_where_due(self, self._losses | {"train/grad_norm": self._grad_norm} | counts, shown="train/loss")
+        if self.trainer._logger_connector.should_update_logs:
+            self.skipped.check()
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were left out because a gradient was not finite; asking waits for the device."""
+        return int(self.skipped.total)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any
     ) -> None:
-        """Clips by the norm that is known already; Lightning's way would refuse fused optimisers under bf16-mixed."""
+        """Clips by the norm that is known already; Lightning's way would refuse fused optimisers under bf16-mixed.
+
+        A norm that is not finite spoils gradients of a step that is left out anyway.
+        """
         if gradient_clip_val:  # 0 is off, too
             clip_grads_with_norm_(self.model.parameters(), gradient_clip_val, self._grad_norm)
 
@@ -318,6 +321,7 @@ class DiffusionModule(LightningModule):
             "tokenizer": self.latent_source,
             "decoder": self.tokenizer.fingerprint() if self.predict == "images" and self.can_decode else None,
             "precision": self.trainer.precision,
+            "matmul_precision": torch.get_float32_matmul_precision(),
             "images_seen": self.images_seen,
             "weights": sha256_of(weights),
         }
@@ -330,7 +334,9 @@ class DiffusionModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The denoiser's."""
-        return self.optimizer(self.model.parameters())
+        optimizer = self.optimizer(self.model.parameters())
+        self.skipped.watch(optimizer)
+        return optimizer
 
     def configure_model(self) -> None:
         """Shards the denoiser over the ranks, block by block, where a ModelParallelStrategy has a mesh for that."""
@@ -342,13 +348,13 @@ class DiffusionModule(LightningModule):
         register_fsdp_forward_method(self.model, "block_features")
 
     def setup(self, stage: str) -> None:
-        """Looks whether data, tokenizer and denoiser fit each other, before anything is computed."""
+        """Looks whether data, tokenizer and denoiser fit each other, before anything is computed; compiles."""
         if stage == "fit" and self.trainer.precision == "16-mixed":
             raise ValueError("trainer.precision: 16-mixed is not supported, use bf16-mixed")
         if self.trainer.gradient_clip_algorithm == "value":
             raise ValueError("trainer.gradient_clip_algorithm: only 'norm' is supported")
-        if stage == "fit" and self.torch_compile:
-            self.model.compile()
+        if should_compile(self.torch_compile, self.trainer.strategy.root_device, self.model):
+            self.model.compile_regions()
         data = self.trainer.datamodule
         if stage == "predict" or data is None:
             return
@@ -363,7 +369,7 @@ class DiffusionModule(LightningModule):
         if not Path(source).is_file():
             raise ValueError(f"init_from: there is no checkpoint {source!r}")
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-        self._check_origin(checkpoint, "init_from")
+        check_checkpoint(checkpoint, self.latent_source, self.normalization, "init_from")
         try:
             self.load_state_dict(checkpoint["state_dict"] | checkpoint.get("ema", {}).get("weights", {}))
         except RuntimeError as error:
@@ -400,16 +406,7 @@ class DiffusionModule(LightningModule):
         Raises:
             ValueError: if the checkpoint belongs to another tokenizer's latents than the data or the tokenizer at hand.
         """
-        self._check_origin(checkpoint, "ckpt_path")
+        check_checkpoint(checkpoint, self.latent_source, self.normalization, "ckpt_path")
         self.images_seen = checkpoint["images_seen"]
-        self.skipped_steps = checkpoint["skipped_steps"]
+        self.skipped.total = torch.tensor(checkpoint["skipped_steps"])
         self.latent_source = self.latent_source or checkpoint["tokenizer"]
-
-    def _check_origin(self, checkpoint: Mapping[str, Any], option: str) -> None:
-        if "tokenizer" not in checkpoint:
-            raise ValueError(f"{option}: this is no checkpoint of a diffusion model")
-        check_tokenizer(checkpoint["tokenizer"], self.latent_source, f"{option}: data and tokenizer at hand are")
-        # A strategy that shards the model has loaded its state by now, and taken it out.
-        state = checkpoint.get("state_dict", self.normalization.state_dict(prefix="normalization."))
-        stored = LatentStatistics(*(state[f"normalization.{name}"] for name in ("mean", "std")))
-        check_statistics(stored, self.normalization, option)

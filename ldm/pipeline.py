@@ -129,6 +129,15 @@ class LatentDiffusion(nn.Module, Pretrained):
         self.tokenizer = None if tokenizer is None else Frozen(tokenizer)
         return self
 
+    def compile_regions(self) -> "LatentDiffusion":
+        """Compiles the denoiser block by block, in place, and returns the model; worth it for many samples on a GPU.
+
+        The first samples wait for the compiler. With guidance inside an interval there are two sizes of batches, each
+        with code of its own, and all further sizes share the second's. Samples change by rounding.
+        """
+        self.model.compile_regions()
+        return self
+
     @torch.no_grad()
     def sample(
         self,

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vfm_vae.compilation import compile_regions
+
 
 class Prediction(NamedTuple):
     """What a denoiser says of noisy latents.
@@ -107,6 +109,19 @@ class Denoiser(nn.Module, ABC):
         """The latents `[B, C, h, w]` in what a sampler integrates."""
         return state[:, : -self.cls_channels].unflatten(1, self.latent_shape) if self.cls_channels else state
 
+    @property
+    def regions(self) -> list[nn.Module]:
+        """The parts that are worth compiling, each by itself: here the blocks, to which subclasses add others."""
+        return list(self.blocks)
+
+    def compile_regions(self) -> None:
+        """Compiles block by block, in place; equal blocks share one compilation, so that it takes no longer for many.
+
+        Compiled is what each region computes, when it is first called. The first size of a batch has code of its own,
+        others share one. Names of weights, hooks and copies stay as they are.
+        """
+        compile_regions(self.regions)
+
     @torch.no_grad()
     def block_features(self, x: Tensor, t: Tensor, y: Tensor, cls_token: Tensor | None = None) -> list[Tensor]:
         """Patch tokens after every block, averaged, float32 `[B, D]` each; arguments as of `forward`."""
@@ -117,7 +132,7 @@ class Denoiser(nn.Module, ABC):
 
         hooks = [block.register_forward_hook(keep) for block in self.blocks]
         try:
-            self.forward(x, t, y, cls_token)  # not a compiled form, which may not know of hooks
+            self.forward(x, t, y, cls_token)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -102,8 +102,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: Cosine of each pair's angle, `[N, d / 2]`.
         sin: Its sine.
     """
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B, heads, N, d/2] each
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
+    # Each channel beside its partner, rather than one result for each half: a compiler makes a single pass of it.
+    cos, sin = cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(-2)  # [N, d] each
+    partners = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x * cos + partners * sin).to(x.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -185,8 +187,11 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises `[..., D]`."""
-        # One fused kernel, which torch has for equal types of input and gain alone.
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+        tokens, gain = x.float(), self.weight.float()
+        if torch.compiler.is_compiling():  # the plain formula fuses with what is around it
+            return (tokens * (tokens.square().mean(-1, keepdim=True) + self.eps).rsqrt() * gain).to(x.dtype)
+        # One kernel, which torch has for equal types of input and gain alone.
+        return F.rms_norm(tokens, self.normalized_shape, gain, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -214,7 +219,7 @@ class Attention(nn.Module):
             rotary: Cosines and sines by which queries and keys turn, `[N, d / 2]` each.
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, heads, d]
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, d] each
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, heads, N, d] each
         query, key = self.query_norm(query), self.key_norm(key)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
@@ -251,6 +256,7 @@ class Block(nn.Module):
             condition: Activated, `[B, D]`.
             rotary: As attention takes it.
         """
+        # Between blocks, tokens stay float32 under autocast to bfloat16: the gates' small terms add up over the depth.
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=1)  # [B, D] each
         x = x + gate_a[:, None] * self.attention(modulate(self.norm_attention(x), shift_a, scale_a), rotary)
         return x + gate_m[:, None] * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))

@@ -153,6 +153,11 @@ class LightningDiT(Denoiser):
         zero_init(*(block.modulation for block in self.blocks), self.final.modulation, self.final.out)
         xavier_init(*optional)
 
+    @property
+    def regions(self) -> list[nn.Module]:
+        """Blocks, what follows them, and the projector; embeddings are a small share."""
+        return [*super().regions, self.final, *([self.projector] if self.projector is not None else [])]
+
     def embed(self, x: Tensor, t: Tensor, y: Tensor, cls_token: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens `[B, prefix + N, D]` and activated condition `[B, D]` for the blocks; arguments as of `forward`.
 

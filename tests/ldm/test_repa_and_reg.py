@@ -89,7 +89,7 @@ def test_every_combination_learns_samples_and_is_watched(model, alignment, featu
 
     module.log = log
     module.log_dict = lambda *_, **__: None
-    trainer(max_steps=60, limit_val_batches=0).fit(module, features())
+    trainer(max_steps=60, limit_val_batches=0, log_every_n_steps=1).fit(module, features())
     assert sum(last[-5:]) < 0.7 * sum(first), "the loss has to fall by a third at least"
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.model.parameters())
     samples = module.draw(torch.arange(4), torch.tensor([0, 1, 2, 0]), decode=False)
@@ -242,7 +242,7 @@ def test_features_are_computed_on_the_fly(alignment, tiny_model, data, trainer, 
         return DiffusionModule(network, optimizer, EulerMaruyama(3), tokenizer=tokenizer, alignment=aligned)
 
     trained = module(FrozenVFM(VFM))
-    run = trainer(max_steps=2, limit_val_batches=1)
+    run = trainer(max_steps=2, limit_val_batches=1, log_every_n_steps=1)
     run.fit(trained, data(crop="centre"))
     assert -1 <= run.callback_metrics["train/loss_align"] <= 1
     (metrics,) = run.validate(trained, data(crop="centre"), verbose=False)
