@@ -1,4 +1,7 @@
-"""A denoiser sharded over two processes (FSDP2) trains, saves and goes on as one that each process holds whole."""
+"""A denoiser sharded over two processes (FSDP2) trains, saves and goes on as one that each process holds whole.
+
+Compiled by parts, too, with activation checkpointing; the compiler's last step, which makes kernels, is left out.
+"""
 
 import os
 import subprocess
@@ -26,10 +29,12 @@ from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
 from ldm.module import DiffusionModule
 from ldm.samplers import Euler
+from vfm_vae.compilation import is_compiled
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.vfm import Frozen
 
-cache, out = sys.argv[1], Path(sys.argv[2])
+cache, out, compiled = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "compiled"
+torch.compile = partial(torch.compile, backend="eager")
 
 
 class Colours(Frozen):  # shows latents as they are
@@ -41,11 +46,11 @@ class Colours(Frozen):  # shows latents as they are
 
 def fit(name, strategy, max_steps):
     torch.manual_seed(0)
-    denoiser = LightningDiT(4, 4, 2, 2, 32, 2, num_classes=5)
+    denoiser = LightningDiT(4, 4, 2, 2, 32, 2, num_classes=5, activation_checkpointing=compiled)
     for parameter in filter(lambda p: p.requires_grad, denoiser.parameters()):  # many begin at zero
         torch.nn.init.normal_(parameter, std=0.05)
     optimizer, decoder = partial(torch.optim.AdamW, lr=1e-3, fused=True), Colours(torch.nn.Identity())
-    module = DiffusionModule(denoiser, optimizer, Euler(4), Guidance(2.0), decoder)
+    module = DiffusionModule(denoiser, optimizer, Euler(4), Guidance(2.0), decoder, torch_compile=compiled)
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy=strategy, precision="bf16-mixed", gradient_clip_val=0.5,
         max_steps=max_steps, max_epochs=-1, check_val_every_n_epoch=None, val_check_interval=2, num_sanity_val_steps=0,
@@ -59,6 +64,7 @@ def fit(name, strategy, max_steps):
     losses = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     parameter = next(module.model.blocks.parameters())
     local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    assert all(is_compiled(block) == compiled for block in module.model.blocks)
     return losses, local.numel() / parameter.numel()
 
 
@@ -86,11 +92,12 @@ def close(ours: object, theirs: object) -> bool:
     return ours == theirs
 
 
-def test_sharded_and_resumed_equals_whole(tmp_path: Path, cache: Path):
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_sharded_and_resumed_equals_whole(tmp_path: Path, cache: Path, how: str):
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
     process = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py"), str(cache), str(tmp_path)],
+        [sys.executable, str(tmp_path / "script.py"), str(cache), str(tmp_path), how],
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
