@@ -22,13 +22,21 @@ one_or_many = $(if $(filter 0,$(GPUS)),cpu,$(if $(filter 1,$(GPUS)),gpu,$(1)))
 TRAINER = -c configs/trainer/$(call one_or_many,ddp8).yaml $(DEVICES)
 TRAINER_LDM = -c configs/trainer/$(call one_or_many,ddp8_ldm).yaml $(DEVICES)
 DEVICES := $(if $(filter-out 0 1,$(GPUS)),--trainer.devices=$(GPUS))
-# Steps of 512 images and 1024 latents, whatever the number of GPUs: 16 and 32 at a time on each, which 80 GB hold.
+# Steps of 512 images and 1024 latents, whatever the number of GPUs: in so many parts that each takes 64 and 128 at a
+# time, which 80 GB hold. Smaller GPUs: PARTS=32 or more.
 COUNT := $(if $(filter 0,$(GPUS)),1,$(GPUS))
-ONCE := $(if $(filter $(COUNT),1 2 4 8 16 32),$(shell expr 32 / $(COUNT)),$(error GPUS: 0, 1, 2, 4, 8, 16 or 32, so that batches divide; given $(GPUS)))
-EVERY := --trainer.val_check_interval=$(shell expr 5000 \* $(ONCE))
+PARTS_OF_0 := 64
+PARTS_OF_1 := 8
+PARTS_OF_2 := 4
+PARTS_OF_4 := 2
+PARTS_OF_8 := 1
+PARTS_OF_16 := 1
+PARTS_OF_32 := 1
+PARTS := $(or $(PARTS_OF_$(GPUS)),$(error GPUS: 0, 1, 2, 4, 8, 16 or 32, so that batches divide; given $(GPUS)))
+EVERY := --trainer.val_check_interval=$(shell expr 5000 \* $(PARTS))
 MEASURED := --data.val_batch_size=$(shell expr 64 \* $(COUNT))
-BATCH := --data.batch_size=$(shell expr 16 \* $(COUNT)) --model.accumulate_grad_batches=$(ONCE) $(EVERY) $(MEASURED)
-BATCH_LDM := --data.batch_size=$(shell expr 32 \* $(COUNT)) --trainer.accumulate_grad_batches=$(ONCE) $(EVERY) $(MEASURED)
+BATCH := --data.batch_size=$(shell expr 512 / $(PARTS)) --model.accumulate_grad_batches=$(PARTS) $(EVERY) $(MEASURED)
+BATCH_LDM := --data.batch_size=$(shell expr 1024 / $(PARTS)) --trainer.accumulate_grad_batches=$(PARTS) $(EVERY) $(MEASURED)
 STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER) $(BATCH)
 
 # The demo's diffusion model: lightningdit, or reg.

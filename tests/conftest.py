@@ -113,7 +113,7 @@ def trainer(tmp_path: Path) -> Callable[..., Trainer]:
 
     def build(**kwargs) -> Trainer:
         silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        defaults = {"max_epochs": -1, "num_sanity_val_steps": 0, "enable_checkpointing": False}
+        defaults = {"max_epochs": -1, "num_sanity_val_steps": 0, "enable_checkpointing": False, "log_every_n_steps": 1}
         return Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, **silent | defaults | kwargs)
 
     return build

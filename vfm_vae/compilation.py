@@ -53,6 +53,11 @@ def compile_regions(regions: Iterable[nn.Module], method: str = "forward", dynam
             setattr(region, method, MethodType(_compiled(type(region), method, dynamic), region))
 
 
+def is_compiled(region: nn.Module, method: str = "forward") -> bool:
+    """Whether `compile_regions` has had this module."""
+    return method in vars(region)
+
+
 @cache
 def _compiled(region: type[nn.Module], method: str, dynamic: bool | None) -> Any:
     return torch.compile(getattr(region, method), fullgraph=True, dynamic=dynamic)

@@ -17,24 +17,68 @@ from torch import Tensor
 
 from vfm_vae.modules.maps import as_map, as_pixels, group_moments
 
+LARGEST_EXPANDED = 2**27
+"""Numbers that passes which are not fused expand at a time."""
 
-class Weights(NamedTuple):
-    """A layer's weights, in float32.
+
+class Convolution(NamedTuple):
+    """The depthwise convolution.
 
     Attributes:
-        depthwise: `[C, 1, k, k]`.
-        depthwise_bias: `[C]`.
+        kernel: `[C, 1, k, k]`.
+        bias: `[C]`.
+        noise: Added to the result, `[1, 1, H, W]`; None for none.
+    """
+
+    kernel: Tensor
+    bias: Tensor
+    noise: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps `[B, C, H, W]` to pixels `[B, P, C]`."""
+        y = F.conv2d(x, self.kernel.to(x.dtype), self.bias.to(x.dtype), padding=self._padding, groups=len(self.kernel))
+        return as_pixels(y if self.noise is None else y + self.noise.to(x.dtype))
+
+    def gradients(self, x: Tensor, gradient: Tensor, of_weights: bool) -> tuple[Tensor | None, ...]:
+        """Of the input, the kernel, the bias and the noise, from that of the result, `[B, P, C]`."""
+        gradient = as_map(gradient, x.shape[2:])
+        of_x, *of_parameters = torch.ops.aten.convolution_backward(
+            gradient, x, self.kernel.to(x.dtype), [len(self.kernel)], [1, 1], [self._padding] * 2, [1, 1], False,
+            [0, 0], len(self.kernel), [True, of_weights, of_weights],
+        )  # fmt: skip
+        of_noise = None if self.noise is None else gradient.float().sum((0, 1), keepdim=True)
+        return of_x, *(of if of is None else of.to(self.kernel.dtype) for of in of_parameters), of_noise
+
+    @property
+    def _padding(self) -> int:
+        return self.kernel.shape[-1] // 2
+
+
+class Condition(NamedTuple):
+    """How the global latent modulates a layer.
+
+    Attributes:
+        style: Scale of every channel, `[B, C]`.
+        demodulation: Scale of every expanded channel, `[B, 4C]`.
+    """
+
+    style: Tensor
+    demodulation: Tensor
+
+
+class Weights(NamedTuple):
+    """What a layer has behind its convolution, parameters in float32.
+
+    Attributes:
         norm: Gain of the group norm, `[C]`.
         norm_bias: `[C]`.
         expand: `[4C, C]`.
         expand_bias: `[4C]`.
-        contract: `[C, 4C]`.
+        contract: `[C, 4C, 1, 1]`.
         contract_bias: `[C]`.
-        scale: Layer scale, `[C]`.
+        scale: Layer scale, `[C, 1, 1]`.
     """
 
-    depthwise: Tensor
-    depthwise_bias: Tensor
     norm: Tensor
     norm_bias: Tensor
     expand: Tensor
@@ -44,20 +88,6 @@ class Weights(NamedTuple):
     scale: Tensor
 
 
-class Condition(NamedTuple):
-    """What a layer is told beside its input.
-
-    Attributes:
-        style: Scale of every channel, `[B, C]`.
-        demodulation: Scale of every expanded channel, `[B, 4C]`.
-        noise: Added to the depthwise result, `[1, 1, H, W]`; None for none.
-    """
-
-    style: Tensor
-    demodulation: Tensor
-    noise: Tensor | None
-
-
 class Shape(NamedTuple):
     """What of a layer is no tensor: groups of the norm, and what is added to variances."""
 
@@ -65,21 +95,12 @@ class Shape(NamedTuple):
     eps: float
 
 
-def convolve(x: Tensor, condition: Condition, weights: Weights) -> Tensor:
-    """The depthwise convolution of `x: [B, C, H, W]`, and the noise, as pixels `[B, P, C]`."""
-    kernel, bias = weights.depthwise.to(x.dtype), weights.depthwise_bias.to(x.dtype)
-    y = F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2, groups=len(kernel))
-    if condition.noise is not None:
-        y = y + condition.noise.to(x.dtype)
-    return as_pixels(y)
-
-
 def forward(pixels: Tensor, convolved: Tensor, condition: Condition, weights: Weights, shape: Shape) -> Tensor:
     """The layer behind its convolution, in the precision of `pixels`; statistics and sums are float32.
 
     Args:
         pixels: The layer's input, `[B, P, C]`.
-        convolved: What `convolve` makes of it, `[B, P, C]`.
+        convolved: What the convolution makes of it, `[B, P, C]`.
         condition: Style and demodulation.
         weights: The layer's.
         shape: Of its norm.
@@ -89,8 +110,8 @@ def forward(pixels: Tensor, convolved: Tensor, condition: Condition, weights: We
     """
     *_, hidden = _hidden(convolved, condition, weights, shape)
     before = hidden * condition.demodulation.unsqueeze(1) + weights.expand_bias  # [B, P, 4C], float32
-    y = F.linear(F.gelu(before).to(pixels.dtype), weights.contract.to(pixels.dtype))  # [B, P, C]
-    return (pixels + weights.scale * (y + weights.contract_bias)).to(pixels.dtype)
+    y = F.linear(F.gelu(before).to(pixels.dtype), weights.contract.flatten(1).to(pixels.dtype))  # [B, P, C]
+    return (pixels + weights.scale.flatten() * (y + weights.contract_bias)).to(pixels.dtype)
 
 
 def _hidden(
@@ -129,7 +150,8 @@ def backward(
     # Contracting product and GELU.
     before = hidden * condition.demodulation.unsqueeze(1) + weights.expand_bias
     after = F.gelu(before).to(dtype)
-    of_after = (g * weights.scale).to(dtype) @ weights.contract.to(dtype)  # [B, P, 4C]
+    scale, contract = weights.scale.flatten(), weights.contract.flatten(1)
+    of_after = (g * scale).to(dtype) @ contract.to(dtype)  # [B, P, 4C]
     of_before = of_after.float() * _gelu_slope(before)
     of_expand_bias = of_before.sum(1)  # [B, 4C], of each sample
     of_demodulation = (of_before * hidden).sum(1)  # [B, 4C]
@@ -153,9 +175,9 @@ def backward(
         (plain * condition.style).sum(0),
         (of_hidden.flatten(0, 1).mT @ modulated.flatten(0, 1)).float(),  # expand
         of_expand_bias.sum(0),
-        weights.scale.unsqueeze(1) * unscaled,  # contract
-        weights.scale * summed,
-        (unscaled * weights.contract).sum(1) + weights.contract_bias * summed,  # scale
+        (scale.unsqueeze(1) * unscaled).view_as(weights.contract),
+        scale * summed,
+        ((unscaled * contract).sum(1) + weights.contract_bias * summed).view_as(weights.scale),
     ]
     return of_convolved, of_style, of_demodulation, of_all
 
@@ -196,36 +218,62 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shape: Shape, compile: bool, x: Tensor, *tensors: Tensor | None) -> Tensor:
-        """Maps `x: [B, C, H, W]`; `tensors` are those of `Condition`, then of `Weights`."""
+        """Maps `x: [B, C, H, W]`; `tensors` are those of `Condition`, `Convolution` and `Weights`."""
         ctx.save_for_backward(x, *tensors)
         ctx.shape, ctx.compile = shape, compile
-        return layer(x, Condition(*tensors[:3]), Weights(*tensors[3:]), shape, compile)
+        return layer(*_sorted(x, *tensors), shape, compile)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the arguments."""
-        x, *tensors = ctx.saved_tensors
-        condition, weights = Condition(*tensors[:3]), Weights(*tensors[3:])
-        of_weights, run = _gradients_of_weights, compiled(backward) if ctx.compile else backward
+        x, condition, convolution, weights = _sorted(*ctx.saved_tensors)
+        of_weights = _gradients_of_weights and any(ctx.needs_input_grad[-len(weights) :])
+        run, parts = compiled(backward) if ctx.compile else backward, []
         with torch.autocast(x.device.type, enabled=False):
-            gradient = gradient.to(x.dtype)
-            of_convolved, of_style, of_demodulation, of_others = run(
-                as_pixels(gradient), convolve(x, condition, weights), condition, weights, ctx.shape, of_weights
-            )
-            of_convolved = as_map(of_convolved, x.shape[2:])
-            of_x, *of_depthwise = torch.ops.aten.convolution_backward(
-                of_convolved, x, weights.depthwise.to(x.dtype), [x.shape[1]],
-                [1, 1], [weights.depthwise.shape[-1] // 2] * 2, [1, 1], False, [0, 0], x.shape[1],
-                [True, of_weights, of_weights],
-            )  # fmt: skip
-            of_noise = None if condition.noise is None else of_convolved.float().sum((0, 1), keepdim=True)
-        if not of_weights:
-            return None, None, of_x + gradient, of_style, of_demodulation, of_noise, *[None] * len(weights)
-        of_depthwise = [of.to(weights.depthwise.dtype) for of in of_depthwise]
-        return None, None, of_x + gradient, of_style, of_demodulation, of_noise, *of_depthwise, *of_others
+            for g, part, told in _chunks(ctx.compile, gradient.to(x.dtype), x, condition):
+                of_convolved, *of_condition, of_tail = run(
+                    as_pixels(g), convolution(part), told, weights, ctx.shape, of_weights
+                )
+                of_x, *of_convolution = convolution.gradients(part, of_convolved, of_weights)
+                parts.append((of_x + g, *of_condition, *of_convolution, *(of_tail or [None] * len(weights))))
+        whole = [_together(i < 3, [part[i] for part in parts]) for i in range(len(parts[0]))]
+        return None, None, *whole
 
 
-def layer(x: Tensor, condition: Condition, weights: Weights, shape: Shape, compile: bool) -> Tensor:
+def layer(
+    x: Tensor, condition: Condition, convolution: Convolution, weights: Weights, shape: Shape, compile: bool
+) -> Tensor:
     """The whole layer, `[B, C, H, W]` to the same shape, with or without compiled passes."""
     run = compiled(forward) if compile else forward
-    return as_map(run(as_pixels(x), convolve(x, condition, weights), condition, weights, shape), x.shape[2:])
+    parts = [
+        run(as_pixels(part), convolution(part), told, weights, shape)
+        for _, part, told in _chunks(compile, x, x, condition)
+    ]
+    return as_map(_together(True, parts), x.shape[2:])
+
+
+def _sorted(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Condition, Convolution, Weights]:
+    """The arguments of `layer`. Whether input and condition take gradients is nothing to be compiled for."""
+    return (
+        x.detach(),
+        Condition(*(tensor.detach() for tensor in tensors[:2])),
+        Convolution(*tensors[2:5]),
+        Weights(*tensors[5:]),
+    )
+
+
+def _chunks(
+    compile: bool, gradient: Tensor, x: Tensor, condition: Condition
+) -> Iterator[tuple[Tensor, Tensor, Condition]]:
+    """A few samples at a time: passes that are not fused hold what they expand several times, in float32."""
+    samples = len(x) if compile else max(1, LARGEST_EXPANDED // (4 * x[0].numel()))
+    for start in range(0, len(x), samples):
+        part = slice(start, start + samples)
+        yield gradient[part], x[part], Condition(*(tensor[part] for tensor in condition))
+
+
+def _together(by_sample: bool, parts: list[Tensor | None]) -> Tensor | None:
+    """Of all samples, what was computed of a few at a time."""
+    if len(parts) == 1 or parts[0] is None:
+        return parts[0]
+    return torch.cat(parts) if by_sample else torch.stack(parts).sum(0)

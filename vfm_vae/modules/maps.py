@@ -6,10 +6,14 @@ them; fused where they are compiled. On a CPU, PyTorch's own kernels keep the la
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vfm_vae.compilation import is_compiled
 
 
 def uses_native_kernels(x: Tensor) -> bool:
@@ -68,7 +72,13 @@ class GroupNorm(nn.GroupNorm):
         if uses_native_kernels(x):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            return as_map(self.normalise(as_pixels(x)), x.shape[2:])
+            # Passes that are not fused would keep float32 copies for the backward pass.
+            run = (
+                self.normalise
+                if is_compiled(self, "normalise")
+                else partial(checkpoint, self.normalise, use_reentrant=False)
+            )
+            return as_map(run(as_pixels(x)), x.shape[2:])
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Normalises `[B, P, C]`."""

@@ -133,31 +133,32 @@ class ModulatedConvNeXt(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """Maps features `[B, C, H, W]` and global latents `[B, w_channels]` to `[B, C, H, W]`."""
         noise = None if self.noise is None else self.noise(x.shape[2:])
-        condition = convnext.Condition(*self.modulation(w), noise)
+        style, demodulation = self.modulation(w)
         if self.compiled or self.recompute or not uses_native_kernels(x):
-            return self._fused(x, condition)
+            return self._fused(x, convnext.Condition(style, demodulation), noise)
         y = self.depthwise(x)
         y = self.norm(y if noise is None else y + noise.to(y.dtype))
-        y = modulated_pointwise(y, self.expand, condition.style, self.expand_bias, condition.demodulation)
-        return torch.addcmul(x, self.layer_scale, self.contract(F.gelu(y))).to(x.dtype)  # y: [B, 4C, H, W]
+        y = modulated_pointwise(y, self.expand, style, self.expand_bias, demodulation)  # [B, 4C, H, W]
+        return torch.addcmul(x, self.layer_scale, self.contract(F.gelu(y))).to(x.dtype)
 
     def modulation(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Style `[B, C]` and demodulation `[B, 4C]` of global latents `[B, w_channels]`."""
         style = self.style(w)
         return style, demodulate(self.expand, style)
 
-    def _fused(self, x: Tensor, condition: convnext.Condition) -> Tensor:
+    def _fused(self, x: Tensor, condition: convnext.Condition, noise: Tensor | None) -> Tensor:
         """The same as passes over pixels, between which all but products can fuse."""
+        convolution = convnext.Convolution(self.depthwise.weight, self.depthwise.bias, noise)
         weights = convnext.Weights(
-            self.depthwise.weight, self.depthwise.bias, self.norm.weight, self.norm.bias, self.expand,
-            self.expand_bias, self.contract.weight.flatten(1), self.contract.bias, self.layer_scale.flatten(),
+            self.norm.weight, self.norm.bias, self.expand, self.expand_bias,
+            self.contract.weight, self.contract.bias, self.layer_scale,
         )  # fmt: skip
         shape = convnext.Shape(self.norm.num_groups, self.norm.eps)
         x = x.to(compute_precision(x))
         with torch.autocast(x.device.type, enabled=False):
             if self.recompute and torch.is_grad_enabled():
-                return convnext.Recomputed.apply(shape, self.compiled, x, *condition, *weights)
-            return convnext.layer(x, condition, weights, shape, self.compiled)
+                return convnext.Recomputed.apply(shape, self.compiled, x, *condition, *convolution, *weights)
+            return convnext.layer(x, condition, convolution, weights, shape, self.compiled)
 
 
 class ToRGB(nn.Module):
