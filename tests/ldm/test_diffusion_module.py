@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks.ema import EMA
 from ldm.guidance import Guidance
+from ldm.metrics import LossByTime
 from ldm.samplers import EulerMaruyama
 from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.data.sampling import seed_of
@@ -391,6 +392,13 @@ def test_what_does_not_fit_is_named(diffusion, latents, trainer, tmp_path, inter
     torch.save(stored | {"state_dict": shifted}, interrupted)
     with pytest.raises(ValueError, match="clearly other means or deviations"):
         trainer().fit(diffusion(), datamodule=latents(), ckpt_path=interrupted, weights_only=True)
+
+
+def test_the_loss_by_time_leaves_out_what_is_not_finite():
+    losses = LossByTime(2)
+    losses.update(torch.tensor([1.0, float("nan"), 3.0, float("inf"), 8.0]), torch.tensor([0.1, 0.2, 0.3, 0.9, 1.0]))
+    assert losses.named("train") == {"loss_by_time/train_0.00": 2.0, "loss_by_time/train_0.50": 8.0}
+    assert losses.count.tolist() == [2, 1]
 
 
 def test_padding_counts_nowhere(diffusion, latents, trainer):
