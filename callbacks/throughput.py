@@ -36,8 +36,9 @@ class Throughput(Callback):
     per multiplication and addition; their mean per batch becomes the module's `flops_per_batch`. A batch's count is
     exact; take more than one where batches differ, as with equivariance regularisation, which shrinks some. What
     activation checkpointing computes twice counts twice. Everything else (norms, resizing, optimisers) doesn't count.
-    With `torch.compile`, the batches that are counted run uncompiled, so they differ from compiled ones by rounding.
-    List it before callbacks that compute at the end of a batch, or that is counted as well.
+    With `torch.compile`, the batches that are counted run uncompiled, so they differ from compiled ones by rounding;
+    but a module whose `rehearse(batch)` does a step's products on the meta device is counted by that, and no batch is
+    slower. List it before callbacks that compute at the end of a batch, or that is counted as well.
 
     Logged where Lightning logs, each over the last `window_size` batches of rank zero, those that were counted left
     out, and validations and what comes with them:
@@ -99,8 +100,16 @@ class Throughput(Callback):
 
     @rank_zero_only
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begins to count."""
-        if len(self._counts) < self.count_batches:
+        """Begins to count; a module that can rehearse its step does, and none is taken for that."""
+        if len(self._counts) == self.count_batches:
+            return
+        rehearse = getattr(pl_module, "rehearse", None)
+        with flop_counter() as counter:
+            rehearsed = rehearse is not None and rehearse(batch)
+        if rehearsed:
+            self._counts = [counter.get_total_flops()] * self.count_batches
+            self._finish_counting(trainer, pl_module)
+        else:
             self._counting.enter_context(torch.compiler.set_stance("force_eager"))
             self._counter = self._counting.enter_context(flop_counter())
 
@@ -113,13 +122,16 @@ class Throughput(Callback):
             self._counting.close()
             self._counts.append(self._counter.get_total_flops())
             self._counter = None
-            if len(self._counts) == self.count_batches:
-                pl_module.flops_per_batch = sum(self._counts) / self.count_batches
-            self._begin(trainer)
+            self._finish_counting(trainer, pl_module)
             return
         self._meters[RunningStage.TRAINING].note(self.batch_size_fn(batch), pl_module.flops_per_batch)
         if not trainer.fit_loop._should_accumulate():
             self._log(trainer)
+
+    def _finish_counting(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if len(self._counts) == self.count_batches:
+            pl_module.flops_per_batch = sum(self._counts) / self.count_batches
+        self._begin(trainer)
 
     @rank_zero_only
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

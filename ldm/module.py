@@ -24,7 +24,7 @@ from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
-from ldm.objective import denoising_errors
+from ldm.objective import denoising_errors, rehearse
 from ldm.pipeline import draw_latents
 from ldm.samplers import Euler, Sampler
 from ldm.skipping import SkippedSteps
@@ -63,7 +63,7 @@ class DiffusionModule(LightningModule):
         images_seen: Images trained on, over all ranks.
     """
 
-    flops_per_batch: float | None = None  # counted by callbacks.throughput.Throughput
+    flops_per_batch: float | None = None  # counted by callbacks.throughput.Throughput, in `rehearse`
 
     def __init__(
         self,
@@ -178,6 +178,10 @@ class DiffusionModule(LightningModule):
         """
         if gradient_clip_val:  # 0 is off, too
             clip_grads_with_norm_(self.model.parameters(), gradient_clip_val, self._grad_norm)
+
+    def rehearse(self, batch: Batch | LatentBatch) -> bool:
+        """Does a step's products where they cost nothing, so that they can be counted; whether that can be done."""
+        return isinstance(batch, LatentBatch) and rehearse(self.model, self.alignment, len(batch.latents))
 
     def on_train_epoch_end(self) -> None:
         """Logs the losses by time."""
@@ -355,6 +359,8 @@ class DiffusionModule(LightningModule):
             raise ValueError("trainer.gradient_clip_algorithm: only 'norm' is supported")
         if should_compile(self.torch_compile, self.trainer.strategy.root_device, self.model):
             self.model.compile_regions()
+            if self.tokenizer is not None:
+                self.tokenizer.network.compile_regions()
         data = self.trainer.datamodule
         if stage == "predict" or data is None:
             return

@@ -1,5 +1,6 @@
 """What a denoiser is trained by: errors of its prediction at noisy latents."""
 
+import torch
 from torch import Tensor
 
 from ldm import path
@@ -34,3 +35,27 @@ def denoising_errors(
     velocity, target = prediction.velocity.float(), path.velocity(x, noise[0])
     errors = {"mse": path.squared_error(velocity, target), "cosine": path.cosine_error(velocity, target)}
     return errors | (alignment.errors(prediction, features, noise[1]) if alignment is not None else {})
+
+
+def rehearse(model: Denoiser, alignment: REPA | None, batch_size: int) -> bool:
+    """Forward and backward pass on the meta device, which computes nothing but goes through all products.
+
+    Args:
+        model: A twin of it is made from its arguments.
+        alignment: Of its tokens to a VFM's features; None for none.
+        batch_size: Of the step.
+
+    Returns:
+        Whether the model says what it was made of.
+    """
+    if not hasattr(model, "arguments"):
+        return False
+    with torch.device("meta"):
+        twin = type(model)(**model.arguments)
+        x, t = torch.empty(batch_size, *model.latent_shape), torch.empty(batch_size)
+        features = torch.empty(batch_size, 1 + model.grid[0] * model.grid[1], max(model.align_channels, 1))
+        noise = torch.empty_like(x), torch.empty(batch_size, model.cls_channels)
+        y = torch.empty(batch_size, dtype=torch.int64)
+        errors = denoising_errors(twin, alignment, x, features if alignment else None, noise, t, y)
+        sum(error.mean() for error in errors.values()).backward()
+    return True

@@ -1,13 +1,17 @@
 """The training step: what it changes, what it leaves alone, and that it goes on where it was."""
 
+import copy
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim import Adam
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import changed, repeat, weights
 
 from callbacks.ema import EMA
@@ -133,6 +137,73 @@ def test_gradients_that_are_not_finite_are_not_applied(tiny_module, trainer, bat
     assert module.guard.num_skipped == 2
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_refused_step_leaves_the_optimisers_states_too(tiny_module, trainer, batch, fused):
+    module = tiny_module(**dict.fromkeys(("optimizer", "discriminator_optimizer"), partial(Adam, lr=1e-3, fused=fused)))
+    states = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            states.append([copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers])
+
+    trainer(callbacks=[Poison({1}), Watch()], limit_train_batches=3, max_epochs=1).fit(module, repeat(batch))
+    assert module.guard.num_skipped == 1
+    for before, refused, after in zip(*states, strict=True):
+        torch.testing.assert_close(refused, before, rtol=0, atol=0)
+        assert all(after[name]["step"] == before[name]["step"] + 1 for name in before)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_in_a_step_waits_for_the_device_but_where_it_logs(tiny_module, trainer, batch):
+    fused = partial(Adam, lr=1e-3, fused=True)
+    module = tiny_module(optimizer=fused, discriminator_optimizer=fused, gradient_clip_val=1.0)
+    waits = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, *_):
+            self.mode = Waits()
+            self.mode.__enter__()
+
+        def on_train_batch_end(self, *_):
+            self.mode.__exit__(None, None, None)
+            waits.append(self.mode.count)
+
+    callbacks = [Watch(), EMA()]
+    trainer(callbacks=callbacks, max_steps=6, log_every_n_steps=3).fit(module, repeat(batch))
+    assert waits[0] == waits[1] == waits[3] == waits[4] == 0 < waits[2], waits
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_not_waited_for_within_a_step(tiny_module, batch, tmp_path):
+    fused = partial(Adam, lr=1e-3, fused=True)
+    module = tiny_module(optimizer=fused, discriminator_optimizer=fused)
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            torch.cuda.set_sync_debug_mode("error" if batch_idx in (2, 3) else "default")
+
+        def on_train_batch_end(self, *_):
+            torch.cuda.set_sync_debug_mode("default")
+
+    Trainer(
+        accelerator="gpu", devices=1, precision="bf16-mixed", max_steps=5, log_every_n_steps=5, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        callbacks=[Watch(), EMA()],
+    ).fit(module, repeat(batch))  # fmt: skip
+    assert module.guard.num_skipped == 0
+
+
 def test_training_goes_on_after_a_skipped_step(tiny_module, trainer, batch):
     module = tiny_module(guard=NonFiniteGuard())
     trainer(callbacks=[Poison({1})], limit_train_batches=3, max_epochs=1).fit(module, repeat(batch))
@@ -158,6 +229,19 @@ def test_resumed_equals_uninterrupted(tiny_module, trainer, data, interrupted):
     assert not changed(whole.state_dict(), resumed.state_dict())
     assert not changed(whole_average.weights, resumed_average.weights)
     assert resumed.images_seen == whole.images_seen == 64
+
+
+def test_a_kept_alignment_weight_goes_on_where_it_was(tiny_module, trainer, data, tmp_path):
+    every = {"objective": {"alignment_every": 3}}
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_last=True)
+    callbacks = {"enable_checkpointing": True, "callbacks": [checkpoint]}
+    trainer(max_steps=4, **callbacks).fit(tiny_module(**every), datamodule=data())
+    whole, resumed, anew = tiny_module(**every), tiny_module(**every), tiny_module()
+    trainer(max_steps=6).fit(whole, datamodule=data())
+    trainer(max_steps=6).fit(resumed, datamodule=data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    trainer(max_steps=6).fit(anew, datamodule=data())
+    assert not changed(whole.state_dict(), resumed.state_dict())
+    assert changed(whole.state_dict(), anew.state_dict())
 
 
 def test_a_stage_starts_from_the_former_one(tiny_module, trainer, data, interrupted):
@@ -250,7 +334,7 @@ def test_a_compiled_decoder_gives_the_same_gradients_under_the_same_names(tiny_m
     plain, compiled = tiny_module(), tiny_module(torch_compile=True)
     names = list(compiled.state_dict())
     trainer(max_steps=2).fit(compiled, repeat(batch))
-    assert compiled.model.decoder._compiled_call_impl is not None
+    assert all(layer.compiled for block in compiled.model.decoder.blocks for layer in block.layers)
     assert list(compiled.state_dict()) == names and compiled.guard.num_skipped == 0
 
     plain.load_state_dict(compiled.state_dict())

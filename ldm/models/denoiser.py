@@ -120,8 +120,6 @@ class Denoiser(nn.Module, ABC):
         Compiled is what each region computes, when it is first called. The first size of a batch has code of its own,
         others share one. Names of weights, hooks and copies stay as they are.
         """
-        # DDP would have each region cut up by its buckets, to send gradients early; regions are small enough for that.
-        torch._dynamo.config.optimize_ddp = False
         compile_regions(self.regions)
 
     @torch.no_grad()

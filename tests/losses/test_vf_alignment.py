@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch import nn
 
-from vfm_vae.losses.alignment import adaptive_weight, pool_tokens, vf_loss
+from vfm_vae.losses.alignment import adaptive_weight, pool_tokens, settle, vf_loss
+from vfm_vae.losses.objective import Objective
 
 
 def test_equal_directions_cost_nothing():
@@ -66,3 +68,56 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms():
 def test_adaptive_weight_is_clamped_where_the_alignment_is_flat():
     weight = torch.ones(2, requires_grad=True)
     assert adaptive_weight((1e6 * weight).sum(), (0 * weight).sum(), weight).item() == 1e8
+
+
+def test_a_settled_loss_has_the_same_gradients_and_is_passed_once():
+    passes = []
+    weight = torch.randn(3, requires_grad=True)
+    image, small, unused = weight * 2, weight.sum(), weight * 3
+    loss = image.pow(3).sum() + small.square()
+    loss.register_hook(lambda gradient: passes.append(gradient))
+    expected = torch.autograd.grad(4 * loss, weight, retain_graph=True)
+    passes.clear()
+    settled = settle(loss, [image, small, unused, torch.zeros(2)])
+    assert torch.equal(settled, loss)
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(4 * settled, weight, retain_graph=True), expected)
+    assert len(passes) == 1
+
+
+def test_a_loss_of_no_weight_is_settled():
+    assert settle(torch.zeros(()), [torch.ones(2, requires_grad=True)]) == 0
+
+
+class Latent(nn.Module):
+    """As much of an adapter as the alignment loss asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.last_encoding_weight = nn.Parameter(torch.randn(2, 4, 1, 1))
+        self.align = nn.Conv2d(2, 4, 1)
+
+
+def test_the_adaptive_weight_is_kept_for_as_long_as_asked():
+    objective, adapter = Objective(kl=0.0, alignment_every=3), Latent()
+    seen = []
+    for scale in (1.0, 2.0, 3.0, 4.0, float("nan"), 6.0, 7.0):
+        z = nn.functional.conv2d(torch.ones(1, 4, 2, 2), adapter.last_encoding_weight)
+        target = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+        features = type("Features", (), {"tokens": target.flatten(2).mT, "grid": (2, 2)})
+        _, scalars = objective.latent(None, z, features, adapter, scale * z.sum())
+        seen.append(scalars["alignment_weight"].item() / seen[0] if seen else scalars["alignment_weight"].item())
+    assert seen[1:] == pytest.approx([1, 1, 4, 4, 4, 7], rel=1e-4)
+    with pytest.raises(ValueError, match="alignment_every: must be at least 1, given 0"):
+        Objective(alignment_every=0)
+
+
+def test_what_is_not_finite_is_not_kept():
+    objective, adapter = Objective(kl=0.0, alignment_every=2), Latent()
+    seen = []
+    for scale in (1.0, 1.0, float("nan"), 1.0, 2.0):
+        z = nn.functional.conv2d(torch.ones(1, 4, 2, 2), adapter.last_encoding_weight)
+        features = type("Features", (), {"tokens": torch.eye(4)[None], "grid": (2, 2)})
+        _, scalars = objective.latent(None, z, features, adapter, scale * z.sum())
+        seen.append(scalars["alignment_weight"].item())
+    assert seen == pytest.approx([seen[0]] * 4 + [2 * seen[0]], rel=1e-4)

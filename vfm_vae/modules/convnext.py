@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfm_vae.modules.maps import as_map, as_pixels, group_moments
+from vfm_vae.modules.maps import as_map, as_pixels, group_moments, without_autocast
 
 LARGEST_EXPANDED = 2**27
 """Numbers that passes which are not fused expand at a time."""
@@ -229,7 +229,7 @@ class Recomputed(torch.autograd.Function):
         x, condition, convolution, weights = _sorted(*ctx.saved_tensors)
         of_weights = _gradients_of_weights and any(ctx.needs_input_grad[-len(weights) :])
         run, parts = compiled(backward) if ctx.compile else backward, []
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             for g, part, told in _chunks(ctx.compile, gradient.to(x.dtype), x, condition):
                 of_convolved, *of_condition, of_tail = run(
                     as_pixels(g), convolution(part), told, weights, ctx.shape, of_weights
@@ -266,7 +266,10 @@ def _chunks(
     compile: bool, gradient: Tensor, x: Tensor, condition: Condition
 ) -> Iterator[tuple[Tensor, Tensor, Condition]]:
     """A few samples at a time: passes that are not fused hold what they expand several times, in float32."""
-    samples = len(x) if compile else max(1, LARGEST_EXPANDED // (4 * x[0].numel()))
+    samples = max(1, LARGEST_EXPANDED // (4 * x[0].numel()))
+    if compile or samples >= len(x):
+        yield gradient, x, condition
+        return
     for start in range(0, len(x), samples):
         part = slice(start, start + samples)
         yield gradient[part], x[part], Condition(*(tensor[part] for tensor in condition))

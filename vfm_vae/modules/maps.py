@@ -6,6 +6,7 @@ them; fused where they are compiled. On a CPU, PyTorch's own kernels keep the la
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -29,12 +30,21 @@ def in_fast_layout(x: Tensor) -> Tensor:
 def compute_precision(x: Tensor) -> torch.dtype:
     """Of products that take `x`: what autocast says, else that of `x`."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocasts else x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Leaves precisions as they are said, on the device of `x`."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def as_pixels(x: Tensor) -> Tensor:
     """`[B, C, H, W]` as pixels `[B, HW, C]`, a view where the memory is channels-last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+    # The compiler would tell views of other tensors apart; detached, it is none.
+    return pixels if pixels.requires_grad else pixels.detach()
 
 
 def as_map(pixels: Tensor, size: Sequence[int]) -> Tensor:
@@ -71,7 +81,7 @@ class GroupNorm(nn.GroupNorm):
         """Normalises `[B, C, H, W]`."""
         if uses_native_kernels(x):
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             # Passes that are not fused would keep float32 copies for the backward pass.
             run = (
                 self.normalise

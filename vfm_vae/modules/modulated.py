@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from vfm_vae.modules import convnext
 from vfm_vae.modules.layers import EqualizedLinear
-from vfm_vae.modules.maps import GroupNorm, Pointwise, compute_precision, pointwise, uses_native_kernels
+from vfm_vae.modules.maps import (
+    GroupNorm,
+    Pointwise,
+    compute_precision,
+    pointwise,
+    uses_native_kernels,
+    without_autocast,
+)
 
 
 def modulate_activations(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor | None, bias: Tensor) -> Tensor:
@@ -155,7 +162,7 @@ class ModulatedConvNeXt(nn.Module):
         )  # fmt: skip
         shape = convnext.Shape(self.norm.num_groups, self.norm.eps)
         x = x.to(compute_precision(x))
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             if self.recompute and torch.is_grad_enabled():
                 return convnext.Recomputed.apply(shape, self.compiled, x, *condition, *convolution, *weights)
             return convnext.layer(x, condition, convolution, weights, shape, self.compiled)
