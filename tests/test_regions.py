@@ -17,6 +17,7 @@ from vfm_vae.modules import convnext, layers, maps, modulated
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.equivariance import EquivarianceRegularizer
 from vfm_vae.types import Batch
+from vfm_vae.vfm import FrozenVFM
 
 
 @pytest.fixture
@@ -146,6 +147,29 @@ def test_ten_steps_with_equivariance_recompile_no_more_often_than_there_are_shap
     seen = graphs.total()
     trainer(max_steps=20).fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     assert graphs.total() == seen
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_large_patch16_siglip_512.v2_webli",
+        "vit_large_patch14_reg4_dinov2.lvd142m",
+        "vit_large_patch16_dinov3.lvd1689m",
+        "eva02_large_patch14_448.mim_in22k_ft_in22k_in1k",
+        "vit_large_patch14_clip_224.openai",
+    ],
+)
+def test_frozen_networks_of_any_family_compile_block_by_block(graphs, name):
+    vfm = FrozenVFM(name, layers=[0, -1], pretrained=False, model_args={"depth": 3, "embed_dim": 64, "num_heads": 2})
+    images = torch.rand(2, 3, 4 * vfm.patch_size, 4 * vfm.patch_size) * 2 - 1
+    if vfm.network.patch_embed.strict_img_size:
+        images = torch.rand(2, 3, *vfm.network.patch_embed.img_size) * 2 - 1
+    eager = vfm(images)
+    compile_regions(vfm.network.blocks, dynamic=True)
+    torch.testing.assert_close(vfm(images), eager)
+    assert graphs.total() == 1
+    vfm(torch.cat([images, images[:1]]))
+    assert graphs.total() == 1
 
 
 def test_auto_compiles_large_models_on_gpus_alone(tiny_model):

@@ -184,7 +184,7 @@ def backward(
 
 def _gelu_slope(x: Tensor) -> Tensor:
     """Derivative of the exact GELU: `Φ(x) + x φ(x)` (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
-    return torch.special.ndtr(x) + x * torch.exp(-0.5 * x.square()) * 0.3989422804014327
+    return 0.5 * (1 + torch.erf(x * 0.7071067811865476)) + x * torch.exp(-0.5 * x.square()) * 0.3989422804014327
 
 
 def _group_mean(x: Tensor, groups: int) -> Tensor:
