@@ -42,7 +42,7 @@ def test_values_and_all_gradients_are_autograds(layers, inputs):
 
 def test_a_few_samples_at_a_time_give_the_same(layers, inputs, monkeypatch):
     expected = gradients(layers[1], *inputs)
-    monkeypatch.setattr(convnext, "LARGEST_EXPANDED", 1)
+    monkeypatch.setattr(convnext, "LARGEST_EXPANDED", 1)  # one sample
     torch.testing.assert_close(gradients(layers[1], *inputs), expected)
 
 

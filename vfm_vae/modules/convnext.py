@@ -6,6 +6,7 @@ Behind the convolution it is written as passes over pixels `[B, P, C]`, between 
 product. `Recomputed` keeps the input for the backward pass and nothing else.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from vfm_vae.modules.maps import as_map, as_pixels, group_moments, without_autocast
 
-LARGEST_EXPANDED = 2**27
-"""Numbers that passes which are not fused expand at a time."""
+LARGEST_EXPANDED, LARGEST_FUSED = 2**27, 2**30
+"""Numbers to which pixels are expanded at a time: they are held several times, in float32 where passes are not fused.
+From 2^31 on, kernels would take to 64-bit indices, too."""
 
 
 class Convolution(NamedTuple):
@@ -265,9 +267,10 @@ def _sorted(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Condition, Conv
 def _chunks(
     compile: bool, gradient: Tensor, x: Tensor, condition: Condition
 ) -> Iterator[tuple[Tensor, Tensor, Condition]]:
-    """A few samples at a time: passes that are not fused hold what they expand several times, in float32."""
-    samples = max(1, LARGEST_EXPANDED // (4 * x[0].numel()))
-    if compile or samples >= len(x):
+    """A few samples at a time, about equally many, so that what they are expanded to is not too large."""
+    parts = math.ceil(4 * x.numel() / (LARGEST_FUSED if compile else LARGEST_EXPANDED))
+    samples = math.ceil(len(x) / parts)
+    if samples == len(x):
         yield gradient, x, condition
         return
     for start in range(0, len(x), samples):
