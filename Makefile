@@ -48,7 +48,7 @@ DEMO_GUIDED := $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
 named = --trainer.logger.init_args.name=$(1) --trainer.callbacks.name=$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test test-all lint format bench tensorboard embedded-vfm strong weak ssim patchgan latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
+.PHONY: help install demo study test test-all lint format bench bench-gpu tensorboard embedded-vfm strong weak ssim patchgan latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -109,6 +109,9 @@ bench: install ## measure what is claimed to be fast, as ratios within one run
 	$(BIN)/python tests/bench/guidance.py
 	$(BIN)/python tests/bench/cknna.py
 	$(BIN)/python tests/bench/evaluation.py
+
+bench-gpu: install ## measure training, sampling and evaluation at full size on one GPU, in six minutes; runs/bench_gpu.json
+	$(BIN)/python tests/bench/gpu.py
 
 tensorboard: install ## show the runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir runs

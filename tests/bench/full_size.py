@@ -1,20 +1,16 @@
-"""Full-size training steps by the published configs: images per second, memory, FLOPs and their share of the peak.
+"""The full-size models by the published configs, with random weights, and what one image costs to train on.
 
-    python tests/bench/full_size.py tokenizer --batch-size 64       # strong stage, bf16-mixed, on the GPU at hand
-    python tests/bench/full_size.py diffusion --batch-size 128      # LightningDiT-XL/1
-    python tests/bench/full_size.py tokenizer --count               # no GPU: FLOPs and activations of one image
+    python tests/bench/full_size.py tokenizer --count               # strong stage: FLOPs and activations of one image
+    python tests/bench/full_size.py diffusion --count               # LightningDiT-XL/1; reg for SiT-XL/1
 
-Weights are random, which costs the same as trained ones. Data is one batch, over and over: the loader has a benchmark
-of its own. A GPU's memory holds weights, gradients, optimiser states and averages beside the activations.
+This needs no GPU; `gpu.py` measures one. Random weights cost the same as trained ones.
 """
 
 import argparse
 import gc
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -23,82 +19,116 @@ from step import CONFIGS, Build
 from timing import table
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import vgg16
+from torchvision.models.vgg import cfgs, make_layers
 
-from callbacks.ema import EMA
-from callbacks.throughput import flop_counter, peak_flops
+from callbacks.throughput import flop_counter
 from ldm.module import DiffusionModule
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.module import TokenizerModule
 from vfm_vae.types import Batch, LatentBatch
 
-NONE = "trainer: {callbacks: [], logger: false, enable_checkpointing: false}"
+NONE = "trainer: {accelerator: cpu, callbacks: [], logger: false, enable_checkpointing: false}"
+TOY = {"depth": 2, "width": 48, "num_heads": 4}
+TOY_REG = TOY | {"cls_channels": 24, "align_channels": 24, "align_depth": 1, "projector_width": 32}
 
 
-def build(module: type[LightningModule], folder: str, configs: list[str], options: list[str]) -> LightningModule:
-    """What configs describe, without callbacks."""
+def build(
+    module: type[LightningModule], folder: str, configs: list[str], options: list[str], device: str = "cpu"
+) -> LightningModule:
+    """What configs describe, without callbacks, made on the device, which draws weights faster than the host."""
     (Path(folder) / "none.yaml").write_text(NONE)
     arguments = [f"--config={CONFIGS / name}" for name in configs] + [f"--config={folder}/none.yaml", *options]
-    if not torch.cuda.is_available():  # to count what one image costs, optimiser states are not needed
-        names = ("optimizer", *(("discriminator_optimizer",) if module is TokenizerModule else ()))
-        arguments += [f"--model.{name}={{class_path: torch.optim.SGD, init_args: {{lr: 0.0}}}}" for name in names]
     plain = {"auto_configure_optimizers": False, "save_config_callback": None}
-    cli = Build(module, ImageNetDataModule, args=["fit", *arguments], **plain)
-    return cli.model
+    with torch.device(device):
+        return Build(module, ImageNetDataModule, args=["fit", *arguments], **plain).model
 
 
-def tokenizer(folder: str, batch_size: int, more: list[str]) -> tuple[LightningModule, Batch]:
-    """The strong stage with random weights, and a batch of noise."""
-    state = {f"features.{name}": tensor for name, tensor in vgg16(weights=None).features.state_dict().items()}
-    torch.save(state, f"{folder}/vgg16.pth")
-    options = [f"--model.objective.init_args.perceptual_loss.init_args.weights={folder}/vgg16.pth"]
-    options += [f"--model.{part}.init_args.pretrained=false" for part in ("model.init_args.vfm", "discriminator")]
-    configs = ["vfm_vae/base.yaml", "vfm_vae/strong.yaml", "data/imagenet.yaml"]
-    module = build(TokenizerModule, folder, configs, [*options, *more])
+def tokenizer(
+    folder: str, batch_size: int, more: list[str], device: str = "cpu", toy: bool = False
+) -> tuple[TokenizerModule, Batch]:
+    """The strong stage, which leaves latents alone, and a batch of noise; as a toy, the demo's."""
+    configs = ["demo/tokenizer.yaml", "demo/strong.yaml"]
+    options = [f"--model.{part}.init_args.pretrained=false" for part in ("model.init_args.vfm", "discriminator")]
+    if not toy:
+        configs = ["vfm_vae/base.yaml", "vfm_vae/strong.yaml", "data/imagenet.yaml"]
+        vgg16 = make_layers(cfgs["D"], batch_norm=False).state_dict()
+        torch.save({f"features.{name}": tensor for name, tensor in vgg16.items()}, f"{folder}/vgg16.pth")
+        options += [f"--model.objective.init_args.perceptual_loss.init_args.weights={folder}/vgg16.pth"]
+    module = build(TokenizerModule, folder, configs, [*options, *more], device)
     module.equivariance.probability = module.equivariance.prior_probability = 0.0  # every step at full size
-    images = torch.randint(256, (batch_size, 3, 256, 256), dtype=torch.uint8)
-    return module, Batch(images, torch.zeros(batch_size, dtype=torch.int64), torch.arange(batch_size))
+    side = 64 if toy else 256
+    images = torch.randint(256, (batch_size, 3, side, side), dtype=torch.uint8, device=device)
+    index = torch.arange(batch_size, device=device)
+    return module, Batch(images, torch.zeros_like(index), index)
 
 
-def diffusion(folder: str, batch_size: int, more: list[str]) -> tuple[LightningModule, LatentBatch]:
+def diffusion(
+    folder: str, batch_size: int, more: list[str], device: str = "cpu", toy: bool = False
+) -> tuple[DiffusionModule, LatentBatch]:
     """LightningDiT-XL/1, and a batch of noise."""
-    options = ["--model.tokenizer=null"]
     configs = ["ldm/lightningdit.yaml", "ldm/epochs64.yaml", "data/latents.yaml"]
-    module = build(DiffusionModule, folder, configs, [*options, *more])
-    module.normalization.take(LatentStatistics(torch.zeros(1, 32, 1, 1), torch.ones(1, 32, 1, 1)))
-    labels = torch.randint(1000, (batch_size,))
-    return module, LatentBatch(torch.randn(batch_size, 32, 16, 16), labels, torch.arange(batch_size))
+    return _diffusion(folder, configs, batch_size, [*_sizes(TOY if toy else {}), *more], device)
 
 
-class Clock(Callback):
-    """Counts the FLOPs of the first step, and times those after the fifth.
+def reg(
+    folder: str, batch_size: int, more: list[str], device: str = "cpu", toy: bool = False
+) -> tuple[DiffusionModule, LatentBatch]:
+    """SiT-XL/1 with a class token and the projector, and a batch of noise."""
+    configs = ["ldm/reg.yaml", "ldm/reg80.yaml"]
+    return _diffusion(folder, configs, batch_size, [*_sizes(TOY_REG if toy else {}), *more], device)
+
+
+def _sizes(sizes: dict[str, int]) -> list[str]:
+    return [f"--model.model.init_args.{name}={value}" for name, value in sizes.items()]
+
+
+def _diffusion(
+    folder: str, configs: list[str], batch_size: int, more: list[str], device: str
+) -> tuple[DiffusionModule, LatentBatch]:
+    module = build(DiffusionModule, folder, configs, ["--model.tokenizer=null", *more], device)
+    model, index = module.model, torch.arange(batch_size, device=device)
+    channels = 1, model.in_channels, 1, 1
+    module.normalization.take(LatentStatistics(torch.zeros(channels), torch.ones(channels)))
+    latents = torch.randn(batch_size, *model.latent_shape, device=device)
+    shape = batch_size, 1 + model.input_size[0] * model.input_size[1], model.align_channels
+    features = torch.randn(shape, device=device, dtype=torch.bfloat16) if model.align_channels else None
+    return module, LatentBatch(latents, index % model.num_classes, index, features)
+
+
+MODELS = {"tokenizer": tokenizer, "diffusion": diffusion, "reg": reg}
+
+
+class FlopCount(Callback):
+    """Counts the FLOPs of one training step, forward and backward, of all networks; that step is not compiled.
+
+    Args:
+        batch_idx: which step.
+        recomputing: whether layers compute again in it what they are told to; what that costs is counted, too.
 
     Attributes:
-        flops: of one step, forward and backward, of all networks.
-        seconds: of each step.
+        flops: of the step, once it is over.
     """
 
-    def __init__(self, count: bool) -> None:
-        self.flops, self.seconds, self._count = 0, [], count
-        self._counter: FlopCounterMode | None = None
+    def __init__(self, batch_idx: int = 0, recomputing: bool = True) -> None:
+        self.flops, self.batch_idx, self.recomputing = 0, batch_idx, recomputing
+        self._counting = ExitStack()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Starts the clock, or the counter."""
-        if batch_idx == 0 and self._count:
-            self._counter = flop_counter()
-            self._counter.__enter__()
-        self._start = time.perf_counter()
+        """Starts the counter."""
+        if batch_idx != self.batch_idx:
+            return
+        for layer in () if self.recomputing else module.modules():
+            for name in {"recompute", "activation_checkpointing"} & vars(layer).keys():
+                setattr(layer, name, False)
+        self._counting.enter_context(torch.compiler.set_stance("force_eager"))
+        self._counter = self._counting.enter_context(flop_counter())
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, out: object, *args: object) -> None:
-        """Stops it, after the device has done its work."""
-        if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            self.flops, self._counter = self._counter.get_total_flops(), None
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self._start)
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: object) -> None:
+        """Stops it."""
+        if args[-1] == self.batch_idx:
+            self._counting.close()
+            self.flops = self._counter.get_total_flops()
 
 
 @contextmanager
@@ -117,53 +147,38 @@ def saved_bytes() -> Iterator[Callable[[], int]]:
         yield lambda: sum(seen.values())
 
 
+def count(what: str, batch_size: int, more: list[str], toy: bool = False) -> tuple[int, int]:
+    """FLOPs of a training step on the CPU, and bytes that autograd keeps in it."""
+    gc.collect()  # what a former count left
+    optimizers = ("optimizer", *(("discriminator_optimizer",) if what == "tokenizer" else ()))
+    stateless = [f"--model.{name}={{class_path: torch.optim.SGD, init_args: {{lr: 0.0}}}}" for name in optimizers]
+    with tempfile.TemporaryDirectory() as folder:
+        module, batch = MODELS[what](folder, batch_size, [*stateless, *more], toy=toy)
+    counter = FlopCount()
+    trainer = Trainer(
+        accelerator="cpu", devices=1, precision="bf16-mixed", max_steps=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[counter],
+    )  # fmt: skip
+    with saved_bytes() as saved:
+        trainer.fit(module, DataLoader([batch], batch_size=None))
+        return counter.flops, saved()
+
+
 def main() -> None:
     """Prints one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["tokenizer", "diffusion"])
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("what", choices=list(MODELS))
     parser.add_argument("--option", action="append", default=[], help="any of the command line, as --option=--a.b=c")
     parser.add_argument("--count", action="store_true", help="FLOPs and activations of one image, on the CPU")
     options = parser.parse_args()
-    if options.count:
-        (flops, one, *_), (_, two, *_) = (measure(options.what, size, 1, options.option, "cpu") for size in (1, 2))
-        rows = [
-            ("FLOPs of an image, forward and backward", f"{flops / 1e12:.2f} T"),
-            ("what autograd keeps for each image", f"{(two - one) / 2**20:.0f} MiB"),
-        ]
-        table(f"{options.what}, bf16-mixed, counted on the CPU", rows, "", "")
-        return
-    if not torch.cuda.is_available():
-        parser.error("no GPU is at hand: give --count")
-    flops, _, seconds, peak = measure(options.what, options.batch_size, options.steps, options.option, "gpu")
+    if not options.count:
+        parser.error("give --count; gpu.py measures speed and memory on a GPU")
+    (flops, one), (_, two) = (count(options.what, size, options.option) for size in (1, 2))
     rows = [
-        ("images/s", f"{options.batch_size / seconds:.1f}"),
-        ("peak memory", f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"),
-        ("model FLOP utilisation", f"{flops / seconds / peak:.1%}" if peak and flops else "not known"),
+        ("FLOPs of an image, forward and backward", f"{flops / 1e12:.2f} T"),
+        ("what autograd keeps for each image", f"{(two - one) / 2**20:.0f} MiB"),
     ]
-    device = torch.cuda.get_device_name()
-    table(f"{options.what}, batch {options.batch_size}, bf16-mixed, {device}", rows, "", "measured")
-
-
-def measure(
-    what: str, batch_size: int, steps: int, more: list[str], accelerator: str
-) -> tuple[int, int, float, float | None]:
-    """Trains a few steps: FLOPs of one, bytes that autograd keeps (on the CPU), seconds of later ones, and the
-    device's peak."""
-    gc.collect()  # what a former measurement left
-    with tempfile.TemporaryDirectory() as folder:
-        module, batch = {"tokenizer": tokenizer, "diffusion": diffusion}[what](folder, batch_size, more)
-    clock = Clock(count="--model.torch_compile=true" not in more)
-    trainer = Trainer(
-        accelerator=accelerator, devices=1, precision="bf16-mixed", max_steps=steps, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[clock] if accelerator == "cpu" else [EMA(), clock],
-    )  # fmt: skip
-    with saved_bytes() if accelerator == "cpu" else nullcontext(lambda: 0) as saved:
-        trainer.fit(module, DataLoader([batch] * steps, batch_size=None))
-        seconds = statistics.median(clock.seconds[5:] or clock.seconds)
-        return clock.flops, saved(), seconds, peak_flops(trainer)
+    table(f"{options.what}, bf16-mixed, counted on the CPU", rows, "", "")
 
 
 if __name__ == "__main__":
