@@ -25,6 +25,7 @@ from full_size import MODELS, FlopCount, diffusion, tokenizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 
 from callbacks.ema import EMA
@@ -119,10 +120,12 @@ class Clock(Callback):
             return
         full, others = self.seconds[: self.alike], self.seconds[self.alike :]
         if others:
-            self.bench.note(shapes=1 + len(others), first_steps_s=full[0] + sum(others))
+            graphs = counters["stats"]["unique_graphs"]
+            self.bench.note(shapes=1 + len(others), first_steps_s=full[0] + sum(others), graphs_of_all_shapes=graphs)
             return
         usual = statistics.median(full[WARM_UP:] or full)
         self.bench.note(first_step_s=full[0], images_per_s=self.batch_size / usual, ms=1000 * usual)
+        self.bench.note(graphs=counters["stats"]["unique_graphs"])  # that were compiled
         if self.bench.device == "cuda":
             self.bench.note(peak_gb=torch.cuda.max_memory_allocated() / 1e9)
 
