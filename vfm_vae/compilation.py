@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
+import torch._functorch.config
 from torch import nn
 
 Compile = bool | Literal["auto"]
@@ -47,9 +48,8 @@ def compile_regions(regions: Iterable[nn.Module], method: str = "forward", dynam
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MAX_SHAPES)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * MAX_SHAPES)
-    config.optimize_ddp = (
-        False  # DDP would have regions cut up by its buckets; they are small enough to send gradients early
-    )
+    config.optimize_ddp = False  # or DDP's buckets would cut regions up; they are small enough to send gradients early
+    torch._functorch.config.donated_buffer = False  # the adaptive weight passes back through regions twice
     for region in regions:
         if method not in vars(region):
             # A method, so that a copy of the module gets a method of the copy.

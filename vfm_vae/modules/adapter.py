@@ -209,7 +209,8 @@ class Adapter(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Widens a latent `[B, C, h, w]` to `[B, decoded_channels, h, w]`."""
-        tokens = self.widen(z.flatten(2).transpose(1, 2))
+        # Contiguous, whatever was done to z, so that what is compiled for one is good for all.
+        tokens = self.widen(z.flatten(2).transpose(1, 2).contiguous())
         return tokens.transpose(1, 2).unflatten(2, z.shape[2:])
 
     def align(self, z: Tensor) -> Tensor:

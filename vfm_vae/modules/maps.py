@@ -82,12 +82,9 @@ class GroupNorm(nn.GroupNorm):
         if uses_native_kernels(x):
             return super().forward(x)
         with without_autocast(x):
-            # Passes that are not fused would keep float32 copies for the backward pass.
-            run = (
-                self.normalise
-                if is_compiled(self, "normalise")
-                else partial(checkpoint, self.normalise, use_reentrant=False)
-            )
+            run = self.normalise
+            if not is_compiled(self, "normalise"):  # passes that are not fused would keep float32 copies
+                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
             return as_map(run(as_pixels(x)), x.shape[2:])
 
     def normalise(self, pixels: Tensor) -> Tensor:
