@@ -360,7 +360,7 @@ class DiffusionModule(LightningModule):
         if should_compile(self.torch_compile, self.trainer.strategy.root_device, self.model):
             self.model.compile_regions()
             if self.tokenizer is not None:
-                self.tokenizer.network.compile_regions()
+                self.tokenizer.compile_regions()
         data = self.trainer.datamodule
         if stage == "predict" or data is None:
             return

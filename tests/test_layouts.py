@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vfm_vae.discriminators.patchgan import PatchGAN
+from vfm_vae.modules import convnext
 from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.equivariance import Transform
@@ -63,7 +64,8 @@ def test_fake_group_norm_is_as_bad_as_the_real_one(cuda):
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("transform", [Transform(), Transform(0.75, 1), Transform(0.5), Transform(0.25, 2)])
-def test_the_generator_stays_channels_last(cuda, transform, recompute):
+def test_the_generator_stays_channels_last(cuda, monkeypatch, transform, recompute):
+    monkeypatch.setattr(convnext, "LARGEST_EXPANDED", 2**40)  # all samples at once, to count layers
     adapter, decoder = Adapter([1024] * 3, [64] * 3, 32, 2, 512, 1024), Decoder(activation_checkpointing=recompute)
     features = [torch.empty(BATCH, 1024, 1024) for _ in range(3)]
     with Watch() as watch:

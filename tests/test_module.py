@@ -165,10 +165,14 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_nothing_in_a_step_waits_for_the_device_but_where_it_logs(tiny_module, trainer, batch):
+def test_nothing_in_a_step_waits_for_the_device_but_where_it_logs(tiny_module, trainer, batch, monkeypatch):
     fused = partial(Adam, lr=1e-3, fused=True)
     module = tiny_module(optimizer=fused, discriminator_optimizer=fused, gradient_clip_val=1.0)
-    waits = []
+    waits, read = [], torch.Tensor.tolist
+
+    def tolist(tensor):  # which a dispatch mode does not see
+        watch.mode.count += 1
+        return read(tensor)
 
     class Watch(Callback):
         def on_train_batch_start(self, *_):
@@ -179,7 +183,9 @@ def test_nothing_in_a_step_waits_for_the_device_but_where_it_logs(tiny_module, t
             self.mode.__exit__(None, None, None)
             waits.append(self.mode.count)
 
-    callbacks = [Watch(), EMA()]
+    watch = Watch()
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    callbacks = [watch, EMA()]
     trainer(callbacks=callbacks, max_steps=6, log_every_n_steps=3).fit(module, repeat(batch))
     assert waits[0] == waits[1] == waits[3] == waits[4] == 0 < waits[2], waits
 

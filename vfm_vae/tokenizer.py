@@ -329,6 +329,10 @@ class FrozenTokenizer(Frozen):
         super().__init__(network)
         self.identity = network.latent_identity()
 
+    def compile_regions(self) -> None:
+        """As the network has it."""
+        self.network.compile_regions()
+
     def encode(self, images: Tensor) -> DiagonalGaussian | QuantizedPosterior:
         """The posterior of images `[B, 3, H, W]` in [-1, 1], without gradients."""
         with torch.no_grad():
