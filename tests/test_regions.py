@@ -13,7 +13,7 @@ from torch import nn
 from vfm_vae import compilation
 from vfm_vae.compilation import compile_regions, should_compile
 from vfm_vae.discriminators.layers import LocalBatchNorm
-from vfm_vae.modules import convnext, layers, maps, modulated
+from vfm_vae.modules import layers, maps, modulated
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.equivariance import EquivarianceRegularizer
 from vfm_vae.types import Batch
@@ -27,21 +27,18 @@ def graphs(monkeypatch) -> Counter[str]:
     compile_eagerly = torch.compile
 
     def compile(function, **kwargs):
-        def backend(graph, example_inputs):
+        def backend(graph, example_inputs, **_):
             compiled[function.__qualname__] += 1
             return graph.forward
 
         return compile_eagerly(function, backend=backend, **kwargs)
 
     monkeypatch.setattr(torch, "compile", compile)
-    caches = compilation._compiled, convnext.compiled
     torch._dynamo.reset()
-    for cache in caches:
-        cache.cache_clear()
+    compilation.compiled.cache_clear()
     yield compiled
     torch._dynamo.reset()
-    for cache in caches:
-        cache.cache_clear()
+    compilation.compiled.cache_clear()
 
 
 @pytest.fixture

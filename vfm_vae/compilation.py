@@ -5,7 +5,7 @@ A region is a module whose `forward` has no break: a transformer's block, a deco
 nothing of it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from types import MethodType
 from typing import Any, Literal
@@ -45,15 +45,10 @@ def compile_regions(regions: Iterable[nn.Module], method: str = "forward", dynam
         method: Another method instead.
         dynamic: Whether one compilation serves tensors of any size; None lets the first have its own.
     """
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, MAX_SHAPES)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * MAX_SHAPES)
-    config.optimize_ddp = False  # or DDP's buckets would cut regions up; they are small enough to send gradients early
-    torch._functorch.config.donated_buffer = False  # the adaptive weight passes back through regions twice
     for region in regions:
         if method not in vars(region):
             # A method, so that a copy of the module gets a method of the copy.
-            setattr(region, method, MethodType(_compiled(type(region), method, dynamic), region))
+            setattr(region, method, MethodType(compiled(getattr(type(region), method), dynamic), region))
 
 
 def is_compiled(region: nn.Module, method: str = "forward") -> bool:
@@ -62,5 +57,18 @@ def is_compiled(region: nn.Module, method: str = "forward") -> bool:
 
 
 @cache
-def _compiled(region: type[nn.Module], method: str, dynamic: bool | None) -> Any:
-    return torch.compile(getattr(region, method), fullgraph=True, dynamic=dynamic)
+def compiled(function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+    """A function that is compiled where it is first called, once for all who ask for it.
+
+    Args:
+        function: Without a break.
+        dynamic: As for `compile_regions`.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, MAX_SHAPES)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * MAX_SHAPES)
+    config.optimize_ddp = False  # or DDP's buckets would cut regions up; they are small enough to send gradients early
+    config.specialize_int = config.specialize_float = True  # numbers that are no sizes are constants of the kernels
+    torch._functorch.config.donated_buffer = False  # the adaptive weight passes back through regions twice
+    # The norms' means over a few channels would be written out in all that use them.
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, options={"unroll_reductions_threshold": 1})

@@ -27,7 +27,7 @@ def fresh_compiler():
 
 def forget():
     torch.compiler.reset()
-    vfm_vae.compilation._compiled.cache_clear()
+    vfm_vae.compilation.compiled.cache_clear()
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def graphs(monkeypatch):
     counts, compile = Counter(), torch.compile
 
     def counted(function, **options):
-        def backend(graph, _):
+        def backend(graph, _, **__):
             counts[function.__qualname__.split(".")[0]] += 1
             return graph.forward
 

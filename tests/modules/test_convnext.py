@@ -72,7 +72,7 @@ def test_a_pass_to_the_input_alone_leaves_the_weights_out(layers, inputs):
     for switch in (convnext.no_gradients_of_weights, torch.enable_grad):
         with switch(), FlopCounterMode(display=False) as counter:
             partial = torch.autograd.grad(y, [x, w], gradient, retain_graph=True)
-        torch.testing.assert_close(partial, whole, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(partial, whole, rtol=1e-4, atol=2e-5)  # the style's is summed in another order
         flops.append(counter.get_total_flops())
     products = 2 * 2 * SIDES[0] * SIDES[1] * 4 * 16 * 16  # of one product over all pixels
     assert flops[1] - flops[0] > 2 * products  # those of both weights, and the convolution's

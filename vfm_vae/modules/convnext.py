@@ -7,15 +7,15 @@ product. `Recomputed` keeps the input for the backward pass and nothing else.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vfm_vae.compilation import compiled
 from vfm_vae.modules.maps import as_map, as_pixels, group_moments, without_autocast
 
 LARGEST_EXPANDED, LARGEST_FUSED = 2**27, 2**30
@@ -119,12 +119,16 @@ def forward(pixels: Tensor, convolved: Tensor, condition: Condition, weights: We
 def _hidden(
     convolved: Tensor, condition: Condition, weights: Weights, shape: Shape
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first half: normalised pixels and their inverse deviation, their modulated form, and the expanded pixels."""
+    """The first half: centred pixels and their inverse deviation, their modulated form, and the expanded pixels.
+
+    What is one number for each sample and channel is brought together first, so that pixels are passed but once.
+    """
     mean, inverse = group_moments(convolved, shape.groups, shape.eps)  # [B, 1, C]
-    normalised = (convolved - mean) * inverse  # [B, P, C], float32
-    modulated = (normalised * weights.norm + weights.norm_bias) * condition.style.unsqueeze(1)
+    style = condition.style.unsqueeze(1)
+    centred = convolved - mean  # [B, P, C], float32
+    modulated = centred * (inverse * weights.norm * style) + weights.norm_bias * style
     modulated = modulated.to(convolved.dtype)
-    return normalised, inverse, modulated, F.linear(modulated, weights.expand.to(convolved.dtype))
+    return centred, inverse, modulated, F.linear(modulated, weights.expand.to(convolved.dtype))
 
 
 def backward(
@@ -147,36 +151,37 @@ def backward(
         Gradients of `convolved`, the style, the demodulation, and, where wanted, of the weights from `norm` on.
     """
     dtype = convolved.dtype
-    normalised, inverse, modulated, hidden = _hidden(convolved, condition, weights, shape)
+    centred, inverse, modulated, hidden = _hidden(convolved, condition, weights, shape)
 
     # Contracting product and GELU.
     before = hidden * condition.demodulation.unsqueeze(1) + weights.expand_bias
-    after = F.gelu(before).to(dtype)
     scale, contract = weights.scale.flatten(), weights.contract.flatten(1)
-    of_after = (g * scale).to(dtype) @ contract.to(dtype)  # [B, P, 4C]
-    of_before = of_after.float() * _gelu_slope(before)
-    of_expand_bias = of_before.sum(1)  # [B, 4C], of each sample
-    of_demodulation = (of_before * hidden).sum(1)  # [B, 4C]
+    of_after = g @ (scale.unsqueeze(1) * contract).to(dtype)  # [B, P, 4C]
+    of_before = of_after * _gelu_slope(before)
     of_hidden = (of_before * condition.demodulation.unsqueeze(1)).to(dtype)
 
     # Expanding product, modulation and norm. Everything about the norm follows from two sums over pixels.
     of_modulated = of_hidden @ weights.expand.to(dtype)  # [B, P, C]
     plain = of_modulated.float().sum(1)  # [B, C]
-    weighted = (of_modulated * normalised).sum(1)
+    weighted = (of_modulated * centred).sum(1) * inverse.squeeze(1)
     of_style = weights.norm * weighted + weights.norm_bias * plain
     gain = condition.style * weights.norm  # [B, C]
-    mean, slope = (_group_mean(gain * total, shape.groups) / normalised.shape[1] for total in (plain, weighted))
-    of_convolved = (inverse * (of_modulated * gain.unsqueeze(1) - mean - normalised * slope)).to(dtype)
+    mean, slope = (_group_mean(gain * total, shape.groups) / centred.shape[1] for total in (plain, weighted))
+    of_convolved = of_modulated * (inverse * gain.unsqueeze(1)) - centred * (inverse.square() * slope) - inverse * mean
+    of_convolved = of_convolved.to(dtype)
     if not of_weights:
-        return of_convolved, of_style, of_demodulation, []
+        return of_convolved, of_style, (of_before * hidden).sum(1), []
 
-    unscaled = (g.flatten(0, 1).mT @ after.flatten(0, 1)).float()  # [C, 4C]
+    # Likewise the gradient of the demodulation from a sample's of E: `Σ_p h · (E m) = Σ_c E · (Σ_p h mᵀ)`.
+    by_sample = torch.bmm(of_hidden.mT, modulated).float()  # [B, 4C, C]
+    of_demodulation = (by_sample * weights.expand).sum(2) / condition.demodulation
+    unscaled = (g.flatten(0, 1).mT @ F.gelu(before).to(dtype).flatten(0, 1)).float()  # [C, 4C]
     summed = g.float().sum((0, 1))  # [C]
     of_all = [
         (weighted * condition.style).sum(0),  # norm
         (plain * condition.style).sum(0),
-        (of_hidden.flatten(0, 1).mT @ modulated.flatten(0, 1)).float(),  # expand
-        of_expand_bias.sum(0),
+        by_sample.sum(0),  # expand
+        (of_hidden.float().sum(1) / condition.demodulation).sum(0),
         (scale.unsqueeze(1) * unscaled).view_as(weights.contract),
         scale * summed,
         ((unscaled * contract).sum(1) + weights.contract_bias * summed).view_as(weights.scale),
@@ -209,12 +214,6 @@ def no_gradients_of_weights() -> Iterator[None]:
         _gradients_of_weights = True
 
 
-@cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` or `backward`, compiled once for maps of any size."""
-    return torch.compile(function, fullgraph=True, dynamic=True)
-
-
 class Recomputed(torch.autograd.Function):
     """The layer that keeps its input alone: all else is computed again in the backward pass, but no second product."""
 
@@ -230,7 +229,7 @@ class Recomputed(torch.autograd.Function):
         """Gradients in the order of the arguments."""
         x, condition, convolution, weights = _sorted(*ctx.saved_tensors)
         of_weights = _gradients_of_weights and any(ctx.needs_input_grad[-len(weights) :])
-        run, parts = compiled(backward) if ctx.compile else backward, []
+        run, parts = compiled(backward, dynamic=True) if ctx.compile else backward, []
         with without_autocast(x):
             for g, part, told in _chunks(ctx.compile, gradient.to(x.dtype), x, condition):
                 of_convolved, *of_condition, of_tail = run(
@@ -246,7 +245,7 @@ def layer(
     x: Tensor, condition: Condition, convolution: Convolution, weights: Weights, shape: Shape, compile: bool
 ) -> Tensor:
     """The whole layer, `[B, C, H, W]` to the same shape, with or without compiled passes."""
-    run = compiled(forward) if compile else forward
+    run = compiled(forward, dynamic=True) if compile else forward
     parts = [
         run(as_pixels(part), convolution(part), told, weights, shape)
         for _, part, told in _chunks(compile, x, x, condition)

@@ -151,11 +151,14 @@ class PixelShuffle(nn.PixelShuffle):
             return x
         if uses_native_kernels(x):
             return super().forward(x)
-        return self.on_pixels(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.on_pixels(_of_known_channels(x)).permute(0, 3, 1, 2)
 
     def on_pixels(self, x: Tensor) -> Tensor:
         """Maps `[B, H, W, C·f²]` to `[B, H·f, W·f, C]`."""
         x = x.unflatten(3, (-1, self.upscale_factor, self.upscale_factor))  # [B, H, W, C, f, f]
+        if torch.compiler.is_compiling():
+            return x.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
+        # The same without a copy between two layouts.
         rows = [torch.stack(row.unbind(4), dim=3).flatten(2, 3) for row in x.unbind(4)]  # [B, H, W·f, C] each
         return torch.stack(rows, dim=2).flatten(1, 2)
 
@@ -177,7 +180,7 @@ class Blur(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Blurs every channel of `[B, C, H, W]`."""
         if not uses_native_kernels(x):
-            return self.on_pixels(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return self.on_pixels(_of_known_channels(x)).permute(0, 3, 1, 2)
         x = F.pad(x, [self.padding] * 4, mode="replicate")
         return F.conv2d(x, self.kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1), groups=x.shape[1])
 
@@ -189,3 +192,10 @@ class Blur(nn.Module):
             extended = torch.cat([*[first] * self.padding, x, *[last] * self.padding], dim)
             x = sum(tap * extended.narrow(dim, offset, side) for offset, tap in enumerate(self.taps))
         return x
+
+
+def _of_known_channels(x: Tensor) -> Tensor:
+    """`[B, C, H, W]` as `[B, H, W, C]`, whose number of channels is a constant of what is compiled."""
+    pixels = x.permute(0, 2, 3, 1)
+    torch._dynamo.mark_static(pixels, 3)
+    return pixels
