@@ -112,3 +112,15 @@ def test_a_run_that_fails_leaves_the_others(tmp_path):
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, BENCH / "gpu.py"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_image_of_the_strong_stage_keeps_little_for_few_operations_more(bench):
+    count = bench("full_size").count
+    plain = ["--model.model.init_args.decoder.init_args.activation_checkpointing=false"]
+    (flops, one), (_, two) = count("tokenizer", 1, []), count("tokenizer", 2, [])
+    flops_of_plain, _ = count("tokenizer", 1, plain)
+    assert two - one <= 1.0e9
+    assert flops <= 1.15 * flops_of_plain
+    assert flops_of_plain == pytest.approx(2.73e12, rel=0.02)

@@ -66,6 +66,9 @@ def build(folder: Path) -> Build:
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
         "--data.root=unused",
+        # As on two GPUs, whose step is of four batches; and a CPU has the memory to keep what a GPU computes again.
+        "--model.accumulate_grad_batches=4",
+        "--model.model.init_args.decoder.init_args.activation_checkpointing=false",
     ]
     arguments = ["fit", *(f"--config={path}" for path in configs), *options]
     plain = {"auto_configure_optimizers": False, "save_config_callback": None}
