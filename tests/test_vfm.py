@@ -266,3 +266,19 @@ def test_sizes_that_do_not_fit_are_refused():
 def test_layers_that_do_not_exist_are_refused(layer):
     with pytest.raises(ValueError, match=f"layers: {SIGLIP} has no layer {layer}; its 3 blocks give layers 0 to 3"):
         tiny(layers=(layer,))
+
+
+def test_products_held_in_bfloat16_give_the_same_under_autocast():
+    vfm, images = FrozenVFM("vit_photos_patch8_64"), torch.rand(2, 3, 64, 64)
+    fingerprint = FrozenVFM("vit_photos_patch8_64").fingerprint()
+
+    def features():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return vfm.network.forward_features(images)
+
+    expected = features()
+    vfm.hold_products_in(torch.bfloat16)
+    assert torch.equal(features(), expected)
+    assert vfm.fingerprint() == fingerprint
+    assert vfm.network.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert vfm.network.blocks[0].norm1.weight.dtype == torch.float32
