@@ -210,6 +210,26 @@ def test_a_gpu_is_not_waited_for_within_a_step(tiny_module, batch, tmp_path):
     assert module.guard.num_skipped == 0
 
 
+@pytest.mark.gpu
+def test_compiled_training_in_bfloat16_follows_eager_training(tiny_module, data, tmp_path):
+    losses = {}
+    for compiled in (False, True):
+
+        class Watch(Callback):
+            def on_train_batch_end(self, trainer, pl_module, *_, seen=losses.setdefault(compiled, [])):
+                seen.append(trainer.callback_metrics["train/loss_l1"].item())
+
+        torch.manual_seed(0)
+        module = tiny_module(torch_compile=compiled, objective={"adversarial": 0.0})
+        Trainer(
+            accelerator="gpu", devices=1, precision="bf16-mixed", max_steps=200, log_every_n_steps=1, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[Watch()],
+            default_root_dir=tmp_path, limit_val_batches=0,
+        ).fit(module, datamodule=data())  # fmt: skip
+    eager, compiled = (torch.tensor(losses[key]).mean().item() for key in (False, True))
+    assert compiled == pytest.approx(eager, rel=0.01)
+
+
 def test_training_goes_on_after_a_skipped_step(tiny_module, trainer, batch):
     module = tiny_module(guard=NonFiniteGuard())
     trainer(callbacks=[Poison({1})], limit_train_batches=3, max_epochs=1).fit(module, repeat(batch))
