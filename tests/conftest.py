@@ -32,6 +32,12 @@ def matmul_precision() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = convolutions
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leaves tests of GPUs out where there is none, whoever asks for all."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., VFMVAE]:
     """Builds a VFMVAE for 64 px images with latents `[B, 4, 8, 8]`; arguments are the VFM's."""

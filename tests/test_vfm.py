@@ -178,7 +178,6 @@ def test_stays_in_float32_under_autocast_on_cpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_runs_in_bfloat16_on_cuda():
     vfm = tiny(layers=(0, -1)).cuda()
     features = vfm(images_for(vfm).cuda())

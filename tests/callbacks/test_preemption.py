@@ -211,7 +211,7 @@ def test_a_signal_to_one_rank_stops_both(tmp_path: Path, when_read: str, last_st
     assert code == 7
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_asking_leaves_the_queue_filled(tmp_path: Path):
     strategy = SimpleNamespace(root_device=torch.device("cuda", torch.cuda.current_device()))
     trainer = SimpleNamespace(world_size=2, strategy=strategy)
