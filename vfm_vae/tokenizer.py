@@ -188,7 +188,8 @@ class VFMVAE(nn.Module, Pretrained):
             raise ValueError(
                 f"patch_size {vfm.patch_size} · unshuffle {self.adapter.unshuffle} / input_scale {vfm.input_scale} "
                 f"compresses {compression:g} times, but {len(self.decoder.blocks)} decoder blocks enlarge "
-                f"{self.decoder.upscaling} times; change unshuffle, input_scale or the number of channels"
+                f"{self.decoder.upscaling} times; change unshuffle, input_scale, or the decoder's compression or "
+                "number of channels"
             )
 
     @property
@@ -202,11 +203,12 @@ class VFMVAE(nn.Module, Pretrained):
         Raises:
             ValueError: if not.
         """
-        step = 4 * self.compression
+        cells = self.decoder.side_multiple
+        step = cells * self.compression
         if size < step or size % step:
             raise ValueError(
-                f"image_size: {size} does not fit this tokenizer, whose latent needs sides that divide by 4: give a "
-                f"multiple of {step} (4 cells of {self.compression} pixels)"
+                f"image_size: {size} does not fit this tokenizer, whose latent needs sides that divide by {cells}: "
+                f"give a multiple of {step} ({cells} cells of {self.compression} pixels)"
             )
 
     def compile_regions(self) -> None:
@@ -290,7 +292,7 @@ class VFMVAE(nn.Module, Pretrained):
         """Decodes latents.
 
         Args:
-            z: `[B, C, h, w]`; h and w divide by 4.
+            z: `[B, C, h, w]`; h and w divide by `decoder.side_multiple`.
             truncation: Below 1 draws the global latent towards its average over training.
 
         Returns:

@@ -1,6 +1,7 @@
 """The decoder: a latent to images at growing resolutions."""
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from vfm_vae.types import Decoded
 
 # The published decoder is coarse in its first blocks and takes larger kernels after.
 COARSE_KERNEL_BLOCKS, COARSE_BLUR_BLOCKS, EXTRA_LAYER_BLOCKS = 2, 3, 4
+
+Downsampling = Literal["unshuffle", "pooling"]
 
 
 class Mapping(nn.Module):
@@ -47,20 +50,22 @@ class Mapping(nn.Module):
 
 
 class LatentRoute(nn.Sequential):
-    """Brings the latent to a block's input: unshuffled for coarse blocks, shuffled for fine ones.
+    """Brings the latent to a block's input: unshuffled or pooled for coarse blocks, shuffled for fine ones.
 
     Args:
         latent_channels: Channels of the decoded latent.
         out_channels: Channels handed to the block.
         scale: log2 of the block's input sides over the latent's: -2, -1, 0, 1, …
         act: Name of the activation.
+        downsampling: How coarse blocks get it: neighbours in channels of their own, or their average.
     """
 
-    def __init__(self, latent_channels: int, out_channels: int, scale: int, act: str):
-        channels = latent_channels * 4 ** max(-scale, 0)
+    def __init__(self, latent_channels: int, out_channels: int, scale: int, act: str, downsampling: Downsampling):
+        shrinking, pooled = 2 ** max(-scale, 0), downsampling == "pooling" and scale < 0
+        channels = latent_channels if pooled else latent_channels * shrinking**2
         widened = out_channels * 4 ** max(scale, 0)
         super().__init__(
-            PixelUnshuffle(2 ** max(-scale, 0)),
+            nn.AvgPool2d(shrinking) if pooled else PixelUnshuffle(shrinking),
             nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
             Pointwise(channels, widened, bias=False),
             GroupNorm(min(32, widened), widened),
@@ -141,8 +146,8 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """Decodes a latent by multi-scale fusion and progressive resolution (VFM-VAE, section 3.3).
 
-    Block i takes sides of `latent · 2^(i-2)` and doubles them, so `num_blocks` blocks decode a grid of h rows to
-    `h · 2^(num_blocks - 2)` rows.
+    Of n blocks, block i takes sides of `latent · compression · 2^(i - n)` and doubles them, so that the image has
+    `compression` times the sides of the latent.
 
     Args:
         latent_channels: Channels of the decoded latent, as the adapter hands it over.
@@ -160,6 +165,13 @@ class Decoder(nn.Module):
         legacy_noise: Whether ConvNeXt layers add the fixed noise maps of the published 256 px weights.
         channels_last: Memory layout; on CPU it halves the time of pointwise and depthwise convolutions.
         activation_checkpointing: Compute ConvNeXt layers again in the backward pass rather than keep what is in them.
+        compression: Sides of the image over those of the latent, a power of two; with None 2^(n - 2) for n blocks, so
+            that the first takes a quarter of the latent's sides.
+        route_downsampling: How blocks that are coarser than the latent get it: by pixel-unshuffle, or averaged over
+            the cells that one of theirs covers (`pooling`).
+
+    Raises:
+        ValueError: if options do not fit each other.
     """
 
     @remembers_arguments
@@ -180,10 +192,13 @@ class Decoder(nn.Module):
         legacy_noise: bool = False,
         channels_last: bool = True,
         activation_checkpointing: bool = False,
+        compression: int | None = None,
+        route_downsampling: Downsampling = "unshuffle",
     ):
         super().__init__()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         num_blocks = len(channels)
+        self.first_scale = _first_scale(num_blocks, compression)
         if not 1 <= len(route_channels) <= num_blocks or len(attention_depths) > num_blocks:
             raise ValueError(
                 f"route_channels (1 to {num_blocks} entries) and attention_depths (up to {num_blocks}) belong to the "
@@ -191,11 +206,14 @@ class Decoder(nn.Module):
             )
         if bad := [c for c in channels if c % 4]:
             raise ValueError(f"channels must divide by 4, these do not: {bad}")
+        if route_downsampling not in get_args(Downsampling):
+            raise ValueError(f"route_downsampling: choose 'unshuffle' or 'pooling', given {route_downsampling!r}")
         routes = [*route_channels, *[0] * (num_blocks - len(route_channels))]
         depths = [*attention_depths, *[0] * (num_blocks - len(attention_depths))]
         self.mapping = Mapping(latent_channels, w_channels, pooled_size)
         self.routes = nn.ModuleList(
-            LatentRoute(latent_channels, c, i - 2, route_activation) for i, c in enumerate(route_channels)
+            LatentRoute(latent_channels, c, self.first_scale + i, route_activation, route_downsampling)
+            for i, c in enumerate(route_channels)
         )
         self.blocks = nn.ModuleList()
         for i in range(num_blocks):
@@ -231,23 +249,29 @@ class Decoder(nn.Module):
     @property
     def upscaling(self) -> int:
         """Sides of the image over sides of the latent grid; may be below 1 for a single block."""
-        return 2 ** len(self.blocks) // 4
+        return 2 ** len(self.blocks) // self.side_multiple
+
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of the latent grid must divide by: they are so many times those that the first block takes."""
+        return 2**-self.first_scale
 
     def forward(self, latent: Tensor, truncation: float = 1.0) -> Decoded:
         """Decodes.
 
         Args:
-            latent: Decoded latent, `[B, C, h, w]`; h and w divide by 4.
+            latent: Decoded latent, `[B, C, h, w]`; h and w divide by `side_multiple`.
             truncation: ψ of `w̄ + ψ(w - w̄)`.
 
         Returns:
             The image `[B, 3, h·f, w·f]`, f being `upscaling`, and the earlier blocks' images.
 
         Raises:
-            ValueError: if the grid does not divide by 4.
+            ValueError: if the grid does not divide.
         """
-        if latent.shape[2] % 4 or latent.shape[3] % 4:
-            raise ValueError(f"the latent grid's sides must divide by 4, got {latent.shape[2]}x{latent.shape[3]}")
+        height, width = latent.shape[2:]
+        if height % self.side_multiple or width % self.side_multiple:
+            raise ValueError(f"the latent grid's sides must divide by {self.side_multiple}, got {height}x{width}")
         latent = latent.contiguous(memory_format=self.memory_format)
         w = self.mapping(latent, truncation)
         x, feature_sum, images = None, None, []
@@ -258,3 +282,19 @@ class Decoder(nn.Module):
             x, feature_sum, image = block(torch.cat(inputs, dim=1), feature_sum, w)
             images.append(image.float())
         return Decoded(images[-1], tuple(images[:-1]))
+
+
+def _first_scale(num_blocks: int, compression: int | None) -> int:
+    """log2 of the first block's input sides over the latent's; they are never larger.
+
+    Raises:
+        ValueError: if the blocks can't enlarge a latent so.
+    """
+    if compression is None:
+        return -2
+    if compression < 1 or compression & (compression - 1) or compression > 2**num_blocks:
+        raise ValueError(
+            f"compression: {num_blocks} blocks enlarge a latent by a power of two up to {2**num_blocks}, given "
+            f"{compression}; choose such a one, or give channels of another number of blocks"
+        )
+    return compression.bit_length() - 1 - num_blocks
