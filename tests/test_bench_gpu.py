@@ -63,7 +63,7 @@ def test_a_counted_step_computes_nothing_twice(bench, tmp_path):
 
 
 def test_every_grid_gets_a_step(bench):
-    transforms = bench("gpu_runs").other_shapes(bench("gpu_runs").EquivarianceRegularizer(), 16)
+    transforms = bench("gpu_runs").other_shapes(bench("gpu_runs").EquivarianceRegularizer(), 16, 4)
     assert {round(16 * t.scale * t.prior_scale) for t in transforms} == {4, 8, 12, 16}
     assert {t.prior_scale for t in transforms} == {0.25, 0.5, 0.75, 1.0}
 

@@ -52,7 +52,8 @@ class Game:
     def discriminator_terms(self, generated: Tensor) -> dict[str, Tensor]:
         """The discriminators' terms by name, whose sum they minimise; `generated` takes no gradient."""
         generated = generated.detach()
-        real, fake = self.discriminator(self.real), self.discriminator(generated)
+        fake = self.discriminator(generated)  # first, as published: each pass moves the spectral norms' vectors on
+        real = self.discriminator(self.real)
         self.logits = {"logits_real": real.detach().mean(), "logits_generated": fake.detach().mean()}
         terms = dict(
             zip(("discriminator_real", "discriminator_generated"), hinge_discriminator_loss(real, fake), strict=True)

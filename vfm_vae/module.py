@@ -1,19 +1,15 @@
 """TokenizerModule: how the tokenizer is trained, stage by stage."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 
 # Set while LightningCLI builds a module from its config; only then are the hyper-parameters plain data.
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.data.sampling import IndexedNoise, seed_of
@@ -24,19 +20,38 @@ from vfm_vae.losses.alignment import settle
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.losses.objective import Objective
 from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics, Rounding, from_uint8, quantised
-from vfm_vae.modules.equivariance import EquivarianceRegularizer
+from vfm_vae.modules.equivariance import EquivarianceRegularizer, Transform
 from vfm_vae.modules.resize import resize
-from vfm_vae.optimization import log_where_due, step_unless
+from vfm_vae.optimization import log_where_due
 from vfm_vae.stages import begin, freeze_all_but, read_stage
 from vfm_vae.tokenizer import VFMVAE
-from vfm_vae.types import Batch, Decoded, Encoded, WeightAverage
+from vfm_vae.two_players import TwoPlayers
+from vfm_vae.types import Batch, Decoded, Encoded, Posterior, VFMFeatures, WeightAverage
 from vfm_vae.vfm import FrozenVFM, check_vfm, sha256_of, vfm_identity
 
 OPPONENTS = ("discriminator.", "patchgan.")
 
 
-class TokenizerModule(LightningModule):
-    """Trains a VFMVAE against one discriminator or two, with one generator forward per step for both sides.
+class Reconstruction(NamedTuple):
+    """What the generator makes of a batch.
+
+    Attributes:
+        features: The VFM's.
+        posterior: Of the untransformed images.
+        z: Latents drawn from it, `[B, C, h, w]`.
+        decoded: The decoder's images.
+        target: What they should be, `[B, 3, H, W]` in [-1, 1].
+    """
+
+    features: VFMFeatures
+    posterior: Posterior
+    z: Tensor
+    decoded: Decoded
+    target: Tensor
+
+
+class TokenizerModule(TwoPlayers):
+    """Trains a VFMVAE against one discriminator or two.
 
     Args:
         model: The tokenizer.
@@ -64,6 +79,9 @@ class TokenizerModule(LightningModule):
         seed: Of every step's randomness.
         accumulate_grad_batches: Batches whose gradients make one step.
         gradient_clip_val: Largest gradient norm of either player; None clips nothing.
+        order: How the players take turns. `simultaneous`: both learn from one generator forward, the generator first.
+            `published`: the discriminators learn from a forward of their own, with draws of its own, and step; then the
+            generator runs again, against them.
 
     Attributes:
         images_seen: Images trained on, over all ranks and stages.
@@ -92,39 +110,34 @@ class TokenizerModule(LightningModule):
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         features: FrozenVFM | None = None,
+        order: Literal["simultaneous", "published"] = "simultaneous",
     ):
-        super().__init__()
+        super().__init__(guard, accumulate_grad_batches, gradient_clip_val)
         if _given_hyperparameters.get() is not None:
             self.save_hyperparameters()
         if model.vfm is None:
             raise ValueError("model: training needs a VFM, but model.vfm is None")
-        if accumulate_grad_batches < 1:
-            raise ValueError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
         for name in ("adversarial_patch", "feature_matching"):
             if objective.weights[name] and patchgan is None:
                 raise ValueError(f"objective.{name}: {objective.weights[name]:g} weighs nothing without a patchgan")
         if features is not None and predict != "moments":
             raise ValueError(f"model.predict: features belong to plain views, so to 'moments' alone, given {predict!r}")
-        self.automatic_optimization = False
         self.model = model
         freeze_all_but(model, train_only)
         self.discriminator, self.patchgan = discriminator, patchgan
         self.objective = objective
         self.optimizer, self.discriminator_optimizer = optimizer, discriminator_optimizer
         self.equivariance = equivariance or EquivarianceRegularizer(probability=0.0, prior_probability=0.0)
-        self.guard = guard or NonFiniteGuard()
+        self.order = order
         self.max_images = max_images
         self.init_from = init_from
         self.torch_compile = torch_compile
         self.evaluate, self.rounding = evaluate, rounding
         self.predict, self.features = predict, features
         self.seed = seed
-        self.accumulate_grad_batches = accumulate_grad_batches
-        self.gradient_clip_val = gradient_clip_val
         self.interpolation = model.vfm.target_interpolation
-        self.images_seen = 0
-        self._refused: Tensor | None = None  # what the guard says of the step at hand
-        self._grad_norms: dict[str, Tensor] = {}  # of the last step
+        self._waiting: list[tuple[Tensor, int]] = []  # batches that the generator is still to learn from
+        self._terms: dict[str, dict[str, Tensor]] = {}  # of each player's last turn
         self._average: Mapping[str, Any] | None = None
         self._evaluated: tuple[Batch, Tensor] | None = None  # reconstructions of the batch at hand
         self._encoded: tuple[Batch, Tensor] | None = None
@@ -136,72 +149,72 @@ class TokenizerModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One step of both players (VFM-VAE, section 3.4)."""
-        self._seed_step()
-        step_ends = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-        images = from_uint8(batch.images)  # [B, 3, H, W]
-        grid = [side // self.model.compression for side in images.shape[2:]]
-        transform = self.equivariance.draw(self.images_seen, grid)
+        # A function of seed, rank and images seen, so that a resumed run draws the same.
+        torch.manual_seed(seed_of(self.seed, self.global_rank, self.images_seen))
+        step_ends = self.completes_step(batch_idx)
+        if self.order == "simultaneous":
+            made = self._reconstruct(batch.images, self._draw(batch.images, self.images_seen))
+            game = Game(self.discriminator, self.patchgan, made.target)
+            self._train_generator(made, game, step_ends)
+            self._train_discriminators(made, game, step_ends)
+        else:
+            self._take_turns(batch.images, step_ends)
+        self.finish_batch(len(batch.images), step_ends)
+        self._log_step()
 
-        images = transform.shrink(images, self.interpolation)
+    def _take_turns(self, images: Tensor, step_ends: bool) -> None:
+        """The published order: the generator waits until the discriminators have learnt from all batches of a step."""
+        with torch.no_grad():
+            made = self._reconstruct(images, self._draw(images, self.images_seen, "discriminator"))
+        self._train_discriminators(made, Game(self.discriminator, self.patchgan, made.target), step_ends)
+        self._waiting.append((images, self.images_seen))
+        while step_ends and self._waiting:
+            images, images_seen = self._waiting.pop(0)
+            made = self._reconstruct(images, self._draw(images, images_seen, "generator"))
+            self._train_generator(made, Game(self.discriminator, self.patchgan, made.target), not self._waiting)
+
+    def _draw(self, images: Tensor, images_seen: int, phase: str = "") -> Transform:
+        """This rank's transform of a batch."""
+        grid = [side // self.model.compression for side in images.shape[2:]]
+        multiple = self.model.decoder.side_multiple
+        return self.equivariance.draw(images_seen, grid, rank=self.global_rank, phase=phase, side_multiple=multiple)
+
+    def _reconstruct(self, images: Tensor, transform: Transform) -> Reconstruction:
+        """Encodes uint8 images `[B, 3, H, W]`, and decodes a transformed sample of their latents."""
+        images = transform.shrink(from_uint8(images), self.interpolation)
         features = self.model.vfm(images)
         posterior = self.model.encode_features(features.layers, features.grid)
         z = posterior.sample()  # [B, C, h, w]
         decoded = self.model.decode(transform.latent(z))
-        target = transform.image(images, self.interpolation)
+        return Reconstruction(features, posterior, z, decoded, transform.image(images, self.interpolation))
 
-        rec = self.objective.reconstruction(decoded, target, self.interpolation, self.images_seen)
+    def _train_generator(self, made: Reconstruction, game: Game, step_ends: bool) -> None:
+        """Reconstruction, alignment and prior against the discriminators as they are."""
+        decoded = made.decoded
+        rec = self.objective.reconstruction(decoded, made.target, self.interpolation, self.images_seen)
         total = settle(self.objective.total(rec), [decoded.image, *decoded.multiscale])  # two passes follow
-        latent, scalars = self.objective.latent(posterior, z, features, self.model.adapter, total)
-        game = Game(self.discriminator, self.patchgan, target)
+        latent, scalars = self.objective.latent(made.posterior, made.z, made.features, self.model.adapter, total)
         against = game.generator_terms(decoded.image)
-        self._judge(reconstruction=rec, adversarial=against, others=latent)
-        self._learn(0, total + self.objective.total(latent | against), step_ends)
+        self.judge(reconstruction=rec, adversarial=against, others=latent)
+        self.learn(self.GENERATOR, total + self.objective.total(latent | against), step_ends)
+        self._remember("generator", rec | latent | against, scalars)
 
-        opponents = game.discriminator_terms(decoded.image)
-        self._judge(adversarial=opponents)
-        self._learn(1, sum(opponents.values()), step_ends)
+    def _train_discriminators(self, made: Reconstruction, game: Game, step_ends: bool) -> None:
+        """Telling reconstructions, through which no gradient goes, from their targets."""
+        terms = game.discriminator_terms(made.decoded.image)
+        self.judge(adversarial=terms)
+        self.learn(self.DISCRIMINATOR, sum(terms.values()), step_ends)
+        self._remember("discriminators", terms, game.logits)
 
-        self._finish(step_ends, len(images))
-        self._log_step(rec | latent | against | opponents, scalars | game.logits)
+    def _remember(self, player: str, losses: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+        terms = {f"train/loss_{name}": loss.detach() for name, loss in losses.items()}
+        self._terms[player] = terms | {f"train/{name}": value for name, value in others.items()}
 
-    def _seed_step(self) -> None:
-        """Makes a step's randomness a function of seed, rank and images seen, so that a resumed run draws the same."""
-        torch.manual_seed(seed_of(self.seed, self.global_rank, self.images_seen))
-
-    def _judge(self, **terms: Mapping[str, Tensor]) -> None:
-        """Lets the guard see terms; a refusal holds for every batch that would make one step."""
-        self._refused = self.guard.refuses(self.images_seen, **terms, already=self._refused)
-
-    def _learn(self, player: int, loss: Tensor, step_ends: bool) -> None:
-        """Backward pass, and the optimiser's step where the accumulated batches are complete."""
-        optimizer = self.optimizers()[player]
-        with _accumulating(self.trainer, not step_ends):
-            self.manual_backward(loss / self.accumulate_grad_batches)
-        if not step_ends:
-            return
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters])
-        self._grad_norms[("grad_norm", "grad_norm_discriminator")[player]] = norm
-        self._judge(others={"grad_norm": norm})  # finite losses can have gradients that are not
-        if self.gradient_clip_val is not None:
-            clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
-        # Only the generator goes through Lightning's wrapper, which counts global_step: one step per batch.
-        step = (optimizer if player == 0 else optimizer.optimizer).step
-        step_unless(self._refused, optimizer.optimizer, step)
-
-    def _finish(self, step_ends: bool, num_images: int) -> None:
-        """Counts images; where a step ends, drops its gradients, also those of a refused one."""
-        self.images_seen += num_images * self.trainer.world_size
-        if step_ends:
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-            self._refused = None
-
-    def _log_step(self, terms: Mapping[str, Tensor], scalars: Mapping[str, Tensor]) -> None:
-        losses = {"train/loss_l1": 0.0} | {f"train/loss_{name}": term for name, term in terms.items()}
-        others = {f"train/{name}": value for name, value in (scalars | self._grad_norms).items()}
+    def _log_step(self) -> None:
+        numbers = {"train/loss_l1": 0.0} | self._terms.get("generator", {}) | self._terms["discriminators"]
+        numbers |= {f"train/{name}": value for name, value in self.grad_norms.items()}
         counts = {"train/skipped_steps": self.guard.skipped, "images_seen": float(self.images_seen)}
-        log_where_due(self, losses | others | counts, shown="train/loss_l1")
+        log_where_due(self, numbers | counts, shown="train/loss_l1")
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Ends training once `max_images` were seen; Lightning then validates and saves once more."""
@@ -381,9 +394,3 @@ class TokenizerModule(LightningModule):
         self.images_seen = checkpoint["images_seen"]
         self.guard.load_state_dict(checkpoint["guard"])
         self.objective.go_on(checkpoint.get("alignment", {}))
-
-
-def _accumulating(trainer: Trainer, wanted: bool) -> AbstractContextManager:
-    """Leaves gradients unsynchronised between ranks until the accumulated step is complete."""
-    strategy = trainer.strategy
-    return strategy.block_backward_sync() if wanted and isinstance(strategy, ParallelStrategy) else nullcontext()

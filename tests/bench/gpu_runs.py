@@ -35,7 +35,7 @@ from vfm_vae.metrics.alignment import cknna as cknna_of
 from vfm_vae.metrics.distribution import PrecisionRecall
 from vfm_vae.metrics.inception import POOL_WIDTH, Inception
 from vfm_vae.metrics.suite import DistributionSuite
-from vfm_vae.modules.equivariance import SIDE_MULTIPLE, EquivarianceRegularizer, Transform
+from vfm_vae.modules.equivariance import EquivarianceRegularizer, Transform
 
 WARM_UP = 3  # steps that are left out
 GUIDANCE = 6.0  # of the published guided numbers, after 64 epochs
@@ -143,16 +143,16 @@ class Script:
     def __init__(self, transforms: list[Transform]) -> None:
         self.transforms = list(transforms)
 
-    def draw(self, images_seen: int, latent_grid: list[int]) -> Transform:
+    def draw(self, images_seen: int, latent_grid: list[int], **_: object) -> Transform:
         """The next."""
         return self.transforms.pop(0) if self.transforms else Transform()
 
 
-def other_shapes(regularizer: EquivarianceRegularizer, side: int) -> list[Transform]:
+def other_shapes(regularizer: EquivarianceRegularizer, side: int, multiple: int) -> list[Transform]:
     """Transforms that make steps of each other shape: of the decoder's maps, and of all maps; and a turned one."""
 
     def smaller(scales: tuple[float, ...]) -> list[float]:
-        return [scale for scale in scales if scale < 1 and side * scale % SIDE_MULTIPLE == 0]
+        return [scale for scale in scales if scale < 1 and side * scale % multiple == 0]
 
     shapes = [Transform(quarter_turns=1), *(Transform(scale=scale) for scale in smaller(regularizer.scales))]
     return shapes + [Transform(prior_scale=scale) for scale in smaller(regularizer.prior_scales)]
@@ -180,7 +180,7 @@ def train(
     if what == "tokenizer":
         average = EMA(half_life_images=160_000, ramp_up=0.05)
         side = batch.images.shape[-1] // module.model.compression
-        others = other_shapes(module.equivariance, side) if every_shape else []
+        others = other_shapes(module.equivariance, side, module.model.decoder.side_multiple) if every_shape else []
         module.equivariance = Script([Transform()] * steps + others)
     batches = [batch] * (steps + len(others))
     few = type(batch)(*(None if tensor is None else tensor[:2] for tensor in batch))

@@ -10,9 +10,6 @@ from torch import Tensor
 from vfm_vae.modules.resize import resize
 from vfm_vae.vfm import Interpolation
 
-SIDE_MULTIPLE = 4
-"""What the sides of every latent must divide by: the decoder's first block unshuffles by four."""
-
 
 @dataclass(frozen=True)
 class Transform:
@@ -50,14 +47,14 @@ class Transform:
 
 
 class EquivarianceRegularizer:
-    """Draws one transform per batch, the same on all ranks.
+    """Draws one transform for each rank's batch.
 
-    A draw is a pure function of the seed, the images seen and the latent grid: no state to store, no rank to ask, and
-    a resumed run draws as the uninterrupted one. With `probability` the latent is scaled and turned; otherwise, with
-    `prior_probability`, the input image is shrunk; otherwise nothing happens.
+    A draw is a pure function of the seed, the images seen, the rank, the phase of the step and the latent grid: no
+    state to store, and a resumed run draws as the uninterrupted one. With `probability` the latent is scaled and
+    turned; otherwise, with `prior_probability`, the input image is shrunk; otherwise nothing happens.
 
-    Scales that leave a latent whose sides don't divide by 4, which the decoder can't take, are left out: an 8x8 latent
-    is never scaled by 0.25 or 0.75, a 16x16 latent by all of them.
+    Scales that leave a latent which the decoder can't take are left out: where sides must divide by 4, an 8x8 latent is
+    never scaled by 0.25 or 0.75, a 16x16 latent by all of them.
 
     Args:
         probability: how often the latent is transformed.
@@ -84,31 +81,35 @@ class EquivarianceRegularizer:
         self.prior_scales = tuple(prior_scales)
         self.seed = seed
 
-    def draw(self, images_seen: int, latent_grid: Sequence[int]) -> Transform:
-        """The transform of the batch that begins after `images_seen` images.
+    def draw(
+        self, images_seen: int, latent_grid: Sequence[int], *, rank: int = 0, phase: str = "", side_multiple: int = 4
+    ) -> Transform:
+        """The transform of a rank's batch that begins after `images_seen` images.
 
         Args:
             images_seen: images trained on so far, over all ranks.
             latent_grid: rows and columns of the untransformed latent.
+            rank: whose batch it is.
+            phase: of the step, where each player's has a draw of its own.
+            side_multiple: what the sides of every latent must divide by, see `Decoder.side_multiple`.
 
         Raises:
-            ValueError: if the sides of the grid don't divide by 4.
+            ValueError: if those of the grid don't.
         """
-        if any(side % SIDE_MULTIPLE for side in latent_grid):
-            raise ValueError(f"latent_grid: sides must be multiples of {SIDE_MULTIPLE}, given {tuple(latent_grid)}")
+        if any(side % side_multiple for side in latent_grid):
+            raise ValueError(f"latent_grid: sides must be multiples of {side_multiple}, given {tuple(latent_grid)}")
         # Seeding by a string hashes it (SHA-512), so that neighbouring counters give unrelated draws.
-        generator = random.Random(f"{self.seed} {images_seen}")
+        generator = random.Random(f"{self.seed} {images_seen} {rank} {phase}")
+
+        def choose(scales: Sequence[float]) -> float:
+            usable = [s for s in scales if all(side * s % side_multiple == 0 for side in latent_grid)]
+            return generator.choice(usable or [1.0])
+
         if generator.random() < self.probability:
-            scale = generator.choice(_usable(self.scales, latent_grid))
-            return Transform(scale=scale, quarter_turns=generator.randrange(4))
+            return Transform(scale=choose(self.scales), quarter_turns=generator.randrange(4))
         if generator.random() < self.prior_probability:
-            return Transform(prior_scale=generator.choice(_usable(self.prior_scales, latent_grid)))
+            return Transform(prior_scale=choose(self.prior_scales))
         return Transform()
-
-
-def _usable(scales: Sequence[float], latent_grid: Sequence[int]) -> list[float]:
-    """The scales under which the latent's sides still divide by 4; the identity where there is none."""
-    return [scale for scale in scales if all(side * scale % SIDE_MULTIPLE == 0 for side in latent_grid)] or [1.0]
 
 
 def _scaled(maps: Tensor, scale: float) -> tuple[int, int]:

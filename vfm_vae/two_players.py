@@ -1,0 +1,85 @@
+"""Manual optimisation of two players: accumulation, clipping, and steps that are refused for both."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from vfm_vae.losses.guard import NonFiniteGuard
+from vfm_vae.optimization import step_unless
+
+
+class TwoPlayers(LightningModule):
+    """Trains a generator and its discriminators, each by an optimiser of its own, in an order that subclasses choose.
+
+    A step may be made of several batches. The guard sees every term: once it refuses, neither player steps any more
+    before the next step begins.
+
+    Args:
+        guard: Decides which steps are taken.
+        accumulate_grad_batches: Batches whose gradients make one step.
+        gradient_clip_val: Largest gradient norm of either player; None clips nothing.
+
+    Attributes:
+        images_seen: Images trained on, over all ranks and stages.
+
+    Raises:
+        ValueError: if less than one batch is to make a step.
+    """
+
+    GENERATOR, DISCRIMINATOR = 0, 1  # positions of their optimisers
+
+    def __init__(
+        self, guard: NonFiniteGuard | None, accumulate_grad_batches: int, gradient_clip_val: float | None
+    ) -> None:
+        super().__init__()
+        if accumulate_grad_batches < 1:
+            raise ValueError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
+        self.automatic_optimization = False
+        self.guard = guard or NonFiniteGuard()
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.gradient_clip_val = gradient_clip_val
+        self.images_seen = 0
+        self.grad_norms: dict[str, Tensor] = {}  # of the last step
+        self._refused: Tensor | None = None  # what the guard says of the step at hand
+
+    def completes_step(self, batch_idx: int) -> bool:
+        """Whether a batch is the last of those that make a step."""
+        return (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+
+    def judge(self, **terms: Mapping[str, Tensor]) -> None:
+        """Lets the guard see terms; a refusal holds for all that would make one step."""
+        self._refused = self.guard.refuses(self.images_seen, **terms, already=self._refused)
+
+    def learn(self, player: int, loss: Tensor, step_ends: bool) -> None:
+        """Backward pass, and the optimiser's step where the accumulated batches are complete."""
+        optimizer = self.optimizers()[player]
+        with self._accumulating(not step_ends):
+            self.manual_backward(loss / self.accumulate_grad_batches)
+        if not step_ends:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
+        self.grad_norms[("grad_norm", "grad_norm_discriminator")[player]] = norm
+        self.judge(others={"grad_norm": norm})  # finite losses can have gradients that are not
+        if self.gradient_clip_val is not None:
+            clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
+        # Only the generator goes through Lightning's wrapper, which counts global_step: one step per batch.
+        step = (optimizer if player == self.GENERATOR else optimizer.optimizer).step
+        step_unless(self._refused, optimizer.optimizer, step)
+
+    def finish_batch(self, num_images: int, step_ends: bool) -> None:
+        """Counts images; where a step ends, drops its gradients, also those of a refused one."""
+        self.images_seen += num_images * self.trainer.world_size
+        if step_ends:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self._refused = None
+
+    def _accumulating(self, wanted: bool) -> AbstractContextManager:
+        """Leaves gradients unsynchronised between ranks until the accumulated step is complete."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if wanted and isinstance(strategy, ParallelStrategy) else nullcontext()
