@@ -18,6 +18,7 @@ from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.published import discriminator_names, patchgan_names, pick, to_published
 from vfm_vae.tokenizer import VFMVAE, FrozenTokenizer
+from vfm_vae.vfm import FrozenVFM
 
 VFM = "vit_photos_patch8_64"
 LAYERS = (0, 1, 2)  # of the discriminator's backbone
@@ -317,6 +318,37 @@ def test_any_configuration_goes_there_and_back(changes):
     assert model.adapter.unshuffle == round(
         config["scale_factor"] * 16 / (14 if config["scale_factor"] == 1.75 else 16)
     )
+
+
+# What the routes of blocks 0, 1 and 2 begin with there: half of the latent's sides, all of them, twice as many.
+STAGES = [("1.0", "2.0"), ("0.0", "1.0"), ("0.0", "2.0")]
+
+
+@pytest.mark.parametrize("downsampling", ["unshuffle", "pooling"])
+def test_five_blocks_at_compression_16_go_there_and_back(downsampling):
+    sizes = {"scale_factor": 0.5, "resolution_compression_factor": 16, "how_to_process_concat_z": downsampling}
+    config = CONFIG["G_kwargs"] | sizes
+    vfm = FrozenVFM(VFM, layers=[0, -1], input_scale=0.5)
+    model = convert.build_published(config, vfm)
+    for tensor in model.state_dict().values():
+        tensor += 0.1 * torch.randn_like(tensor)
+    published = convert.tokenizer_to_published(model)
+    again = convert.tokenizer_from_published(published, config, vfm)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    for block, stages in enumerate(STAGES):
+        assert {f"synthesis.z_convs.{block}.{stage}.weight" for stage in stages} <= published.keys()
+    channels = 16 if downsampling == "pooling" else 4 * 16
+    assert published["synthesis.z_convs.0.1.0.weight"].shape == (channels, 1, 3, 3)
+    images = torch.rand(1, 3, 64, 96) * 2 - 1
+    z = model.eval().encode(images).mode()
+    assert (model.compression, model.decoder.side_multiple, z.shape[2:]) == (16, 2, (4, 6))
+    assert torch.equal(again.decode(z).image, model.decode(z).image)
+    assert model.decode(z).image.shape == images.shape
+
+
+def test_what_is_no_way_to_bring_the_latent_to_blocks():
+    with pytest.raises(ValueError, match="concat_z='crop' is not supported, only 'unshuffle' or 'pooling' is"):
+        convert.build_published(CONFIG["G_kwargs"] | {"how_to_process_concat_z": "crop"})
 
 
 def test_real_values_go_there_and_back():

@@ -20,6 +20,7 @@ from ldm.pipeline import LatentDiffusion
 from ldm.samplers import Dopri5, Euler, Heun
 from vfm_vae.diffusers import AutoencoderVFM
 from vfm_vae.modules.adapter import Adapter
+from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.quantizer import VectorQuantizer
 from vfm_vae.tokenizer import VFMVAE
 
@@ -91,6 +92,13 @@ def test_config_says_what_diffusers_reads(vae, tokenizer):
     assert (vae.dtype, vae.device) == (torch.float32, torch.device("cpu"))
     plain = AutoencoderVFM.from_tokenizer(tokenizer).config
     assert (plain.scaling_factor, plain.shift_factor, plain.latents_mean, plain.latents_std) == (1, 0, None, None)
+
+
+def test_config_says_the_compression_of_as_many_blocks_as_there_are_halvings(tokenizer):
+    decoder = Decoder(16, [16, 16, 8], [16], [], 0, w_channels=16, compression=8)
+    vae = AutoencoderVFM.from_tokenizer(VFMVAE(tokenizer.adapter, decoder, tokenizer.vfm), sample_size=8)
+    assert vae.config.block_out_channels == [8, 16, 16, 16]
+    assert vae.decode(torch.randn(1, 4, 1, 3)).sample.shape == (1, 3, 8, 24)
 
 
 def test_one_factor_normalises_all_latents(vae):

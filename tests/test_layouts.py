@@ -79,6 +79,16 @@ def test_the_generator_stays_channels_last(cuda, monkeypatch, transform, recompu
     assert decoded.image.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("grid", [(16, 16), (10, 22)])
+def test_routes_of_averages_stay_channels_last(cuda, grid):
+    decoder = Decoder(channels=[512, 512, 512, 256, 128], compression=16, route_downsampling="pooling")
+    with Watch() as watch:
+        decoded = decoder(torch.empty(BATCH, 512, *grid))
+    assert watch.convolutions and all(channels_last for _, channels_last, _ in watch.convolutions)
+    assert decoded.image.shape[2:] == (16 * grid[0], 16 * grid[1])
+    assert decoded.image.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("recompute", [True, False])
 def test_the_decoder_copies_no_large_map(cuda, recompute):
     decoder = Decoder(activation_checkpointing=recompute)

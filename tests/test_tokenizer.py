@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from vfm_vae.convert import tokenizer_from_published
 from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.decoder import Decoder
+from vfm_vae.pretrained import build, describe
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.vfm import FrozenVFM
 
@@ -50,6 +51,26 @@ def test_encode_decode_on_any_grid_that_divides():
 def test_parts_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         VFMVAE(*parts(**changes))
+
+
+def test_sizes_that_latents_come_in_follow_from_blocks_and_compression():
+    adapter, _, vfm = parts()
+    model = VFMVAE(adapter, Decoder(16, [8] * 4, [16], [], 0, w_channels=16, compression=8), vfm)
+    for size in (16, 48):
+        model.check_image_size(size)
+    with pytest.raises(ValueError, match=r"image_size: 24 .* divide by 2: give a multiple of 16 \(2 cells of 8 pixels"):
+        model.check_image_size(24)
+
+
+def test_a_description_from_before_blocks_could_start_elsewhere_is_read():
+    model = VFMVAE(*parts()[:2])
+    described = describe(model)
+    for option in ("compression", "route_downsampling"):
+        del described["init_args"]["decoder"]["init_args"][option]
+    loaded = build(VFMVAE, described).eval()
+    loaded.load_state_dict(model.state_dict())
+    latent = torch.randn(1, 4, 8, 8)
+    assert torch.equal(loaded.decode(latent).image, model.eval().decode(latent).image)
 
 
 def test_without_a_vfm_only_features_are_encoded():

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning
@@ -83,7 +84,7 @@ def tokenizer_to_published(model: VFMVAE) -> dict[str, Tensor]:
     """
     if model.quantizer is not None:
         raise ValueError("model: published names of a quantizer are not known")
-    return to_published(model.state_dict(), tokenizer_names, _constants(model))
+    return to_published(model.state_dict(), _names(model), _constants(model))
 
 
 def build_published(config: Mapping[str, Any], vfm: FrozenVFM | None = None) -> VFMVAE:
@@ -93,16 +94,17 @@ def build_published(config: Mapping[str, Any], vfm: FrozenVFM | None = None) -> 
         ValueError: if the configuration lacks options, or asks for what there is not here.
     """
     wanted = {
-        "compression_mode": "continuous",
-        "conditional": False,
-        "use_self_attn": True,
-        "use_cross_attn": False,
-        "use_convnext": True,
-        "how_to_process_concat_z": "unshuffle",
+        "compression_mode": ["continuous"],
+        "conditional": [False],
+        "use_self_attn": [True],
+        "use_cross_attn": [False],
+        "use_convnext": [True],
+        "how_to_process_concat_z": ["unshuffle", "pooling"],
     }
-    for option, value in wanted.items():
-        if config.get(option, value) != value:
-            raise ValueError(f"config: {option}={config[option]!r} is not supported, only {value!r} is")
+    for option, values in wanted.items():
+        if config.get(option, values[0]) not in values:
+            known = " or ".join(map(repr, values))
+            raise ValueError(f"config: {option}={config[option]!r} is not supported, only {known} is")
     try:
         adapter = _adapter(config)
         decoder = _decoder(config, config["z_dimension"] * config["decompress_factor"])
@@ -159,6 +161,8 @@ def _decoder(config: Mapping[str, Any], decoded_channels: int) -> Decoder:
         route_activation=config["activation_for_concat_z"],
         blur=config["use_gaussian_blur"],
         legacy_noise=config["legacy"],
+        compression=config["resolution_compression_factor"],
+        route_downsampling=config.get("how_to_process_concat_z", "unshuffle"),
     )
 
 
@@ -170,7 +174,11 @@ def _per_block(indices: Sequence[int], values: Sequence[int]) -> list[int]:
 
 def _weights(model: VFMVAE, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     trained = {name: tensor for name, tensor in published.items() if not name.startswith(ENCODER)}
-    return from_published(model.state_dict(), trained, tokenizer_names, _constants(model))
+    return from_published(model.state_dict(), trained, _names(model), _constants(model))
+
+
+def _names(model: VFMVAE) -> Names:
+    return partial(tokenizer_names, first_scale=model.decoder.first_scale)
 
 
 def _constants(model: VFMVAE) -> dict[str, Tensor]:

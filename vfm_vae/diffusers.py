@@ -37,7 +37,8 @@ class AutoencoderVFM(ModelMixin, AutoencoderMixin, ConfigMixin):
         out_channels: Of images.
         latent_channels: C.
         block_out_channels: Channels of the decoder's finest blocks, fine to coarse: one more than there are halvings
-            from image to latent, for diffusers computes the compression from their number.
+            from image to latent, for diffusers computes the compression from their number. Where that is one more than
+            there are blocks, the coarsest counts twice.
         sample_size: Side of the images in pixels that pipelines are to expect.
         scaling_factor: 1 over the standard deviation of all latents; 1 where it is not known.
         shift_factor: The mean of all latents; 0 where it is not known.
@@ -96,11 +97,12 @@ class AutoencoderVFM(ModelMixin, AutoencoderMixin, ConfigMixin):
         model.check_image_size(sample_size)
         statistics = _statistics(model.latent_channels, latents_mean, latents_std)
         halvings = model.compression.bit_length() - 1
+        channels = list(model.decoder.arguments["channels"])
         with torch.device("meta"):  # the structure alone, in which the tokenizer takes its place
             vae = cls(
                 description=described(model),
                 latent_channels=model.latent_channels,
-                block_out_channels=list(model.decoder.arguments["channels"])[: -halvings - 2 : -1],
+                block_out_channels=[*reversed(channels), channels[0]][: halvings + 1],
                 sample_size=sample_size,
                 **statistics,
             )
@@ -141,7 +143,7 @@ class AutoencoderVFM(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Decodes latents; the VFM is not needed.
 
         Args:
-            z: `[B, C, h, w]`, not normalised; h and w divide by 4.
+            z: `[B, C, h, w]`, not normalised; h and w divide by `network.decoder.side_multiple`.
             return_dict: Whether not to return a tuple.
             generator: Taken since diffusers hands one over; nothing is random.
 

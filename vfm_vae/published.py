@@ -73,12 +73,19 @@ DIMENSIONS = [
 ]
 
 
-def tokenizer_names(ours: str) -> tuple[str, ...]:
-    """Published names of a tensor of VFMVAE: one, or those of queries, keys and values, which are one matrix here."""
+def tokenizer_names(ours: str, first_scale: int = -2) -> tuple[str, ...]:
+    """Published names of a tensor of VFMVAE: one, or those of queries, keys and values, which are one matrix here.
+
+    Args:
+        ours: Its name here.
+        first_scale: log2 of the sides that the decoder's first block takes over the latent's.
+    """
     if route := re.fullmatch(r"decoder\.routes\.(\d+)\.(\d+)\.(\w+)", ours):
         block, layer = int(route[1]), int(route[2])
-        # Of what is counted there, an unshuffle stands first in blocks 0 and 1, a shuffle amid from block 3 on.
-        first, last = (1 if block < 2 else 0), (1 if block == 2 else 2)
+        # What shrinks the latent of coarse blocks is counted there, and stands first; so is a shuffle, which is amid.
+        scale = first_scale + block
+        first = 1 if scale < 0 else 0
+        last = first + (2 if scale > 0 else 1)
         stage, layer = (first, layer - 1) if layer < 6 else (last, layer - 6)
         return (f"synthesis.z_convs.{block}.{stage}.{layer}.{route[3]}",)
     name = _renamed(ours, TOKENIZER)

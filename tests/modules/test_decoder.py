@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vfm_vae.modules.decoder import Decoder, Mapping
 from vfm_vae.modules.modulated import ModulatedConvNeXt
@@ -25,6 +26,54 @@ def test_images_of_every_block_small_to_large(decoder, grid):
     images = [*decoded.multiscale, decoded.image]
     assert [tuple(image.shape) for image in images] == [(2, 3, *side) for side in sides]
     assert decoder.upscaling == 4
+
+
+@pytest.mark.parametrize("downsampling", ["unshuffle", "pooling"])
+@pytest.mark.parametrize(
+    ("num_blocks", "compression", "cells", "scales"),
+    [
+        (6, 16, 4, [1 / 4, 1 / 2, 1, 2, 4, 8]),
+        (5, 16, 2, [1 / 2, 1, 2, 4, 8]),
+        (5, 8, 4, [1 / 4, 1 / 2, 1, 2, 4]),
+        (4, 8, 2, [1 / 2, 1, 2, 4]),
+        (3, 8, 1, [1, 2, 4]),
+    ],
+)
+def test_blocks_start_where_their_number_and_compression_say(num_blocks, compression, cells, scales, downsampling):
+    options = {"compression": compression, "route_downsampling": downsampling}
+    decoder = Decoder(8, [8] * num_blocks, [8] * num_blocks, [], 0, w_channels=8, **options)
+    assert (decoder.upscaling, decoder.side_multiple) == (compression, cells)
+    taken = []
+    for route in decoder.routes:
+        route.register_forward_hook(lambda module, args, out: taken.append(tuple(out.shape[2:])))
+    rows, columns = cells, 3 * cells
+    decoded = decoder(torch.randn(1, 8, rows, columns))
+    assert taken == [(rows * scale, columns * scale) for scale in scales]
+    sides = [tuple(image.shape[2:]) for image in (*decoded.multiscale, decoded.image)]
+    assert sides == [(2 * height, 2 * width) for height, width in taken]
+    assert sides[-1] == (compression * rows, compression * columns)
+    if cells > 1:
+        with pytest.raises(ValueError, match=f"divide by {cells}, got {rows + 1}x{columns}"):
+            decoder(torch.randn(1, 8, rows + 1, columns))
+
+
+def test_the_first_block_takes_a_quarter_of_the_latent_if_nothing_else_is_said():
+    arguments = {"latent_channels": 8, "channels": [8] * 4, "route_channels": [8] * 4, "attention_depths": []}
+    told, silent = Decoder(**arguments, w_channels=8, compression=4), Decoder(**arguments, w_channels=8)
+    told.load_state_dict(silent.state_dict())
+    latent = torch.randn(1, 8, 4, 8)
+    assert (silent.upscaling, silent.side_multiple) == (4, 4)
+    assert torch.equal(told(latent).image, silent(latent).image)
+
+
+def test_pooled_routes_get_averages_and_only_coarse_ones_are_pooled():
+    decoder = Decoder(8, [8] * 4, [8] * 4, [], 0, w_channels=8, route_downsampling="pooling")
+    latent = torch.randn(2, 8, 4, 12)
+    for route, size in zip(decoder.routes, [(1, 3), (2, 6)], strict=False):
+        torch.testing.assert_close(route[0](latent), F.adaptive_avg_pool2d(latent, size))
+        assert route[1].in_channels == 8
+    for route in decoder.routes[2:]:
+        assert torch.equal(route[0](latent), latent)
 
 
 def test_memory_layouts_agree(decoder):
@@ -79,6 +128,10 @@ def test_legacy_noise_is_off_by_default_and_silent_at_the_start():
         ({"channels": [8, 8], "attention_depths": [1, 1, 1]}, "attention_depths"),
         ({"channels": [8, 8], "attention_depths": [1], "attention_heads": 3}, "attention_heads=3"),
         ({"channels": [8, 8], "route_activation": "relu"}, "activation 'relu' is unknown"),
+        ({"channels": [8, 8], "compression": 8}, "compression: 2 blocks .* a power of two up to 4, given 8"),
+        ({"channels": [8, 8], "compression": 3}, "compression: .* power of two up to 4, given 3"),
+        ({"channels": [8, 8], "compression": 0}, "compression: .* given 0"),
+        ({"channels": [8, 8], "route_downsampling": "mean"}, "route_downsampling: choose .* given 'mean'"),
     ],
 )
 def test_options_that_do_not_fit(arguments, message):
