@@ -1,7 +1,9 @@
 """Distances of distributions against closed forms and against slow ways to compute them."""
 
+import numpy as np
 import pytest
 import torch
+from torch_fidelity.metric_isc import isc_features_to_metric
 
 from vfm_vae.metrics import distribution
 from vfm_vae.metrics.distribution import (
@@ -123,9 +125,13 @@ def test_a_reference_stands_for_real_samples():
         FrechetDistance(5, reference=moments.compute())
 
 
-def slow_inception_score(logits, split_size):
+def slow_inception_score(logits, split_size, num_images=None):
+    """Of the first samples of so many, which torch-fidelity's permutation puts into splits."""
+    permutation = np.random.RandomState(2020).permutation(num_images or len(logits))
     scores = []
-    for part in logits.double().split(split_size):
+    for numbers in torch.from_numpy(permutation).split(split_size):
+        if not len(part := logits[numbers[numbers < len(logits)]].double()):
+            continue
         p = part.softmax(1)
         divergences = [(row * (row / p.mean(0)).log()).sum() for row in p]
         scores.append(torch.stack(divergences).mean().exp())
@@ -151,8 +157,30 @@ def test_inception_score_is_the_mean_over_splits():
 def test_splits_without_samples_do_not_count():
     logits = torch.randn(10, 11, generator=torch.Generator().manual_seed(0)) * 3
     metric = InceptionScore(1000, split_size=5, num_classes=11)
-    metric.update(logits, torch.arange(10) + 20)
-    torch.testing.assert_close(metric.compute(), slow_inception_score(logits, 5))
+    metric.update(logits, torch.arange(10))
+    assert 2 <= (metric.count > 0).sum() <= 10
+    torch.testing.assert_close(metric.compute(), slow_inception_score(logits, 5, 1000))
+
+
+def class_logits(labels):
+    """What a good classifier says of images of these classes."""
+    noise = torch.randn(len(labels), 100, generator=torch.Generator().manual_seed(0))
+    return noise + 10 * torch.nn.functional.one_hot(labels, 100)
+
+
+@pytest.mark.parametrize("labels", [torch.arange(2000) // 20, torch.arange(2000) % 100], ids=["sorted", "cyclic"])
+def test_inception_score_does_not_depend_on_the_order_of_classes(labels):
+    logits = class_logits(labels)
+    metric = InceptionScore(2000, split_size=200, num_classes=100)
+    for part in torch.randperm(2000, generator=torch.Generator().manual_seed(1)).split(300):
+        metric.update(logits[part], part)
+    expected = isc_features_to_metric(logits)["inception_score_mean"]
+    assert metric.compute().item() == pytest.approx(expected, rel=1e-6)
+    shuffled = class_logits(labels[torch.randperm(2000, generator=torch.Generator().manual_seed(2))])
+    assert metric.compute().item() == pytest.approx(isc_features_to_metric(shuffled)["inception_score_mean"], rel=0.02)
+    in_order = isc_features_to_metric(logits, shuffle=False)["inception_score_mean"]
+    assert metric.compute().item() != pytest.approx(in_order, rel=0.1)
+    assert not metric.state_dict()
 
 
 def test_inception_score_knows_its_bounds():

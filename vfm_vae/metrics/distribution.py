@@ -3,12 +3,15 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from vfm_vae.metrics.features import add_feature_states, float32_arithmetic, keep_features, kept_features
 from vfm_vae.metrics.neighbours import Search
+
+PERMUTATION_SEED = 2020  # of the samples of an Inception Score, as torch-fidelity has it
 
 _BLOCK_ROWS = 1024  # of a distance matrix held at a time: 200 MB at 50 000 samples
 _EXACT_ROWS = 256  # of differences in float64 held at a time: 30 MB with 8 of width 2048
@@ -195,9 +198,11 @@ def _gaussian(metric: Metric, prefix: str) -> Gaussian:
 class InceptionScore(Metric):
     """Inception Score: whether images are told apart clearly, and all classes occur (Salimans et al. 2016, section 4).
 
-    `exp(mean KL(p(y|x) || p(y)))` in each split of the samples, then the mean over splits. Samples belong to splits by
-    their numbers, so neither order nor ranks matter; the last split may be smaller, and those without samples don't
-    count. Keeps sums alone, in float64.
+    `exp(mean KL(p(y|x) || p(y)))` in each split of the samples, then the mean over splits. A sample's number decides
+    which split it belongs to, by torch-fidelity's permutation: data sets are sorted by class, and a run of numbers
+    would hold few classes. So neither order nor ranks matter. The last split may be smaller, and those without samples
+    don't count; where fewer samples come than were announced, all splits are smaller, and the score with them. Keeps
+    sums, in float64, and the permutation.
 
     Args:
         num_images: how many samples there will be.
@@ -211,6 +216,7 @@ class InceptionScore(Metric):
     full_state_update = False
     higher_is_better = True
     is_differentiable = False
+    split: Tensor
 
     def __init__(self, num_images: int, split_size: int = 5000, num_classes: int = 1008) -> None:
         super().__init__()
@@ -220,6 +226,9 @@ class InceptionScore(Metric):
                 f"split_size = {split_size}."
             )
         self.num_images, self.split_size = num_images, split_size
+        # The j-th of the shuffled samples is number permutation[j], so number i is the permutation.argsort()[i]-th.
+        permutation = torch.from_numpy(np.random.RandomState(PERMUTATION_SEED).permutation(num_images))
+        self.register_buffer("split", permutation.argsort() // split_size, persistent=False)
         num_splits = math.ceil(num_images / split_size)
         self.add_state("count", torch.zeros(num_splits, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("negentropy", torch.zeros(num_splits, dtype=torch.float64), dist_reduce_fx="sum")
@@ -245,7 +254,7 @@ class InceptionScore(Metric):
             raise ValueError(
                 f"index must lie below num_images = {self.num_images}; got {index.max().item()}. Announce more images."
             )
-        split = index // self.split_size
+        split = self.split[index]
         log_p = logits.log_softmax(1)  # [B, C]
         p = log_p.exp()
         self.count.index_add_(0, split, torch.ones_like(split))
