@@ -37,45 +37,73 @@ from vfm_vae.vfm import FrozenVFM
 
 devices, photos, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 name = "vit_photos_patch8_64"
-torch.manual_seed(0)
-adapter = Adapter([128], [8], 4, 1, 16, 128)
-decoder = Decoder(16, [16, 16, 16, 16, 8], [16], [], 0, w_channels=16)
 optimizer = partial(torch.optim.Adam, lr=1e-3)
-module = TokenizerModule(
-    VFMVAE(adapter, decoder, FrozenVFM(name)),
-    ProjectedDiscriminator(name, size=64, layers=(1,)),
-    Objective(adversarial_patch=0.1, feature_matching=0.1),
-    optimizer,
-    optimizer,
-    PatchGAN(base_channels=4),
-    EquivarianceRegularizer(),
-    accumulate_grad_batches=2,
-)
-trainer = Trainer(
-    accelerator="cpu",
-    devices=devices,
-    strategy="ddp_find_unused_parameters_true" if devices > 1 else "auto",
-    max_steps=3,
-    logger=False,
-    enable_checkpointing=False,
-    enable_progress_bar=False,
-    enable_model_summary=False,
-    num_sanity_val_steps=0,
-    limit_val_batches=1.0,
-    callbacks=[
-        EMA(),
-        CKNNACallback([FrozenVFM(name)], k=5, num_images=17, se_cknna="each"),
-        DistributionCallback(FrozenVFM(name), precision_recall=True),
-        RobustnessCallback([FrozenVFM(name)], num_images=11),
-        LinearProbeCallback([FrozenVFM(name)]),
-    ],
-)
+
+
+class Draws(EquivarianceRegularizer):
+    # Remembers what it drew.
+
+    def __init__(self):
+        super().__init__()
+        self.history = []
+
+    def draw(self, *args, **kwargs):
+        transform = super().draw(*args, **kwargs)
+        self.history.append(str(transform))
+        return transform
+
+
+def build(**kwargs):
+    torch.manual_seed(0)
+    adapter = Adapter([128], [8], 4, 1, 16, 128)
+    decoder = Decoder(16, [16, 16, 16, 16, 8], [16], [], 0, w_channels=16)
+    return TokenizerModule(
+        VFMVAE(adapter, decoder, FrozenVFM(name)),
+        ProjectedDiscriminator(name, size=64, layers=(1,)),
+        Objective(adversarial_patch=0.1, feature_matching=0.1),
+        optimizer,
+        optimizer,
+        PatchGAN(base_channels=4),
+        Draws(),
+        accumulate_grad_batches=2,
+        **kwargs,
+    )
+
+
+def trainer(*callbacks, **kwargs):
+    return Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp_find_unused_parameters_true" if devices > 1 else "auto",
+        max_steps=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=list(callbacks),
+        **kwargs,
+    )
+
+
+watch = [
+    EMA(),
+    CKNNACallback([FrozenVFM(name)], k=5, num_images=17, se_cknna="each"),
+    DistributionCallback(FrozenVFM(name), precision_recall=True),
+    RobustnessCallback([FrozenVFM(name)], num_images=11),
+    LinearProbeCallback([FrozenVFM(name)]),
+]
 data = ImageNetDataModule(photos, image_size=64, batch_size=8, val_batch_size=6, num_workers=0)
-metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
-trainer.fit(module, datamodule=data)
-weights = {key: tensor for key, tensor in module.state_dict().items()}
+module, run = build(), trainer(*watch)
+metrics = run.validate(module, datamodule=data, verbose=False)[0]
+run.fit(module, datamodule=data)
+turns = build(order="published")
+trainer(limit_val_batches=0).fit(turns, datamodule=data)
+weights = {f"{order}.{key}": t for order, m in (("simultaneous", module), ("published", turns))
+           for key, t in m.state_dict().items()}
 result = {"metrics": metrics, "weights": weights, "images_seen": module.images_seen}
-torch.save(result, out / f"{devices}_{trainer.global_rank}.pt")
+draws = {"simultaneous": module.equivariance.history, "published": turns.equivariance.history}
+torch.save(result | {"draws": draws}, out / f"{devices}_{run.global_rank}.pt")
 """
 
 
@@ -293,6 +321,10 @@ def test_two_processes_validate_as_one_and_train_alike(tmp_path: Path, photos: P
     for name, tensor in first["weights"].items():
         if not name.endswith(local):
             assert torch.equal(tensor, second["weights"][name]), name
+    for order, phases in (("simultaneous", 1), ("published", 2)):  # each rank draws for itself, in each phase
+        assert len(first["draws"][order]) == len(second["draws"][order]) == 6 * phases
+        assert first["draws"][order] != second["draws"][order]
+    assert first["draws"]["simultaneous"] == one["draws"]["simultaneous"]
 
 
 def test_two_processes_cache_measure_and_sample_as_one(tmp_path: Path, photos: Path):

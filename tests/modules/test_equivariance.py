@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import combinations
 
 import pytest
 import torch
@@ -52,6 +53,19 @@ def test_draws_depend_on_seed_and_counter_alone():
     assert draws != [EquivarianceRegularizer(seed=4).draw(images, (16, 16)) for images in counters]
 
 
+def test_ranks_and_phases_draw_for_themselves():
+    draw = EquivarianceRegularizer().draw
+    counters = range(0, 64 * 512, 512)
+    sequences = [
+        [draw(images, (16, 16), rank=rank, phase=phase) for images in counters]
+        for rank in range(3)
+        for phase in ("generator", "discriminator")
+    ]
+    assert sequences[0] == [draw(images, (16, 16), rank=0, phase="generator") for images in counters]
+    same = [sum(a == b for a, b in zip(one, other, strict=True)) for one, other in combinations(sequences, 2)]
+    assert max(same) < len(counters) / 2  # as many as chance has it: 0.2, mostly of no transform at all
+
+
 def test_frequencies():
     num = 20_000
     draws = [EquivarianceRegularizer(seed=1).draw(images, (16, 16)) for images in range(0, num * 32, 32)]
@@ -77,6 +91,13 @@ def test_bad_arguments():
         EquivarianceRegularizer(probability=1.5)
     with pytest.raises(ValueError, match=r"latent_grid: .*6"):
         EquivarianceRegularizer().draw(0, (8, 6))
+
+
+def test_a_decoder_that_begins_at_half_the_latent_takes_more_scales():
+    draws = [EquivarianceRegularizer().draw(images, (8, 6), side_multiple=2) for images in range(500)]
+    assert {draw.scale for draw in draws} == {1.0}  # three quarters of 6 are no even number
+    draws = [EquivarianceRegularizer().draw(images, (8, 8), side_multiple=2) for images in range(500)]
+    assert {draw.scale for draw in draws} == {0.25, 0.5, 0.75, 1.0}
 
 
 def test_resize_takes_half_precision_on_the_cpu_and_antialiases_only_what_shrinks():
