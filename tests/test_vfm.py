@@ -169,8 +169,9 @@ def test_follows_to_and_still_answers_in_float32():
     assert next(nn.Sequential(vfm).to("meta")[0].network.parameters()).device.type == "meta"
 
 
-def test_stays_in_float32_under_autocast_on_cpu():
-    vfm = tiny()
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_stays_in_float32_under_autocast_on_cpu(precision):
+    vfm = tiny(precision=precision)
     images = images_for(vfm)
     with torch.autocast("cpu", torch.bfloat16):
         features = vfm(images)
@@ -178,12 +179,34 @@ def test_stays_in_float32_under_autocast_on_cpu():
 
 
 @pytest.mark.gpu
-def test_runs_in_bfloat16_on_cuda():
-    vfm = tiny(layers=(0, -1)).cuda()
-    features = vfm(images_for(vfm).cuda())
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_runs_on_cuda_in_the_precision_asked_for(precision):
+    torch.backends.cudnn.allow_tf32 = False  # which float32 convolutions would take by default
+    vfm = tiny(layers=(0, -1), precision=precision).cuda()
+    vfm.hold_products_in(torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        features = vfm(images_for(vfm).cuda())
     assert features.tokens.dtype == torch.float32
-    reference = tiny(layers=(0, -1))
-    torch.testing.assert_close(features.tokens.cpu(), reference(images_for(vfm)).tokens, rtol=0.05, atol=0.05)
+    expected = tiny(layers=(0, -1))(images_for(vfm)).tokens
+    error = ((features.tokens.cpu() - expected).norm() / expected.norm()).item()
+    assert error < 1e-4 if precision == "float32" else 1e-3 < error < 0.05
+
+
+def test_float32_stays_when_products_are_held_in_less():
+    vfm, images = tiny(precision="float32"), images_for(tiny())
+    expected = vfm(images).tokens
+    vfm.hold_products_in(torch.bfloat16)
+    assert {parameter.dtype for parameter in vfm.network.parameters()} == {torch.float32}
+    assert torch.equal(vfm(images).tokens, expected)
+
+
+def test_precision_is_named_where_it_is_another_than_it_was_before():
+    assert "precision" not in tiny().source()
+    assert tiny(precision="float32").source()["precision"] == "float32"
+    described = {"init_args": {"name": SIGLIP}}
+    assert FrozenVFM.arguments_of(described)["precision"] == "bfloat16"
+    with pytest.raises(ValueError, match="precision: bfloat16 or float32, given 'float16'"):
+        tiny(precision="float16")
 
 
 def test_copies_are_independent_and_leave_no_hooks():

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -19,6 +19,10 @@ from vfm_vae.pretrained import remembers_arguments
 from vfm_vae.types import VFMFeatures
 
 Interpolation = Literal["bilinear", "bicubic"]
+Precision = Literal["bfloat16", "float32"]
+
+FORMERLY: Mapping[str, Any] = {"precision": "bfloat16"}
+"""What VFMs did before these arguments came: so mean checkpoints and caches that do not name them."""
 
 
 def interpolation_of(name: str) -> Interpolation:
@@ -159,7 +163,7 @@ class FrozenVFM(Frozen):
     Layers are counted as the tokens see them: 0 is what enters the first block (after patch and position embedding),
     k in 1..depth the output of block k, -1 the result of the final norm, -2 the output of the last block before that
     norm, -3 the one before, and so on. Families that norm after pooling (EVA, PE-spatial) have no final norm: there -1
-    equals -2. Runs in bfloat16 on CUDA and in float32 elsewhere.
+    equals -2. Computes as `precision` says, whatever autocast is around it.
 
     Args:
         name: timm name of a vision transformer, for instance `vit_large_patch16_siglip_512.v2_webli`.
@@ -169,6 +173,7 @@ class FrozenVFM(Frozen):
         pretrained: False leaves the weights random: for tests, and to count parameters.
         model_args: further arguments of the timm model, for instance a smaller depth in tests.
         antialias: whether the resizing by `input_scale` is antialiased; by default where it shrinks.
+        precision: in which the network computes on CUDA; elsewhere that is float32 in any case.
 
     Attributes:
         width: channels of the tokens.
@@ -178,7 +183,7 @@ class FrozenVFM(Frozen):
         target_interpolation: how training targets are to be resized beside it.
 
     Raises:
-        ValueError: if the model is unknown or its weights can't be had, or it has no such layer.
+        ValueError: if the model is unknown or its weights can't be had, or it has no such layer or precision.
     """
 
     mean: Tensor
@@ -194,7 +199,10 @@ class FrozenVFM(Frozen):
         pretrained: bool = True,
         model_args: dict[str, Any] | None = None,
         antialias: bool | None = None,
+        precision: Precision = "bfloat16",
     ) -> None:
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision: {' or '.join(get_args(Precision))}, given {precision!r}")
         network = create_vit(name, weights=weights, pretrained=pretrained, **(model_args or {}))
         super().__init__(network)
         self.name = name
@@ -202,6 +210,7 @@ class FrozenVFM(Frozen):
         self.input_scale = input_scale
         # Enlarging needs none: antialiasing would change nothing but the speed of a bilinear one.
         self.antialias = input_scale < 1 if antialias is None else antialias
+        self.precision = precision
         self.interpolation = interpolation_of(name)
         self.target_interpolation = target_interpolation_of(name)
         self.width: int = network.embed_dim
@@ -215,13 +224,17 @@ class FrozenVFM(Frozen):
     @classmethod
     def arguments_of(cls, description: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments of the VFM that a config or a checkpoint describes, by name."""
-        given = description["init_args"]
+        given = FORMERLY | description["init_args"]
         parameters = list(inspect.signature(cls).parameters.values())
         return {p.name: given[p.name] if p.default is p.empty else given.get(p.name, p.default) for p in parameters}
 
     def source(self) -> dict[str, Any]:
-        """What it takes to have this VFM again: its arguments, and the `fingerprint` of its weights."""
-        return {**self.arguments, "layers": list(self.layers), "fingerprint": self.fingerprint()}
+        """What it takes to have this VFM again: its arguments, and the `fingerprint` of its weights.
+
+        Of arguments in `FORMERLY` it names those alone that differ, so that older caches say the same of the same VFM.
+        """
+        arguments = {**self.arguments, "layers": list(self.layers), "fingerprint": self.fingerprint()}
+        return {name: value for name, value in arguments.items() if name not in FORMERLY or value != FORMERLY[name]}
 
     def forward(self, images: Tensor) -> VFMFeatures:
         """Features of `images: [B, 3, H, W] in [-1, 1]`, without gradients."""
@@ -230,7 +243,8 @@ class FrozenVFM(Frozen):
 
     def differentiable(self, images: Tensor) -> VFMFeatures:
         """The same features, with gradients that reach the images (the weights take none)."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
+        in_bfloat16 = self.precision == "bfloat16" and images.device.type == "cuda"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=in_bfloat16):
             inputs = self.prepare(images)  # [B, 3, H·scale, W·scale]
             grid = self._token_grid(inputs)
             final, before = self._run(inputs.to(next(self.network.parameters()).dtype))
@@ -244,6 +258,11 @@ class FrozenVFM(Frozen):
             pooled=final[:, 0] if has_class_token else tokens.mean(1),  # [B, C]
             grid=grid,
         )
+
+    def hold_products_in(self, dtype: torch.dtype) -> None:
+        """As `Frozen.hold_products_in`; what computes in float32 keeps its weights in it."""
+        if self.precision != "float32":
+            super().hold_products_in(dtype)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Brings images to the model's input: [-1, 1] → [0, 1], resize by `input_scale`, the model's mean and std.
