@@ -7,6 +7,9 @@ GPUS ?= 1
 STAGE ?= patchgan
 RUN ?= epochs64
 RUN_REG := $(if $(filter reg%,$(RUN)),_reg)
+# A variant of the tokenizer's training, as_published or discrete: a config that goes last, runs of its own.
+RECIPE ?=
+RUNS := runs$(if $(RECIPE),/$(RECIPE))
 READY := $(VENV)/.ready
 
 # glibc returns large blocks to the kernel, which zeroes their pages again in every step: a fifth of the time on CPU.
@@ -37,7 +40,12 @@ EVERY := --trainer.val_check_interval=$(shell expr 5000 \* $(PARTS))
 MEASURED := --data.val_batch_size=$(shell expr 64 \* $(COUNT))
 BATCH := --data.batch_size=$(shell expr 512 / $(PARTS)) --model.accumulate_grad_batches=$(PARTS) $(EVERY) $(MEASURED)
 BATCH_LDM := --data.batch_size=$(shell expr 1024 / $(PARTS)) --trainer.accumulate_grad_batches=$(PARTS) $(EVERY) $(MEASURED)
-STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER) $(BATCH)
+FORMER_weak := strong
+FORMER_ssim := weak
+FORMER_patchgan := ssim
+former = $(if $(FORMER_$(1)),--model.init_from=$(RUNS)/$(FORMER_$(1))/checkpoints/last.ckpt)
+VARIANT = $(if $(RECIPE),-c configs/vfm_vae/$(RECIPE).yaml $(call former,$@))
+STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER) $(BATCH) $(VARIANT)
 
 # The demo's diffusion model: lightningdit, or reg.
 DENOISER ?= lightningdit
@@ -132,8 +140,8 @@ patchgan: install ## stage 4, PatchGAN fine-tuning, from the SSIM stage
 	$(STAGE_FIT)
 
 latents: install ## cache the latents of the data that STAGE was trained on, with features for RUN=reg…: make latents GPUS=8
-	$(TOKENIZER) predict -c runs/$(STAGE)/config.yaml -c configs/vfm_vae/latents$(RUN_REG).yaml $(TRAINER) $(MEASURED) \
-	  --ckpt_path runs/$(STAGE)/checkpoints/last.ckpt
+	$(TOKENIZER) predict -c $(RUNS)/$(STAGE)/config.yaml -c configs/vfm_vae/latents$(RUN_REG).yaml $(TRAINER) $(MEASURED) \
+	  --ckpt_path $(RUNS)/$(STAGE)/checkpoints/last.ckpt
 
 ldm: install ## train LightningDiT or REG on cached latents: make ldm RUN=epochs64|epochs80|epochs560|reg80|reg480|reg640 GPUS=8
 	$(LDM) fit $(if $(RUN_REG),-c configs/ldm/reg.yaml,-c configs/ldm/lightningdit.yaml -c configs/data/latents.yaml) \
@@ -147,9 +155,9 @@ samples: install ## draw 50 000 samples from a trained LightningDiT: make sample
 evaluate: evaluate-tokenizer evaluate-ldm ## measure tokenizer and diffusion model: make evaluate STAGE=patchgan RUN=epochs64 GPUS=8
 
 evaluate-tokenizer: install ## rFID and its kin, alignment, probes of a trained tokenizer
-	$(TOKENIZER) test -c runs/$(STAGE)/config.yaml -c configs/vfm_vae/test.yaml $(TRAINER) $(MEASURED) \
+	$(TOKENIZER) test -c $(RUNS)/$(STAGE)/config.yaml -c configs/vfm_vae/test.yaml $(TRAINER) $(MEASURED) \
 	  --trainer.precision=32-true \
-	  --ckpt_path runs/$(STAGE)/checkpoints/last.ckpt
+	  --ckpt_path $(RUNS)/$(STAGE)/checkpoints/last.ckpt
 
 evaluate-ldm: install ## gFID and its kin of a trained LightningDiT
 	$(LDM) test -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/test.yaml $(TRAINER_LDM) $(MEASURED) \

@@ -33,7 +33,7 @@ model:
            alignment_channels: 128}
       decoder:
         init_args:
-          {latent_channels: 16, channels: [16, 16, 16, 16, 16, 8], route_channels: [16, 16], attention_depths: [1],
+          {latent_channels: 16, channels: [16, 16, 16, 16, 16, 8], route_channels: [16, 16, 16, 8], attention_depths: [1],
            num_res_blocks: 0, w_channels: 16}
   accumulate_grad_batches: 1
   discriminator: {init_args: {backbone: vit_photos_patch8_64, size: 64, layers: [0, 4]}}
@@ -160,6 +160,27 @@ def test_the_whole_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch, source:
     assert diffusion["test"]["metrics"]["test/fd_vit_photos_patch8_64/train"] > 0
     if source == "photos":
         align(folder, monkeypatch, data)
+
+
+def test_the_recipe_as_published(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder)
+    images = 0
+    options = {"RECIPE": "as_published", "DATA": str(folder / "photos"), "GPUS": "0"}
+    for stage, command in zip(STAGES, commands(*STAGES, **options), strict=True):
+        images += 2 * BATCH
+        run(monkeypatch, command, "-c", "toy.yaml", f"--model.max_images={images}")
+        stored = torch.load(f"runs/as_published/{stage}/checkpoints/last.ckpt", weights_only=True)
+        assert stored["images_seen"] == images and stored["global_step"] == 2
+        assert any(".noise." in name for name in stored["state_dict"])
+        assert all(tensor.isfinite().all() for tensor in stored["state_dict"].values())
+        settings = stored["hyper_parameters"]
+        assert (settings["order"], settings["evaluate"], settings["rounding"]) == ("published", "sample", "truncate")
+        assert settings["model"]["init_args"]["vfm"]["init_args"]["antialias_positions"] is False
+        assert "evaluation_crop: resize" in Path(f"runs/as_published/{stage}/config.yaml").read_text()
+    (test,) = commands("evaluate-tokenizer", **options)
+    run(monkeypatch, test, "-c", "toy_test.yaml")
+    report = json.loads(Path("runs/as_published/patchgan/metrics.json").read_text())
+    assert report["test"]["settings"]["rounding"] == "truncate"
 
 
 def align(folder: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, str]) -> None:
