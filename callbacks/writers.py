@@ -6,6 +6,7 @@ Every rank writes its own part and nothing is kept in memory. Caches and samples
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -195,7 +196,8 @@ class SampleWriter(Callback):
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes how they are drawn, and by which weights: averaged ones stand in for the others by now."""
         trainer.predict_loop.return_predictions = False
-        keep_settings(trainer, self.directory / "samples.json", pl_module.evaluation_settings())
+        unsaid = {"rounding": "round"}  # as all were, before there was a choice
+        keep_settings(trainer, self.directory / "samples.json", pl_module.evaluation_settings(), unsaid)
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Samples, *args: Any) -> None:
         """Writes the batch."""
@@ -224,8 +226,16 @@ class SampleWriter(Callback):
         return numbers
 
 
-def keep_settings(trainer: Trainer, file: Path, settings: Mapping[str, Any]) -> None:
+def keep_settings(
+    trainer: Trainer, file: Path, settings: Mapping[str, Any], unsaid: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Notes how the contents of a folder are made, or, where that is noted already, sees that it is the same.
+
+    Args:
+        trainer: whose rank zero writes.
+        file: of the notes.
+        settings: to note or to compare.
+        unsaid: what settings are where older notes don't say, by name.
 
     Raises:
         ValueError: it is not; on every rank, so that none waits for another.
@@ -236,8 +246,8 @@ def keep_settings(trainer: Trainer, file: Path, settings: Mapping[str, Any]) -> 
         partial.write_text(json.dumps(settings, indent=2) + "\n")
         partial.replace(file)
     trainer.strategy.barrier()
-    found = json.loads(file.read_text())
-    settings = json.loads(json.dumps(settings))
+    found = {**unsaid, **json.loads(file.read_text())}
+    settings = {**unsaid, **json.loads(json.dumps(settings))}
     differing = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
     if differing:
         changes = "; ".join(f"{key} was {found.get(key)!r}, now {settings.get(key)!r}" for key in differing)

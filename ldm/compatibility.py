@@ -1,7 +1,14 @@
-"""Whether data, tokenizer, denoiser and checkpoint fit each other; each check says before anything is computed."""
+"""Whether data, tokenizer, denoiser and checkpoint fit each other; each check says before anything is computed.
+
+What is taken over from a checkpoint that fits is taken here, too.
+"""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from ldm.alignment import REPA
 from ldm.models.denoiser import Denoiser
@@ -110,6 +117,34 @@ def check_images(image_size: int, tokenizer: FrozenTokenizer | None, denoiser: D
             f"data.image_size: {image_size} pixels give latents of {sides}, but the denoiser takes "
             f"{denoiser.input_size}"
         )
+
+
+def begin_from(
+    source: str, module: nn.Module, latent_source: dict[str, Any] | None, normalization: LatentNormalization
+) -> dict[str, Any] | None:
+    """Takes weights over, averaged ones where there are, and statistics of latents from a checkpoint that fits.
+
+    Args:
+        source: The checkpoint.
+        module: Takes the weights.
+        latent_source: Identity of the tokenizer at hand, where it is known.
+        normalization: Of the module.
+
+    Returns:
+        That identity, from the checkpoint where it was not known.
+
+    Raises:
+        ValueError: if there is no checkpoint, or it holds another model, or belongs to another tokenizer's latents.
+    """
+    if not Path(source).is_file():
+        raise ValueError(f"init_from: there is no checkpoint {source!r}")
+    checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    check_checkpoint(checkpoint, latent_source, normalization, "init_from")
+    try:
+        module.load_state_dict(checkpoint["state_dict"] | checkpoint.get("ema", {}).get("weights", {}))
+    except RuntimeError as error:
+        raise ValueError(f"init_from: {source!r} holds another model: {error}") from error
+    return latent_source or checkpoint["tokenizer"]
 
 
 def check_checkpoint(

@@ -1,9 +1,6 @@
 """DiffusionModule: how a denoiser is trained on a tokenizer's latents, and how it samples."""
 
-import math
 from collections.abc import Mapping
-from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,25 +10,24 @@ from lightning.pytorch.cli import OptimizerCallable
 # Set while LightningCLI builds a module from its config; only then are the hyper-parameters plain data.
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ldm import path
 from ldm.alignment import REPA
-from ldm.compatibility import check_alignment, check_checkpoint, check_data
+from ldm.compatibility import begin_from, check_alignment, check_checkpoint, check_data
 from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
-from ldm.objective import denoising_errors, rehearse
+from ldm.objective import block_features, denoising_errors, rehearse
 from ldm.pipeline import draw_latents
 from ldm.samplers import Euler, Sampler
 from ldm.skipping import SkippedSteps
 from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.data.latents import LatentStatistics, RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
-from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8
+from vfm_vae.metrics.reconstruction import MeanOverImages, Rounding, from_uint8, quantised
 from vfm_vae.optimization import log_where_due
 from vfm_vae.tokenizer import FrozenTokenizer
 from vfm_vae.types import Batch, LatentBatch, Samples
@@ -53,6 +49,7 @@ class DiffusionModule(LightningModule):
         label_drop: Share of training labels that are replaced by none, so that guidance has something to guide from.
         label_mode: Classes of samples: `random`, as published numbers have it, or `balanced`, equally many of each.
         predict: What prediction gives, decoded `images` or `latents`.
+        rounding: How samples become 8 bits: to the nearest level, or down, as published gFIDs have it.
         statistics_images: Training images whose latents give the statistics for normalising, where the data is images.
         init_from: Checkpoint whose weights training begins with, averaged ones where it has them; its optimiser and its
             counters are left.
@@ -78,6 +75,7 @@ class DiffusionModule(LightningModule):
         label_drop: float = 0.1,
         label_mode: Literal["random", "balanced"] = "random",
         predict: Literal["images", "latents"] = "images",
+        rounding: Rounding = "round",
         statistics_images: int = 10_000,
         init_from: str | None = None,
         torch_compile: Compile = "auto",
@@ -97,7 +95,7 @@ class DiffusionModule(LightningModule):
         self.weights = {"mse": 1.0, "cosine": cosine_weight} | (alignment.weights if alignment else {})
         self.label_drop = label_drop
         self.label_mode = label_mode
-        self.predict = predict
+        self.predict, self.rounding = predict, rounding
         self.statistics_images = statistics_images
         self.init_from = init_from
         self.torch_compile: Compile = torch_compile
@@ -244,18 +242,13 @@ class DiffusionModule(LightningModule):
             time: Of the noisy latents, which the denoiser sees without a label; 0.5 if not given.
         """
         noise = IndexedNoise("alignment", self.seed, batch.index, self.device)
-        shape = self.model.latent_shape
-        x = self.normalization(self._latents(batch, noise.normal(*shape)))
-        t = x.new_full((len(x),), 0.5 if time is None else time)
-        labels = torch.full_like(batch.labels, self.model.null_label)
-        x_t, token = path.interpolate(x, noise.normal(*shape), t), None
-        if self.model.cls_channels:
-            token = path.interpolate(self._features(batch)[:, 0], noise.normal(self.model.cls_channels), t)
-        features = self.model.block_features(x_t, t, labels, token)
+        x = self.normalization(self._latents(batch, noise.normal(*self.model.latent_shape)))
+        token = self._features(batch)[:, 0] if self.model.cls_channels else None
+        features = block_features(self.model, x, token, noise, 0.5 if time is None else time)
         return {f"block_{number:02d}": values for number, values in enumerate(features, start=1)}
 
     def evaluation_images(self, batch: Batch | LatentBatch) -> tuple[Tensor | None, Tensor]:
-        """Samples `[B, 3, H, W]` in [-1, 1], numbered like the batch, beside its images where it holds any."""
+        """Samples as `draw` gives them, numbered like the batch, beside its images where it holds any."""
         if self._drawn is None or not torch.equal(self._drawn.index, batch.index):
             self._drawn = self.draw(batch.index)
         has_images = isinstance(batch, Batch) and batch.has_images
@@ -282,7 +275,7 @@ class DiffusionModule(LightningModule):
         guidance_scale: float | None = None,
         decode: bool = True,
     ) -> Samples:
-        """Draws samples; each depends on the seed, its number and its label alone.
+        """Draws samples, images after 8 bits; each depends on the seed, its number and its label alone.
 
         Args:
             index: Their numbers, int64 `[B]`.
@@ -301,7 +294,7 @@ class DiffusionModule(LightningModule):
         labels = chosen if labels is None else labels.to(self.device)
         guidance = self.guidance if guidance_scale is None else self.guidance.with_scale(guidance_scale)
         latents = draw_latents(self.model, self.normalization, self.sampler, guidance, noise, labels)
-        images = self.tokenizer.decode(latents) if decode else None
+        images = quantised(self.tokenizer.decode(latents), self.rounding) if decode else None
         return Samples(images, latents, labels, index)
 
     def sample_labels(self, index: Tensor) -> Tensor:
@@ -322,6 +315,7 @@ class DiffusionModule(LightningModule):
             "label_mode": self.label_mode,
             "seed": self.seed,
             "content": self.predict,
+            "rounding": self.rounding,
             "tokenizer": self.latent_source,
             "decoder": self.tokenizer.fingerprint() if self.predict == "images" and self.can_decode else None,
             "precision": self.trainer.precision,
@@ -344,12 +338,8 @@ class DiffusionModule(LightningModule):
 
     def configure_model(self) -> None:
         """Shards the denoiser over the ranks, block by block, where a ModelParallelStrategy has a mesh for that."""
-        if self.device_mesh is None or isinstance(self.model, FSDPModule):
-            return
-        for part in (*self.model.blocks, self.model):
-            # Without resharding, a validation would leave the outermost parameters whole, and averages couldn't return.
-            fully_shard(part, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
-        register_fsdp_forward_method(self.model, "block_features")
+        if self.device_mesh is not None:
+            self.model.shard(self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
         """Looks whether data, tokenizer and denoiser fit each other, before anything is computed; compiles."""
@@ -368,19 +358,7 @@ class DiffusionModule(LightningModule):
         if data.latent_statistics is not None and not self.normalization.is_known:
             self.normalization.take(data.latent_statistics)
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
-            self._begin_from(self.init_from)
-
-    def _begin_from(self, source: str) -> None:
-        """Takes weights and statistics of a checkpoint over."""
-        if not Path(source).is_file():
-            raise ValueError(f"init_from: there is no checkpoint {source!r}")
-        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-        check_checkpoint(checkpoint, self.latent_source, self.normalization, "init_from")
-        try:
-            self.load_state_dict(checkpoint["state_dict"] | checkpoint.get("ema", {}).get("weights", {}))
-        except RuntimeError as error:
-            raise ValueError(f"init_from: {source!r} holds another model: {error}") from error
-        self.latent_source = self.latent_source or checkpoint["tokenizer"]
+            self.latent_source = begin_from(self.init_from, self, self.latent_source, self.normalization)
 
     def on_fit_start(self) -> None:
         """Measures the latents' statistics where neither a cache nor a checkpoint brought any."""
@@ -389,14 +367,12 @@ class DiffusionModule(LightningModule):
 
     @torch.no_grad()
     def _measure_latents(self) -> LatentStatistics:
-        """Statistics of the first `statistics_images` training images over all ranks."""
+        """Statistics of `statistics_images` training images, spread over the data set, over all ranks."""
         running = RunningStatistics(self.model.in_channels, self.device)
-        loader = self.trainer.datamodule.train_dataloader()
-        num_batches = math.ceil(self.statistics_images / (loader.batch_size * self.trainer.world_size))
-        for batch in islice(loader, num_batches):
+        for batch in self.trainer.datamodule.spread_dataloader(self.statistics_images):
             batch = self.trainer.strategy.batch_to_device(batch, self.device)
             noise = IndexedNoise("posterior", self.seed, batch.index, self.device)
-            running.add(self._latents(batch, noise.normal(*self.model.latent_shape)))
+            running.add(self._latents(batch, noise.normal(*self.model.latent_shape))[batch.real])
         running.sums = self.trainer.strategy.reduce(running.sums, reduce_op="sum")
         return running.compute()
 

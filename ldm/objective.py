@@ -1,4 +1,4 @@
-"""What a denoiser is trained by: errors of its prediction at noisy latents."""
+"""What a denoiser is trained by, errors of its prediction at noisy latents; and what its blocks make of such."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,7 @@ from torch import Tensor
 from ldm import path
 from ldm.alignment import REPA
 from ldm.models.denoiser import Denoiser
+from vfm_vae.data.sampling import IndexedNoise
 
 
 def denoising_errors(
@@ -35,6 +36,25 @@ def denoising_errors(
     velocity, target = prediction.velocity.float(), path.velocity(x, noise[0])
     errors = {"mse": path.squared_error(velocity, target), "cosine": path.cosine_error(velocity, target)}
     return errors | (alignment.errors(prediction, features, noise[1]) if alignment is not None else {})
+
+
+def block_features(
+    model: Denoiser, x: Tensor, cls_token: Tensor | None, noise: IndexedNoise, time: float
+) -> list[Tensor]:
+    """Patch tokens after every block, averaged, float32 `[B, D]` each, of latents at one time and without a label.
+
+    Args:
+        model: Whose blocks.
+        x: Normalised latents, `[B, C, h, w]`.
+        cls_token: The VFM's, `[B, cls_channels]`, where the model has one.
+        noise: Of each sample, by its number.
+        time: In [0, 1], 0 being noise.
+    """
+    t, labels = x.new_full((len(x),), time), torch.full((len(x),), model.null_label, device=x.device)
+    x = path.interpolate(x, noise.normal(*model.latent_shape), t)
+    if cls_token is not None:
+        cls_token = path.interpolate(cls_token, noise.normal(model.cls_channels), t)
+    return model.block_features(x, t, labels, cls_token)
 
 
 def rehearse(model: Denoiser, alignment: REPA | None, batch_size: int) -> bool:

@@ -148,7 +148,7 @@ class LatentDiffusion(nn.Module, Pretrained):
     ) -> Samples:
         """Draws a sample for each label; each depends on the seed, its number and its label alone.
 
-        They are those that `python -m ldm predict` draws by the same seed, numbers and labels.
+        They are those that `python -m ldm predict` draws by the same seed, numbers and labels, but not yet in 8 bits.
 
         Args:
             labels: Classes, `[B]`.

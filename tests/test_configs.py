@@ -304,18 +304,21 @@ def test_evaluation_of_tokenizers_builds(name, vgg, offline_networks):
     assert callback(cli, "EMA") and callback(cli, "Report").name == name
 
 
-def test_evaluation_of_diffusion_models_builds(offline_networks, tmp_path):
+@pytest.mark.parametrize(("name", "rounding"), [("test", "round"), ("test_published", "truncate")])
+def test_evaluation_of_diffusion_models_builds(offline_networks, tmp_path, name, rounding):
     reference = tmp_path / "reference.npz"
     np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
-    config = (CONFIGS / "ldm/test.yaml").read_text().replace("data/VIRTUAL_imagenet256_labeled.npz", str(reference))
+    config = (CONFIGS / f"ldm/{name}.yaml").read_text().replace("data/VIRTUAL_imagenet256_labeled.npz", str(reference))
     (tmp_path / "test.yaml").write_text(config)
     configs = ("ldm/lightningdit.yaml", "ldm/epochs64.yaml", tmp_path / "test.yaml", "data/latents.yaml")
     with torch.device("meta"):
         cli = build_ldm(*configs, "trainer/cpu.yaml", command="test")
     assert cli.datamodule.num_samples == 50_000
     assert callback(cli, "DistributionCallback").precision_recall
+    assert cli.model.rounding == rounding and callback(cli, "Report").name == name
     with torch.device("meta"), pytest.raises(ValueError, match="reference: nothing at 'data/VIRTUAL_imagenet256"):
-        build_ldm("ldm/lightningdit.yaml", "ldm/epochs64.yaml", "ldm/test.yaml", "data/latents.yaml", command="test")
+        configs = ("ldm/lightningdit.yaml", "ldm/epochs64.yaml", f"ldm/{name}.yaml", "data/latents.yaml")
+        build_ldm(*configs, command="test")
 
 
 def test_alignment_of_blocks_builds(offline_networks, photos, tmp_path):
@@ -343,6 +346,7 @@ def test_every_config_is_covered_here():
     seen |= {"data/latents.yaml", "data/imagenet_centre.yaml", "demo/latents.yaml", "vfm_vae/latents.yaml"}
     seen |= {"demo/ldm.yaml", "demo/ldm_train.yaml", "demo/ldm_guided.yaml", "demo/weak_test.yaml"}
     seen |= {"vfm_vae/test.yaml", "vfm_vae/test_published.yaml", "ldm/test.yaml", "ldm/cknna.yaml"}
+    seen |= {"ldm/test_published.yaml"}
     seen |= {"ldm/reg.yaml", *(f"ldm/{run}.yaml" for run in REG_RUNS), "vfm_vae/latents_reg.yaml"}
     seen |= {"demo/latents_reg.yaml", "demo/reg.yaml", "demo/reg_guided.yaml", "demo/study.yaml"}
     seen |= {"demo/align_repa.yaml", "demo/align_reg.yaml"}

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from vfm_vae.compilation import compile_regions
 
@@ -121,6 +123,15 @@ class Denoiser(nn.Module, ABC):
         others share one. Names of weights, hooks and copies stay as they are.
         """
         compile_regions(self.regions)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shards the weights over ranks, block by block, in place; once is enough."""
+        if isinstance(self, FSDPModule):
+            return
+        for part in (*self.blocks, self):
+            # Without resharding, a validation would leave the outermost parameters whole, and averages couldn't return.
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        register_fsdp_forward_method(self, "block_features")
 
     @torch.no_grad()
     def block_features(self, x: Tensor, t: Tensor, y: Tensor, cls_token: Tensor | None = None) -> list[Tensor]:

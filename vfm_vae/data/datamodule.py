@@ -197,6 +197,13 @@ class ImageNetDataModule(LightningDataModule):
         """A split once, in order and without randomness, divided over the ranks as in validation."""
         return self._evaluation_loader(self._predicted(split))
 
+    def spread_dataloader(self, num_images: int) -> DataLoader:
+        """So many training images, spread evenly over the data set, which may be sorted by class; a rank's part."""
+        count = min(num_images, len(self.train_set))
+        positions = [number * len(self.train_set) // count for number in range(count)]
+        _, ranks = self._share("val_batch_size", self.val_batch_size)
+        return self._evaluation_loader(self.train_set, positions[ranks["rank"] :: ranks["num_replicas"]])
+
     def predict_dataloader(self) -> list[DataLoader]:
         """A loader for each of the `predict_sets`."""
         return [
