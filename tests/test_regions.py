@@ -116,6 +116,21 @@ def test_other_sizes_and_batches_need_no_new_graphs(decoder, graphs, accelerator
     assert graphs.total() == before
 
 
+def test_autocast_compiles_nothing_of_the_adapter_anew(tiny_model, graphs):
+    eager = tiny_model()
+    model, features, z = copy.deepcopy(eager), [torch.randn(2, 24, 128)] * 2, torch.randn(2, 4, 4, 6)
+    model.compile_regions()
+
+    def run(model: nn.Module) -> list[torch.Tensor]:
+        return [model.encode_features(features, (4, 6)).mean, model.adapter.decode(z), model.adapter.align(z)]
+
+    agree(run(model), run(eager))
+    before = graphs["AttentionProjection.forward"]
+    with torch.autocast("cpu", torch.bfloat16):
+        agree(run(model), run(eager))
+    assert graphs["AttentionProjection.forward"] == before > 0
+
+
 def test_a_copy_of_a_compiled_decoder_runs_its_own_weights(decoder, graphs):
     decoder.compile_regions()
     other, latent = copy.deepcopy(decoder), torch.randn(1, 32, 8, 8)

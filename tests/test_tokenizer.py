@@ -53,6 +53,14 @@ def test_parts_that_do_not_fit_are_named(changes, message):
         VFMVAE(*parts(**changes))
 
 
+def test_latents_of_given_features_are_the_same_under_autocast():
+    model, features = VFMVAE(*parts()[:2]), [torch.randn(1, 64, 128)]
+    expected = model.encode_features(features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        posterior = model.encode_features(features)
+        assert torch.equal(posterior.mean, expected.mean) and torch.equal(posterior.logvar, expected.logvar)
+
+
 def test_sizes_that_latents_come_in_follow_from_blocks_and_compression():
     adapter, _, vfm = parts()
     model = VFMVAE(adapter, Decoder(16, [8] * 4, [16], [], 0, w_channels=16, compression=8), vfm)

@@ -46,6 +46,28 @@ def test_stacks_change_width_at_the_latent_s_end_and_keep_their_heads(encode):
     assert {block.attention.num_heads for block in stack} == {4}
 
 
+@pytest.mark.parametrize("kind", ["attention", "conv"])
+def test_autocast_changes_nothing(kind):
+    module = adapter(encode_projection=kind, decode_projection=kind)
+    features, z = [torch.randn(2, 32, channels) for channels in (32, 16)], torch.randn(2, 8, 4, 2)
+
+    results = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            posterior = DiagonalGaussian(module.encode(features, (8, 4)))
+            outputs = [posterior.mean, posterior.logvar, module.decode(z), module.align(z)]
+        gradients = torch.autograd.grad(sum(x.square().sum() for x in outputs), list(module.parameters()))
+        results.append([*outputs, *gradients])
+    assert {x.dtype for x in results[1]} == {torch.float32}
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_it_computes_in_the_precision_of_its_weights():
+    module = adapter().bfloat16()
+    moments = module.encode([torch.randn(2, 32, channels) for channels in (32, 16)], (8, 4))
+    assert moments.dtype == module.decode(torch.randn(2, 8, 4, 2)).dtype == torch.bfloat16
+
+
 def test_options_that_do_not_fit():
     with pytest.raises(ValueError, match="from 32 to 12 channels"):
         adapter(layer_channels=[12, 8])

@@ -98,6 +98,22 @@ def test_every_parameter_gets_a_gradient(decoder):
     assert not [name for name, parameter in decoder.named_parameters() if parameter.grad is None]
 
 
+def test_under_autocast_maps_are_bfloat16_and_images_float32(decoder):
+    maps, sums = set(), []
+    for route in decoder.routes:
+        route.register_forward_hook(lambda module, args, out: maps.add(out.dtype))
+    for block in decoder.blocks:
+        for part in (block.upsample, block.upsample_sum, *block.layers, *block.attention):
+            if part is not None:
+                part.register_forward_hook(lambda module, args, out: maps.add(out.dtype))
+        block.to_rgb.register_forward_hook(lambda module, args, out: sums.append((module, *args)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decoded = decoder(torch.randn(2, 8, 8, 8))
+    assert maps == {torch.bfloat16} == {feature_sum.dtype for _, feature_sum, _ in sums}
+    images = [to_rgb(feature_sum.float(), w) for to_rgb, feature_sum, w in list(sums)]
+    assert all(torch.equal(*pair) for pair in zip((*decoded.multiscale, decoded.image), images, strict=True))
+
+
 def test_truncation_draws_towards_the_average():
     mapping = Mapping(8, 6)
     latent = torch.randn(4, 8, 4, 4)

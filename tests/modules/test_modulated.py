@@ -2,8 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vfm_vae.modules import modulated
 from vfm_vae.modules.modulated import (
     ModulatedConvNeXt,
+    ToRGB,
     demodulate,
     modulate_activations,
     modulate_weights,
@@ -48,3 +50,28 @@ def test_a_fresh_layer_is_nearly_the_identity():
     assert 0 < difference.abs().max() < 1e-4
     layer.layer_scale.data.fill_(1.0)
     assert F.mse_loss(layer(x, torch.randn(2, 6)), x) > 1e-6
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_no_image_and_no_gradient(monkeypatch, dtype, native):
+    monkeypatch.setattr(modulated, "uses_native_kernels", lambda x: native)
+    to_rgb, w = ToRGB(8, 6), torch.randn(2, 6)
+    feature_sum = torch.randn(2, 8, 12, 12).to(dtype).requires_grad_()
+
+    results = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            image = to_rgb(feature_sum, w)
+        results.append([image, *torch.autograd.grad(image.square().sum(), [feature_sum, *to_rgb.parameters()])])
+    assert results[1][0].dtype == torch.float32
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_an_image_of_bfloat16_features_keeps_no_copy_of_them_in_float32(monkeypatch):
+    monkeypatch.setattr(modulated, "uses_native_kernels", lambda x: False)
+    to_rgb, feature_sum, kept = ToRGB(8, 6), torch.randn(2, 8, 12, 12).bfloat16().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append((x.dtype, x.numel())) or x, lambda x: x):
+        to_rgb(feature_sum, torch.randn(2, 6))
+    assert (torch.bfloat16, feature_sum.numel()) in kept
+    assert not [size for dtype, size in kept if dtype == torch.float32 and size >= feature_sum.numel()]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vfm_vae.modules import convnext
 from vfm_vae.modules.layers import EqualizedLinear
@@ -171,6 +172,8 @@ class ModulatedConvNeXt(nn.Module):
 class ToRGB(nn.Module):
     """Modulated 1x1 convolution to three channels, without demodulation; the style is scaled by 1/√C.
 
+    It computes in the precision of its weights, which training keeps in float32, whatever autocast says.
+
     Args:
         channels: Channels of the map.
         w_channels: Width of the global latent w.
@@ -185,5 +188,13 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """Maps features `[B, C, H, W]` and global latents `[B, w_channels]` to an image `[B, 3, H, W]`."""
-        style = self.style(w) * self.gain
-        return modulated_pointwise(x, self.weight, style, self.bias)
+        with without_autocast(x):
+            if x.dtype == self.weight.dtype:
+                return self.image(x, w)
+            # A copy in another precision is made again in the backward pass rather than kept.
+            return checkpoint(self.image, x, w, use_reentrant=False, preserve_rng_state=False)
+
+    def image(self, x: Tensor, w: Tensor) -> Tensor:
+        """The same, without regard to autocast."""
+        x, w = x.to(self.weight.dtype), w.to(self.weight.dtype)
+        return modulated_pointwise(x, self.weight, self.style(w) * self.gain, self.bias)
