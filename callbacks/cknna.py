@@ -10,17 +10,19 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from callbacks.evaluation import EvaluationCallback, by_name, rows_of, settings_of
+from callbacks.evaluation import EvaluationCallback, by_name, first_loader, rows_of, settings_of
 from callbacks.heatmap import block_heat_map
 from callbacks.images import show
 from vfm_vae.data.folder import ImageFolderDataset
+from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.transforms import CentreCrop
 from vfm_vae.metrics.alignment import cknna_of_neighbours, prepare_features
 from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.neighbours import Neighbours, nearest_neighbours
 from vfm_vae.metrics.reconstruction import from_uint8
-from vfm_vae.metrics.semantic import geometric, names_of, transformed
+from vfm_vae.metrics.semantic import geometric, names_of, published_numbers, transformed
 from vfm_vae.types import AlignmentFeatures, Batch, EncodesImages, LatentBatch
 from vfm_vae.vfm import FrozenVFM
 
@@ -39,8 +41,10 @@ class CKNNACallback(EvaluationCallback):
     `val/se_cknna/<feature>/<transformation>`. `each` measures noise, scales and rotations one by one, and their mean,
     which is ours: the published code never aggregates; and scales and rotations of the latent itself, as
     `val/se_cknna/<feature>_transformed/…`. `published` measures noise, and `equivariance`, for which each image, or
-    its latent, is turned and scaled by one draw; the published numbers are of sampled latents
-    (`model.evaluate: sample`) on 10 000 images.
+    its latent, is turned and scaled by one draw, the public script's: by the place of the image's file name, without
+    folder and ending, among the sorted ones of all images that take part. In a data set whose images have no names,
+    their order takes that place. The published numbers are of sampled latents (`model.evaluate: sample`) on 10 000
+    images, with VFMs in float32 (`precision: float32`).
 
     Args:
         vfms: the references.
@@ -90,6 +94,7 @@ class CKNNACallback(EvaluationCallback):
         self._references: dict[str, FeatureStore] = {}
         self._known: dict[str, Neighbours | None] = {}  # of the references, which stay the same through a run
         self._history: list[dict[str, Any]] = []
+        self._numbers = torch.zeros(0, dtype=torch.int64)  # of all images, by position, in the published draws
 
     @property
     def state_key(self) -> str:
@@ -127,12 +132,25 @@ class CKNNACallback(EvaluationCallback):
                 f"images: {str(self._images.folder)!r} holds {len(self._images)} images, but the data "
                 f"{self.num_samples} samples; give the images that the latents were made of"
             )
+        if self.se_cknna == "published":
+            loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+            self._numbers = self._published_numbers(first_loader(loaders).dataset)
         self._stores, self._references = {}, {}
         last = self._history[-1]["images_seen"] if self._history else None
         too_soon = last is not None and _progress(trainer, pl_module) < last + (self.every_n_images or 0)
         self._active = trainer.state.fn != "fit" or not too_soon
         for vfm in self.vfms.values():
             vfm.to(pl_module.device)
+
+    def _published_numbers(self, dataset: Dataset) -> Tensor:
+        """Numbers of the images that take part, by their positions in the data set, int64 `[num_samples]`."""
+        numbers = torch.arange(self.num_samples)
+        positions = numbers[self.chosen(numbers)]
+        if isinstance(dataset, ImageDataset):
+            numbers[positions] = published_numbers([dataset.name(i) for i in positions.tolist()])
+        else:
+            numbers[positions] = torch.arange(len(positions))
+        return numbers
 
     def update(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> None:
         """Extracts the features of the chosen images."""
@@ -184,15 +202,16 @@ class CKNNACallback(EvaluationCallback):
     def _add_transformed(self, pl_module: LightningModule, batch: Batch, chosen: Tensor) -> None:
         """Adds the features of transformed images, and of transformed latents."""
         part = rows_of(batch, chosen)
+        number = self._numbers[part.index.cpu()] if self.se_cknna == "published" else part.index
         latent = pl_module.latents(batch)[chosen]  # [b, C, h, w]
-        parts = transformed(self.se_cknna, part.images, part.index) if len(part.index) else {}
+        parts = transformed(self.se_cknna, part.images, number) if len(number) else {}
         for name in names_of(self.se_cknna):  # a rank without images has to know them, too
             features = latent.new_zeros(latent.shape[:2])
             for rows, images in parts.get(name, ()):
                 piece = Batch(images, part.labels[rows], part.index[rows])
                 features[rows] = pl_module.latents(piece).mean(dim=(2, 3))
             self._add({f"se_cknna/latent/{name}": features}, part.index)
-        turned = geometric(self.se_cknna, latent, part.index) if len(part.index) else {}
+        turned = geometric(self.se_cknna, latent, number) if len(number) else {}
         for name in names_of(self.se_cknna, geometric_alone=True):
             features = latent.new_zeros(latent.shape[:2])
             for rows, maps in turned.get(name, ()):

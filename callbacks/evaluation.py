@@ -162,8 +162,12 @@ def by_short_name(vfms: Sequence[FrozenVFM]) -> dict[str, FrozenVFM]:
 
 
 def settings_of(vfms: Iterable[FrozenVFM]) -> dict[str, Any]:
-    """Among settings: which VFMs, by name, hash of their weights, and how they see images."""
-    return {"vfms": {vfm.name: {"weights": vfm.fingerprint(), "input_scale": vfm.input_scale} for vfm in vfms}}
+    """Among settings: which VFMs, by name, hash of their weights, and how they see images and compute."""
+    settings = {}
+    for vfm in vfms:
+        settings[vfm.name] = {"weights": vfm.fingerprint()}
+        settings[vfm.name] |= {name: getattr(vfm, name) for name in ("input_scale", "precision")}
+    return {"vfms": settings}
 
 
 def first_loader(loaders: Any) -> DataLoader:

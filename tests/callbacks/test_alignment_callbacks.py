@@ -1,6 +1,8 @@
 """What models keep of what VFMs know: CKNNA of blocks and of transformed images, robustness, linear probes."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from callbacks.heatmap import block_heat_map
 from callbacks.probe import LinearProbeCallback
 from callbacks.report import Report
 from callbacks.robustness import RobustnessCallback
-from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.data.datamodule import ImageNetDataModule, collate
 from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.transforms import CentreCrop
 from vfm_vae.metrics.alignment import cknna, prepare_features
@@ -83,7 +85,10 @@ def images(photos):
 
 @pytest.fixture
 def val_batch(photos):
-    dataset = ImageFolderDataset(photos, "val", CentreCrop(64))
+    return whole(ImageFolderDataset(photos, "val", CentreCrop(64)))
+
+
+def whole(dataset):
     pixels = torch.stack([dataset[i][0] for i in range(len(dataset))])
     return Batch(pixels, torch.from_numpy(dataset.labels), torch.arange(len(dataset)))
 
@@ -123,20 +128,36 @@ def test_se_cknna_compares_transformed_images_with_clean_references(encoder, ima
     )
 
 
-def test_se_cknna_by_the_published_protocol(encoder, images, trainer, vfm, val_batch):
+@pytest.fixture
+def numbered(photos, tmp_path):
+    """The photographs, whose file names say that those of later classes come first."""
+    for split in ("train", "val"):
+        for number, file in enumerate(sorted((photos / split).glob("*/*"))):
+            folder = tmp_path / "numbered" / split / file.parent.name
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, folder / f"ILSVRC2012_val_{99 - number:08d}{file.suffix}")
+    return tmp_path / "numbered"
+
+
+def test_se_cknna_by_the_published_protocol(encoder, numbered, trainer, vfm):
     run = trainer(CKNNACallback([vfm], k=5, se_cknna="published", num_images=13))
-    run.validate(encoder, images, verbose=False)
+    data = ImageNetDataModule(numbered, image_size=64, batch_size=16, val_batch_size=7, num_workers=0)
+    run.validate(encoder, data, verbose=False)
+    val_batch = whole(data.val_set)
     chosen = val_batch.index * 13 % 26 < 13
     part = Batch(*(tensor[chosen] for tensor in val_batch))
+    stems = [Path(data.val_set.name(i)).stem for i in part.index.tolist()]
+    number = torch.tensor([sorted(stems).index(stem) for stem in stems])
+    assert stems != sorted(stems) and sorted(number.tolist()) == list(range(13))
     features = torch.zeros(13, 6)
     with torch.no_grad():
-        for rows, pixels in transformed("published", part.images, part.index)["equivariance"]:
+        for rows, pixels in transformed("published", part.images, number)["equivariance"]:
             features[rows] = encoder.latents(part._replace(images=pixels)).mean((2, 3))
     expected = align(features, vfm, part.images)
     assert run.callback_metrics["val/se_cknna/latent/equivariance"].item() == pytest.approx(expected, abs=1e-5)
     with torch.no_grad():  # of the latents in the same way
         latents = encoder.latents(part)
-        for rows, maps in geometric("published", latents, part.index)["equivariance"]:
+        for rows, maps in geometric("published", latents, number)["equivariance"]:
             features[rows] = maps.mean((2, 3))
     expected = align(features, vfm, part.images)
     logged = run.callback_metrics["val/se_cknna/latent_transformed/equivariance"].item()
@@ -144,6 +165,20 @@ def test_se_cknna_by_the_published_protocol(encoder, images, trainer, vfm, val_b
     assert "val/se_cknna/latent/noise_0.20" in run.callback_metrics
     assert "val/se_cknna/latent_transformed/noise_0.20" not in run.callback_metrics
     assert "val/se_cknna/latent/mean" not in run.callback_metrics
+
+
+def test_images_without_names_are_numbered_in_their_order(encoder, val_batch, trainer, vfm):
+    rows = list(zip(val_batch.images, val_batch.labels.tolist(), range(26), strict=True))
+    loader = torch.utils.data.DataLoader(rows, 7, collate_fn=collate)
+    run = trainer(CKNNACallback([vfm], k=5, se_cknna="published", num_images=13))
+    run.validate(encoder, loader, verbose=False)
+    part = Batch(*(tensor[::2] for tensor in val_batch))
+    with torch.no_grad():
+        features = torch.zeros(13, 6)
+        for rows, pixels in transformed("published", part.images, torch.arange(13))["equivariance"]:
+            features[rows] = encoder.latents(part._replace(images=pixels)).mean((2, 3))
+    expected = align(features, vfm, part.images)
+    assert run.callback_metrics["val/se_cknna/latent/equivariance"].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_blocks_are_compared_with_the_images_of_latents(encoder, photos, trainer, vfm, val_batch):
@@ -235,7 +270,8 @@ def test_report_says_what_numbers_depend_on(encoder, images, trainer, vfm, tmp_p
     entry = json.loads(path.read_text())["test"]
     assert entry["settings"]["model"] == {"seed": 3}
     assert entry["settings"]["CKNNACallback"]["num_images"] == 13
-    assert entry["settings"]["CKNNACallback"]["vfms"] == {VFM: {"weights": vfm.fingerprint(), "input_scale": 1.0}}
+    seen = {"weights": vfm.fingerprint(), "input_scale": 1.0, "precision": "bfloat16"}
+    assert entry["settings"]["CKNNACallback"]["vfms"] == {VFM: seen}
     assert entry["settings"]["data"] == {"image_size": 64, "evaluation_crop": "adm"}
     assert entry["settings"]["RobustnessCallback"]["num_images"] == 26
     shown = capsys.readouterr().out

@@ -17,10 +17,10 @@ from vfm_vae.types import Batch
 from vfm_vae.vfm import FrozenVFM
 
 
-def small_vfm(name="vit_tiny_patch16_224", embed_dim=8, input_scale=1.0):
+def small_vfm(name="vit_tiny_patch16_224", embed_dim=8, **options):
     torch.manual_seed(embed_dim)
     size = {"img_size": 8, "patch_size": 4, "depth": 1, "num_heads": 2, "embed_dim": embed_dim}
-    return FrozenVFM(name, input_scale=input_scale, pretrained=False, model_args=size)
+    return FrozenVFM(name, pretrained=False, model_args=size, **options)
 
 
 @pytest.fixture
@@ -193,11 +193,12 @@ def collate_damaged(samples, number):
 
 
 def test_settings_name_networks_and_how_they_see_images(module, data, trainer):
-    vfm = small_vfm(input_scale=2.0)
+    vfm = small_vfm(input_scale=2.0, precision="float32")
     callbacks = CKNNACallback([vfm], k=4), DistributionCallback(vfm)
     trainer(*callbacks).test(module, data, verbose=False)
     alignment, distance = (callback.settings() for callback in callbacks)
-    assert alignment["vfms"] == {vfm.name: {"weights": vfm.fingerprint(), "input_scale": 2.0}}
+    seen = {"weights": vfm.fingerprint(), "input_scale": 2.0, "precision": "float32"}
+    assert alignment["vfms"] == {vfm.name: seen}
     assert distance["network"] == vfm.name and distance["input_scale"] == 2.0
 
 

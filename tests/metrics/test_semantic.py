@@ -1,14 +1,17 @@
 """Transformed images: what each transformation does, and that it depends on the image's number alone."""
 
+import numpy as np
 import pytest
 import torch
 
+from vfm_vae.metrics.reconstruction import from_uint8
 from vfm_vae.metrics.semantic import (
     add_noise,
     draw_published,
     geometric_transformations,
     is_identity,
     names_of,
+    published_numbers,
     rotate,
     scale,
     transformed,
@@ -64,6 +67,37 @@ def test_published_protocol_draws_rotation_and_scale_together(images):
     for part in parts["equivariance"]:
         for row, image in zip(part.rows.tolist(), part.maps, strict=True):
             angle, factor = draw_published(index[row].item())
-            assert torch.equal(image, scale(rotate(images[row : row + 1], angle), factor)[0])
+            assert torch.equal(image, scale(rotate(images[row : row + 1].float(), angle), factor)[0])
     drawn = {draw_published(i) for i in range(400)}
     assert len(drawn) == 16  # every pair occurs
+
+
+def test_published_draws_are_those_of_numpy():
+    by_hand = [(180, 0.25), (0, 1.0), (0, 0.25), (270, 0.5), (90, 0.75), (270, 0.5), (0, 0.25), (180, 0.75)]
+    assert [draw_published(i) for i in range(8)] == by_hand
+    for i in (293, 9999):
+        generator = np.random.RandomState(42 + i)
+        rotation, factor = generator.randint(4), generator.randint(4)
+        assert draw_published(i) == (90 * rotation, 1 - 0.25 * factor)
+
+
+def test_published_numbers_are_places_of_stems_over_all_classes():
+    names = ["b/val_0007.JPEG", "b/val_0002.JPEG", "a/val_0009.png", "a/val_0001.JPEG", "shard.tar/c/val_0003.jpg"]
+    assert published_numbers(names).tolist() == [3, 1, 4, 0, 2]
+    assert published_numbers(["b/1.png", "a/1.png", "a/0.png"]).tolist() == [2, 1, 0]
+    assert published_numbers(["a/x.png", "a/x-1.png"]).tolist() == [0, 1]  # with endings, "-" would come before "."
+
+
+def test_published_scaling_does_not_round(images):
+    index = torch.arange(4)
+    for part in transformed("published", images, index)["equivariance"]:
+        assert part.maps.dtype == torch.float32 and part.maps.max() > 100
+        factor = part.maps.shape[-1] / 16
+        assert factor == 1 or not torch.equal(part.maps, part.maps.round())
+        rounded = scale(rotate(images[part.rows], draw_published(part.rows[0].item())[0]), factor)
+        assert (part.maps - rounded).abs().max() < 1
+    (noisy,) = transformed("published", images, index)["noise_0.10"]
+    assert noisy.maps.dtype == torch.uint8
+    (single,) = transformed("each", images, index)["scale_0.5"]
+    assert single.maps.dtype == torch.uint8
+    assert torch.equal(from_uint8(images), from_uint8(images.float()))

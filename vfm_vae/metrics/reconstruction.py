@@ -26,7 +26,7 @@ def to_uint8(images: Tensor, rounding: Rounding = "round") -> Tensor:
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """uint8 images `[B, 3, H, W]` in 0..255 as float32 in [-1, 1]."""
+    """Images `[B, 3, H, W]` in 0..255, uint8 or float ones between the levels, as float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 

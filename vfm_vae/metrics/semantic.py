@@ -1,9 +1,10 @@
 """Transformed images, by which it is asked what of an image's meaning its features keep (VFM-VAE, section 3)."""
 
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resize
@@ -21,7 +22,7 @@ class Part(NamedTuple):
 
     Attributes:
         rows: their positions in the batch, int64 `[b]`.
-        maps: uint8 images `[b, 3, h, w]`, or latents `[b, C, h, w]`.
+        maps: images `[b, 3, h, w]`, uint8 or float32 in 0..255, or latents `[b, C, h, w]`.
     """
 
     rows: Tensor
@@ -66,13 +67,30 @@ def is_identity(name: str) -> bool:
     return name in ("scale_1", "rotation_0")
 
 
-def draw_published(index: int) -> tuple[int, float]:
-    """The rotation in degrees and the scale of one image, drawn together as in the published protocol.
+def draw_published(number: int) -> tuple[int, float]:
+    """The rotation in degrees and the scale of one image by the published protocol.
 
-    The seed is 42 plus the image's number; which generator the published script feeds it to is not known.
+    They are the first two choices of `numpy.random.RandomState(42 + number)`, in this order.
+
+    Args:
+        number: of the image, see `published_numbers`; negative ones, which mark padding, draw as 0 does.
     """
-    generator = random.Random(PUBLISHED_SEED + max(index, 0))
-    return generator.choice(ROTATIONS), generator.choice(SCALES)
+    generator = np.random.RandomState(PUBLISHED_SEED + max(number, 0))
+    return int(generator.choice(ROTATIONS)), float(generator.choice(SCALES))
+
+
+def published_numbers(names: Sequence[str]) -> Tensor:
+    """Numbers of images in the published protocol: places of their files' stems among all stems, sorted.
+
+    Args:
+        names: paths of the images that take part, such as `n01440764/ILSVRC2012_val_00000293.JPEG`; where stems are the
+            same, the whole paths decide.
+
+    Returns:
+        int64 `[len(names)]`.
+    """
+    order = sorted(range(len(names)), key=lambda position: (PurePosixPath(names[position]).stem, names[position]))
+    return torch.tensor(order, dtype=torch.int64).argsort()
 
 
 def transformed(protocol: Literal["each", "published"], images: Tensor, index: Tensor) -> dict[str, list[Part]]:
@@ -82,14 +100,15 @@ def transformed(protocol: Literal["each", "published"], images: Tensor, index: T
         protocol: `each` for the single transformations; `published` for noise of each strength, and `equivariance`:
             one rotation and one scale per image.
         images: uint8 `[B, 3, H, W]`.
-        index: each image's number, int64 `[B]`.
+        index: each image's number, int64 `[B]`; with `published`, as `published_numbers` has them.
 
     Returns:
-        By name (`names_of`), the batch in parts of one size each.
+        By name (`names_of`), the batch in parts of one size each. Images are uint8, but the published protocol leaves
+        scaled ones between the levels: those of `equivariance` are float32.
     """
     rows = torch.arange(len(images), device=images.device)
     parts = {f"noise_{sigma:.2f}": [Part(rows, add_noise(images, sigma, index))] for sigma in NOISES}
-    return parts | geometric(protocol, images, index)
+    return parts | geometric(protocol, images.float() if protocol == "published" else images, index)
 
 
 def geometric(protocol: Literal["each", "published"], maps: Tensor, index: Tensor) -> dict[str, list[Part]]:
