@@ -141,6 +141,7 @@ patchgan: install ## stage 4, PatchGAN fine-tuning, from the SSIM stage
 
 latents: install ## cache the latents of the data that STAGE was trained on, with features for RUN=reg…: make latents GPUS=8
 	$(TOKENIZER) predict -c $(RUNS)/$(STAGE)/config.yaml -c configs/vfm_vae/latents$(RUN_REG).yaml $(TRAINER) $(MEASURED) \
+	  --trainer.precision=32-true \
 	  --ckpt_path $(RUNS)/$(STAGE)/checkpoints/last.ckpt
 
 ldm: install ## train LightningDiT or REG on cached latents: make ldm RUN=epochs64|epochs80|epochs560|reg80|reg480|reg640 GPUS=8

@@ -98,6 +98,9 @@ class LatentWriter(Callback):
             "precision": trainer.precision,
             "seed": pl_module.seed,
         }
+        unsaid = {"adapter": "as precision says"}
+        if trainer.precision.endswith("-mixed"):
+            settings["adapter"] = "float32"  # formerly, autocast reached it
         features = pl_module.features_source() if isinstance(pl_module, MakesFeatures) else None
         if features is not None:
             settings["features"] = dict(features)
@@ -105,7 +108,7 @@ class LatentWriter(Callback):
             file = stream.plan.folder / IDENTITY
             if not file.is_file() and any(stream.plan.folder.glob("*.safetensors")):
                 raise ValueError(f"directory: {str(file.parent)!r} holds safetensors of unknown origin; choose another")
-            keep_settings(trainer, file, settings | {"num_images": stream.plan.num_images})
+            keep_settings(trainer, file, settings | {"num_images": stream.plan.num_images}, unsaid)
 
     def on_predict_batch_end(
         self,
