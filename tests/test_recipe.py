@@ -33,8 +33,8 @@ model:
            alignment_channels: 128}
       decoder:
         init_args:
-          {latent_channels: 16, channels: [16, 16, 16, 16, 16, 8], route_channels: [16, 16, 16, 8], attention_depths: [1],
-           num_res_blocks: 0, w_channels: 16}
+          {latent_channels: 16, channels: [16, 16, 16, 16, 16, 8], route_channels: [16, 16, 16, 8],
+           attention_depths: [1], num_res_blocks: 0, w_channels: 16}
   accumulate_grad_batches: 1
   discriminator: {init_args: {backbone: vit_photos_patch8_64, size: 64, layers: [0, 4]}}
   objective:
@@ -175,12 +175,12 @@ def test_the_recipe_as_published(folder: Path, monkeypatch: pytest.MonkeyPatch):
         assert all(tensor.isfinite().all() for tensor in stored["state_dict"].values())
         settings = stored["hyper_parameters"]
         assert (settings["order"], settings["evaluate"], settings["rounding"]) == ("published", "sample", "truncate")
-        assert settings["model"]["init_args"]["vfm"]["init_args"]["antialias_positions"] is False
+        assert stored["vfm"]["antialias_positions"] is False
         assert "evaluation_crop: resize" in Path(f"runs/as_published/{stage}/config.yaml").read_text()
     (test,) = commands("evaluate-tokenizer", **options)
     run(monkeypatch, test, "-c", "toy_test.yaml")
     report = json.loads(Path("runs/as_published/patchgan/metrics.json").read_text())
-    assert report["test"]["settings"]["rounding"] == "truncate"
+    assert report["test"]["settings"]["model"]["rounding"] == "truncate"
 
 
 def align(folder: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, str]) -> None:
