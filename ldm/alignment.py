@@ -100,10 +100,11 @@ class REPA(nn.Module):
         self._check_shape(model, shape, f"data.root: the features in {place} have")
         if self.vfm is not None and source is not None:
             ours = self.vfm.source()
-            other = [n for n in ("name", "fingerprint", "input_scale", "antialias") if source.get(n) != ours[n]]
-            if other:
+            compared = ("name", "fingerprint", "input_scale", "antialias", "antialias_positions")
+            if other := [name for name in compared if source.get(name) != ours.get(name)]:
                 raise ValueError(
-                    f"data.root: the features in {place} are of another VFM than model.alignment.vfm: {other}"
+                    f"data.root: the features in {place} are of another VFM than model.alignment.vfm: {other}; give it "
+                    "these as the cache has them (without antialias_positions: true), or make the cache anew"
                 )
 
     def check_images(self, image_size: int, model: Denoiser) -> None:

@@ -217,8 +217,9 @@ def check_tokenizer(expected: Mapping[str, Any] | None, found: Mapping[str, Any]
     ):
         return
     raise ValueError(
-        f"{what} of another tokenizer ({_short(found)}) than was expected ({_short(expected)}); latents of two "
-        "tokenizers can't be mixed"
+        f"{what} of another tokenizer ({_short(found)}) than was expected ({_short(expected)}): its weights differ, "
+        "or its VFM sees images otherwise (antialias, antialias_positions); latents of two tokenizers can't be mixed, "
+        "so give the one that they belong to, or make them anew"
     )
 
 

@@ -68,6 +68,7 @@ def count(module: torch.nn.Module) -> int:
 
 
 STAGES = ["strong", "weak", "ssim", "patchgan"]
+VFMS = {"vfm_vae/vfm/dinov2_large.yaml": 1, "vfm_vae/vfm/dinov2_large_reg.yaml": 5}  # class token and registers
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -83,6 +84,18 @@ def test_full_size_stages_have_the_published_parameters(full_size, stage, vfm):
     assert count(module.discriminator) == 5 * 1_477_249
     assert (module.patchgan is not None) == (stage == "patchgan")
     assert module.patchgan is None or count(module.patchgan) == 8_299_587
+
+
+@pytest.mark.parametrize("vfm", VFMS)
+def test_other_vfms_are_prepared_for_as_published(full_size, vfm):
+    with torch.device("meta"):
+        module = full_size("vfm_vae/strong.yaml", "data/imagenet.yaml", vfm).model
+        encoder = module.model.vfm
+        assert encoder.prepare(torch.zeros(1, 3, 256, 256)).shape[2:] == (32 * encoder.patch_size,) * 2
+    assert encoder.network.num_prefix_tokens == VFMS[vfm]
+    assert encoder.interpolation == module.interpolation == module.discriminator.interpolation == "bicubic"
+    assert encoder.antialias_positions == (VFMS[vfm] == 5)
+    assert count(module.model) == 139_770_642
 
 
 # What each stage weighs and trains, as the paper has it: millions of images, learning rate, weights.
@@ -337,8 +350,14 @@ def test_evaluation_of_the_demo_builds():
 
 def test_every_config_is_covered_here():
     seen = {"data/imagenet.yaml", "data/photos.yaml", "demo/tokenizer.yaml", "demo/strong.yaml", "demo/weak.yaml"}
-    seen |= {"vfm_vae/base.yaml", *(f"vfm_vae/{stage}.yaml" for stage in STAGES), "vfm_vae/vfm/dinov2_large.yaml"}
-    seen |= {"vfm_vae/discrete.yaml", "vfm_vae/512px.yaml", "data/512px.yaml", "data/imagenet_wds.yaml"}
+    seen |= {"vfm_vae/base.yaml", *(f"vfm_vae/{stage}.yaml" for stage in STAGES), *VFMS}
+    seen |= {
+        "vfm_vae/as_published.yaml",
+        "vfm_vae/discrete.yaml",
+        "vfm_vae/512px.yaml",
+        "data/512px.yaml",
+        "data/imagenet_wds.yaml",
+    }
     seen |= {"trainer/multinode.yaml", "trainer/fsdp8_ldm.yaml"}
     seen |= {"trainer/cpu.yaml", "trainer/gpu.yaml", "trainer/ddp8.yaml", "trainer/ddp8_ldm.yaml"}
     seen |= {"ldm/lightningdit.yaml", "ldm/samples.yaml", *(f"ldm/{run}.yaml" for run in RUNS)}

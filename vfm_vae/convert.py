@@ -19,6 +19,7 @@ from vfm_vae.modules.adapter import Adapter, Projection, ProjectionAttention
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.layers import UpsampleUnit
 from vfm_vae.modules.maps import Blur
+from vfm_vae.positions import antialias_positions_of
 from vfm_vae.pretrained import describe
 from vfm_vae.published import (
     Names,
@@ -34,7 +35,7 @@ from vfm_vae.published import (
     write_training,
 )
 from vfm_vae.tokenizer import VFMVAE
-from vfm_vae.vfm import FrozenVFM
+from vfm_vae.vfm import FORMERLY, FrozenVFM
 
 ENCODER = "vfm_encoder."  # the frozen VFM, which is named and not stored
 
@@ -304,6 +305,7 @@ def _vfm_source(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
     if name is None:
         raise ValueError(f"vfm: {config['vfm_name']!r} is no VFM that timm is known to have; give timm's name for it")
     arguments = {"name": name, "layers": list(config["patch_from_layers"]), "input_scale": config["scale_factor"]}
+    arguments["antialias_positions"] = antialias_positions_of(name)
     return FrozenVFM.arguments_of({"init_args": arguments}) | {"fingerprint": None}
 
 
@@ -328,7 +330,7 @@ def _checkpoint(
         "state_dict": state | dict(opponents),
         "images_seen": images_seen,
         "guard": NonFiniteGuard().state_dict(),
-        "vfm": {"name": source["name"], "fingerprint": source["fingerprint"]},
+        "vfm": {name: (FORMERLY | source)[name] for name in ("name", "fingerprint", "antialias_positions")},
         "hyper_parameters": {"model": description},
         "callbacks": {},  # without which Lightning would not ask callbacks to read averages
         "pytorch-lightning_version": lightning.__version__,

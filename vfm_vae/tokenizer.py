@@ -15,7 +15,7 @@ from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.modules.quantizer import QuantizedPosterior, VectorQuantizer
 from vfm_vae.pretrained import Pretrained, build, describe, load, read_pretrained, remembers_arguments
 from vfm_vae.types import Decoded
-from vfm_vae.vfm import Frozen, FrozenVFM, check_vfm, sha256_of
+from vfm_vae.vfm import FORMERLY, Frozen, FrozenVFM, check_vfm, sha256_of
 
 CARD = """# VFM-VAE: latents of {channels} channels, {compression} times smaller than the image
 
@@ -118,7 +118,7 @@ class VFMVAE(nn.Module, Pretrained):
                 f"checkpoint: {str(path)!r} does not describe a tokenizer; give one that `python -m vfm_vae fit` wrote"
             )
         arguments = dict(description["init_args"])
-        source = FrozenVFM.arguments_of(arguments.pop("vfm")) | {"fingerprint": stored["vfm"]["fingerprint"]}
+        source = FrozenVFM.arguments_of(arguments.pop("vfm")) | stored["vfm"]
         model = build(cls, {**description, "init_args": arguments})
         weights = stored["state_dict"] | stored.get("ema", {}).get("weights", {})
         prefix = "model."
@@ -137,7 +137,7 @@ class VFMVAE(nn.Module, Pretrained):
         """
         if self.absent_vfm is None:
             raise ValueError("vfm: the model does not say which VFM it was trained on; pass one to VFMVAE(…)")
-        arguments = {name: value for name, value in self.absent_vfm.items() if name != "fingerprint"}
+        arguments = FORMERLY | {name: value for name, value in self.absent_vfm.items() if name != "fingerprint"}
         vfm = FrozenVFM(**arguments | ({} if weights is None else {"weights": weights}))
         check_vfm(vfm, {"vfm": self.absent_vfm})
         self._check_fit(vfm)
@@ -240,6 +240,7 @@ class VFMVAE(nn.Module, Pretrained):
             encoding["codebooks"] = self.quantizer.codebooks
         settings = [source["fingerprint"], list(source["layers"]), source["input_scale"], self.adapter.unshuffle]
         settings += [] if source.get("antialias") is None else [source["antialias"]]
+        settings += [] if (FORMERLY | source)["antialias_positions"] else ["positions without antialias"]
         return {
             "vfm": source["name"],
             "fingerprint": None if source["fingerprint"] is None else sha256_of(encoding, str(settings)),

@@ -5,23 +5,25 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import timm
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfm_vae import embedded  # noqa: F401  importing it registers the embedded model with timm
+from vfm_vae.positions import Positions, antialias_positions_of, has_positions
 from vfm_vae.pretrained import remembers_arguments
 from vfm_vae.types import VFMFeatures
 
 Interpolation = Literal["bilinear", "bicubic"]
 Precision = Literal["bfloat16", "float32"]
 
-FORMERLY: Mapping[str, Any] = {"precision": "bfloat16"}
+FORMERLY: Mapping[str, Any] = {"antialias_positions": True, "precision": "bfloat16"}
 """What VFMs did before these arguments came: so mean checkpoints and caches that do not name them."""
 
 
@@ -173,9 +175,12 @@ class FrozenVFM(Frozen):
         pretrained: False leaves the weights random: for tests, and to count parameters.
         model_args: further arguments of the timm model, for instance a smaller depth in tests.
         antialias: whether the resizing by `input_scale` is antialiased; by default where it shrinks.
+        antialias_positions: whether the table of learned positions, where images give another grid than its own, is
+            resampled with antialias, as timm does it; by default as the published network does it: most without.
         precision: in which the network computes on CUDA; elsewhere that is float32 in any case.
 
     Attributes:
+        antialias_positions: whether that is left to timm; so it is, too, where the network has no such table.
         width: channels of the tokens.
         depth: number of blocks.
         patch_size: side of a patch in pixels of the resized image.
@@ -199,6 +204,7 @@ class FrozenVFM(Frozen):
         pretrained: bool = True,
         model_args: dict[str, Any] | None = None,
         antialias: bool | None = None,
+        antialias_positions: bool | None = None,
         precision: Precision = "bfloat16",
     ) -> None:
         if precision not in get_args(Precision):
@@ -210,6 +216,10 @@ class FrozenVFM(Frozen):
         self.input_scale = input_scale
         # Enlarging needs none: antialiasing would change nothing but the speed of a bilinear one.
         self.antialias = input_scale < 1 if antialias is None else antialias
+        self._positions = Positions(network, name) if has_positions(network) else None
+        if antialias_positions is None:
+            antialias_positions = antialias_positions_of(name)
+        self.antialias_positions = antialias_positions or self._positions is None
         self.precision = precision
         self.interpolation = interpolation_of(name)
         self.target_interpolation = target_interpolation_of(name)
@@ -233,7 +243,8 @@ class FrozenVFM(Frozen):
 
         Of arguments in `FORMERLY` it names those alone that differ, so that older caches say the same of the same VFM.
         """
-        arguments = {**self.arguments, "layers": list(self.layers), "fingerprint": self.fingerprint()}
+        arguments = {**self.arguments, "layers": list(self.layers), "antialias_positions": self.antialias_positions}
+        arguments["fingerprint"] = self.fingerprint()
         return {name: value for name, value in arguments.items() if name not in FORMERLY or value != FORMERLY[name]}
 
     def forward(self, images: Tensor) -> VFMFeatures:
@@ -247,7 +258,8 @@ class FrozenVFM(Frozen):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=in_bfloat16):
             inputs = self.prepare(images)  # [B, 3, H·scale, W·scale]
             grid = self._token_grid(inputs)
-            final, before = self._run(inputs.to(next(self.network.parameters()).dtype))
+            with nullcontext() if self.antialias_positions else self._positions.at(grid):
+                final, before = self._run(inputs.to(next(self.network.parameters()).dtype))
         num_prefix = self.network.num_prefix_tokens
         final = final.float()  # [B, prefix + N, C]
         tokens = final[:, num_prefix:]  # [B, N, C]
@@ -336,13 +348,13 @@ class FrozenVFM(Frozen):
         return height // self.patch_size, width // self.patch_size
 
 
-def vfm_identity(vfm: FrozenVFM) -> dict[str, str]:
+def vfm_identity(vfm: FrozenVFM) -> dict[str, str | bool]:
     """What a checkpoint says of the VFM instead of holding its weights."""
-    return {"name": vfm.name, "fingerprint": vfm.fingerprint()}
+    return {"name": vfm.name, "fingerprint": vfm.fingerprint(), "antialias_positions": vfm.antialias_positions}
 
 
 def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any]) -> None:
-    """Compares the VFM at hand with the one that the checkpoint was trained with.
+    """Compares the VFM at hand with the one that the checkpoint was trained with, and has it resample positions alike.
 
     A checkpoint of published weights may know the name alone.
 
@@ -360,3 +372,12 @@ def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any]) -> None:
             f"those at hand ({vfm.fingerprint()[:12]}…); give the right file as the "
             "VFM's `weights` (a frozen tokenizer's `vfm_weights`)"
         )
+    former = stored.get("antialias_positions", FORMERLY["antialias_positions"])
+    if vfm.antialias_positions != former and vfm._positions is not None:
+        ways = {True: "with antialias", False: "without antialias"}
+        rank_zero_warn(
+            f"model.vfm: this was trained with positions resampled {ways[former]}, and goes on so; train anew to have "
+            f"them {ways[vfm.antialias_positions]} (at the table's own grid, as of SigLIP2-512 on 256 px images at "
+            "input_scale 2, both are the same)"
+        )
+        vfm.antialias_positions = former

@@ -52,7 +52,7 @@ HALF = {"input_scale": 0.5, "antialias": False}
 
 
 def test_a_cache_holds_features_of_the_plain_images(predict, photos, tmp_path):
-    module = predict("z", HALF, dtype="float16")
+    module = predict("z", HALF | {"antialias_positions": True}, dtype="float16")
     images = ImageNetDataModule(photos, image_size=64, num_workers=0)
     images.setup("validate")
     for split, size in (("train", 52), ("val", 26)):

@@ -1,4 +1,6 @@
-"""Image preparation in front of the VFM, against the published reference tensors (whose images are in [0, 1])."""
+"""VFMs against published ones: how images are prepared (reference tensors, whose images are in [0, 1]), and features of
+Hugging Face's transformers at other grids than the position tables' own.
+"""
 
 import re
 from pathlib import Path
@@ -12,6 +14,8 @@ from torch.nn import functional as F
 from vfm_vae.vfm import FrozenVFM
 
 REFERENCE = load_file(Path(__file__).parent / "data" / "vfm_prepare.safetensors")
+# Networks of random weights and their hidden states 0 and -1, by transformers 5.24.
+TRANSFORMERS = load_file(Path(__file__).parent / "data" / "vfm_positions.safetensors")
 NAMES = {"siglip2": "vit_large_patch16_siglip_512.v2_webli", "dinov2": "vit_large_patch14_dinov2.lvd142m"}
 TINY = {"depth": 1, "embed_dim": 16, "num_heads": 1}
 
@@ -30,9 +34,10 @@ def test_prepare_equals_the_reference(case):
 
 
 def test_sequence_of_features_is_made_as_reg_makes_it():
-    """Normalised before it is resized, without antialias; the position table resampled once for all."""
+    """Normalised before it is resized, without antialias; the position table resampled once for all, with antialias."""
     size = {"depth": 2, "embed_dim": 16, "num_heads": 2}
-    arguments = {"input_scale": 0.875, "antialias": False, "pretrained": False, "model_args": size}
+    ways = {"antialias": False, "antialias_positions": True}
+    arguments = {"input_scale": 0.875, **ways, "pretrained": False, "model_args": size}
     vfm = FrozenVFM("vit_base_patch14_dinov2.lvd142m", **arguments)
     network = vfm.network
     assert network.pos_embed.shape == (1, 1 + 37 * 37, 16) and network.num_prefix_tokens == 1
@@ -51,3 +56,68 @@ def test_sequence_of_features_is_made_as_reg_makes_it():
     assert features.grid == (16, 16)
     torch.testing.assert_close(features.sequence, network.norm(x), rtol=0, atol=2e-5)
     assert torch.equal(features.sequence[:, 0], features.pooled)
+
+
+FAMILIES = {
+    "siglip": "vit_large_patch16_siglip_512.v2_webli",
+    "dinov2": "vit_large_patch14_dinov2.lvd142m",
+    "dinov2_reg": "vit_large_patch14_reg4_dinov2.lvd142m",
+}
+# Names of transformers, as patterns → timm's.
+RENAMES = {
+    r"embeddings\.patch_embedding(s\.projection)?\.": "patch_embed.proj.",
+    r"embeddings\.position_embedding(\.weight|s)": "pos_embed",
+    r"embeddings\.cls_token": "cls_token",
+    r"embeddings\.register_tokens": "reg_token",
+    r"encoder\.layers?\.": "blocks.",
+    r"(self_attn|attention)\.": "attn.",
+    r"\.(out|o)_proj": ".proj",
+    r"layer_norm(\d)": r"norm\1",
+    r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
+    r"(post_)?layernorm": "norm",
+}
+
+
+def weights_of(family):
+    """The weights as timm has them: q, k and v in one; with registers, the class token has its position in it."""
+    start, weights = f"{family}/weights/", {}
+    for name, tensor in TRANSFORMERS.items():
+        if name.startswith(start):
+            name = name.removeprefix(start)
+            for pattern, replacement in RENAMES.items():
+                name = re.sub(pattern, replacement, name)
+            weights[name] = tensor
+    for name in [name for name in weights if "q_proj" in name]:
+        qkv = [weights.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        weights[name.replace("q_proj", "qkv")] = torch.cat(qkv)
+    weights["pos_embed"] = weights["pos_embed"].reshape(1, -1, 32)
+    if "reg_token" in weights:
+        position, weights["pos_embed"] = weights["pos_embed"].split([1, 64], 1)
+        weights["cls_token"] = weights["cls_token"] + position
+    return weights
+
+
+def transformers_vfm(family, **kwargs):
+    size = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+    if family == "siglip":
+        size["global_pool"] = ""  # without the attention that would pool
+    vfm = FrozenVFM(FAMILIES[family], layers=[0, -1], pretrained=False, model_args=size, **kwargs)
+    vfm.network.load_state_dict(weights_of(family))
+    return vfm
+
+
+@pytest.mark.parametrize("grid", ["native", "smaller", "larger"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_at_any_grid_are_those_of_transformers(family, grid):
+    images = TRANSFORMERS[f"images/{grid}"] / 127.5 - 1
+    features = transformers_vfm(family)(images)
+    timms = transformers_vfm(family, antialias_positions=True)(images)
+    for layer, tokens, with_antialias in zip((0, -1), features.layers, timms.layers, strict=True):
+        expected = TRANSFORMERS[f"{family}/outputs/{grid}/{layer}"][:, -tokens.shape[1] :]  # without prefix tokens
+        torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
+        error = ((with_antialias - expected).norm() / expected.norm()).item()
+        assert error < 1e-5 if grid == "native" or family == "dinov2_reg" else error > 0.01
+    if family != "siglip":
+        torch.testing.assert_close(
+            features.pooled, TRANSFORMERS[f"{family}/outputs/{grid}/-1"][:, 0], rtol=0, atol=1e-5
+        )

@@ -12,6 +12,7 @@ from vfm_vae.compilation import compile_regions
 from vfm_vae.discriminators.augment import DifferentiableAugmentation
 from vfm_vae.discriminators.layers import LocalBatchNorm
 from vfm_vae.modules.resize import resize
+from vfm_vae.positions import resample_positions
 from vfm_vae.vfm import Frozen, Interpolation, create_vit
 
 
@@ -205,11 +206,8 @@ def set_input_size(vit: nn.Module, size: int) -> None:
     vit.set_input_size(img_size=(size, size))
     if embedding is None:  # rotary embeddings only
         return
-    num_prefix = embedding.shape[1] - math.prod(old_grid)
-    prefix, patches = embedding.detach().split([num_prefix, math.prod(old_grid)], 1)  # [1, N, C]
-    maps = patches.mT.unflatten(2, old_grid)  # [1, C, rows, columns]
-    maps = resize(maps, vit.patch_embed.grid_size, "bilinear", antialias=False)
-    vit.pos_embed = nn.Parameter(torch.cat([prefix, maps.flatten(2).mT], 1), requires_grad=embedding.requires_grad)
+    table = resample_positions(embedding.detach(), old_grid, vit.patch_embed.grid_size, "bilinear")
+    vit.pos_embed = nn.Parameter(table, requires_grad=embedding.requires_grad)
 
 
 def _check(vit: nn.Module, name: str, size: int, layers: Sequence[int], kernel_size: int) -> None:

@@ -1,0 +1,81 @@
+"""Tables of learned positions of vision transformers, at other grids of tokens than those they were trained at."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def antialias_positions_of(name: str) -> bool:
+    """Whether the published network of this timm name resamples its table with antialias, as timm does for all.
+
+    Of those in Hugging Face's transformers, DINOv2 with registers does; SigLIP, SigLIP2, DINOv2, MAE and CLIP do not.
+    """
+    return re.search(r"_reg\d+_dinov2", name) is not None
+
+
+def has_positions(network: nn.Module) -> bool:
+    """Whether a timm network has a table that follows the grid of its input; rotary embeddings have none."""
+    return getattr(network, "dynamic_img_size", False) and isinstance(getattr(network, "pos_embed", None), Tensor)
+
+
+def resample_positions(
+    table: Tensor, old_grid: Sequence[int], new_grid: Sequence[int], interpolation: Literal["bilinear", "bicubic"]
+) -> Tensor:
+    """Brings a table of positions to another grid, without antialias.
+
+    Args:
+        table: `[1, P + rows * columns, C]`; the P first are of class token and registers, and stay as they are.
+        old_grid: its rows and columns.
+        new_grid: those wanted.
+        interpolation: computed in float32.
+
+    Returns:
+        `[1, P + rows * columns, C]` in the precision of `table`.
+    """
+    num_patches = math.prod(old_grid)
+    prefix, patches = table.split([table.shape[1] - num_patches, num_patches], 1)
+    maps = patches.mT.unflatten(2, tuple(old_grid)).float()  # [1, C, rows, columns]
+    maps = F.interpolate(maps, size=tuple(new_grid), mode=interpolation)
+    return torch.cat([prefix, maps.flatten(2).mT.to(table.dtype)], 1)
+
+
+class Positions:
+    """The frozen table of a vision transformer, resampled as the published networks have it where timm would otherwise.
+
+    Bicubic without antialias; bilinear for the Perception Encoder. The network keeps its own table as its weight.
+
+    Args:
+        network: of timm, with a table, see `has_positions`.
+        name: its timm name.
+    """
+
+    def __init__(self, network: nn.Module, name: str) -> None:
+        self.network = network
+        self.interpolation: Literal["bilinear", "bicubic"] = "bilinear" if name.startswith("vit_pe_") else "bicubic"
+        self._resampled: dict[tuple[int, int], nn.Parameter] = {}
+
+    @contextmanager
+    def at(self, grid: tuple[int, int]) -> Iterator[None]:
+        """Within it the network has a table of this grid, of rows and columns, so that nothing is left to resample."""
+        own, embed = self.network.pos_embed, self.network.patch_embed
+        own_grid = embed.grid_size
+        self.network.pos_embed, embed.grid_size = own if grid == own_grid else self._table(grid), grid
+        try:
+            yield
+        finally:
+            self.network.pos_embed, embed.grid_size = own, own_grid
+
+    @torch.inference_mode(False)  # validation may be the first to ask, and training after it
+    @torch.no_grad()
+    def _table(self, grid: tuple[int, int]) -> nn.Parameter:
+        own, table = self.network.pos_embed, self._resampled.get(grid)
+        if table is None or (table.device, table.dtype) != (own.device, own.dtype):  # the network has moved
+            values = resample_positions(own, self.network.patch_embed.grid_size, grid, self.interpolation)
+            table = self._resampled[grid] = nn.Parameter(values, requires_grad=False)
+        return table
