@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vfm_vae.metrics.reference import view_of
 from vfm_vae.types import Batch, LatentBatch
 from vfm_vae.vfm import FrozenVFM
 
@@ -163,11 +164,7 @@ def by_short_name(vfms: Sequence[FrozenVFM]) -> dict[str, FrozenVFM]:
 
 def settings_of(vfms: Iterable[FrozenVFM]) -> dict[str, Any]:
     """Among settings: which VFMs, by name, hash of their weights, and how they see images and compute."""
-    settings = {}
-    for vfm in vfms:
-        settings[vfm.name] = {"weights": vfm.fingerprint()}
-        settings[vfm.name] |= {name: getattr(vfm, name) for name in ("input_scale", "precision")}
-    return {"vfms": settings}
+    return {"vfms": {vfm.name: {"weights": vfm.fingerprint(), **view_of(vfm)} for vfm in vfms}}
 
 
 def first_loader(loaders: Any) -> DataLoader:

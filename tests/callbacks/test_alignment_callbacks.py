@@ -270,8 +270,8 @@ def test_report_says_what_numbers_depend_on(encoder, images, trainer, vfm, tmp_p
     entry = json.loads(path.read_text())["test"]
     assert entry["settings"]["model"] == {"seed": 3}
     assert entry["settings"]["CKNNACallback"]["num_images"] == 13
-    seen = {"weights": vfm.fingerprint(), "input_scale": 1.0, "precision": "bfloat16"}
-    assert entry["settings"]["CKNNACallback"]["vfms"] == {VFM: seen}
+    seen = {"input_scale": 1.0, "antialias": False, "antialias_positions": False, "precision": "bfloat16"}
+    assert entry["settings"]["CKNNACallback"]["vfms"] == {VFM: {"weights": vfm.fingerprint(), **seen}}
     assert entry["settings"]["data"] == {"image_size": 64, "evaluation_crop": "adm"}
     assert entry["settings"]["RobustnessCallback"]["num_images"] == 26
     shown = capsys.readouterr().out

@@ -193,13 +193,13 @@ def collate_damaged(samples, number):
 
 
 def test_settings_name_networks_and_how_they_see_images(module, data, trainer):
-    vfm = small_vfm(input_scale=2.0, precision="float32")
+    vfm = small_vfm(input_scale=2.0, precision="float32", antialias_positions=True)
     callbacks = CKNNACallback([vfm], k=4), DistributionCallback(vfm)
     trainer(*callbacks).test(module, data, verbose=False)
     alignment, distance = (callback.settings() for callback in callbacks)
-    seen = {"weights": vfm.fingerprint(), "input_scale": 2.0, "precision": "float32"}
-    assert alignment["vfms"] == {vfm.name: seen}
-    assert distance["network"] == vfm.name and distance["input_scale"] == 2.0
+    seen = {"input_scale": 2.0, "antialias": False, "antialias_positions": True, "precision": "float32"}
+    assert alignment["vfms"] == {vfm.name: {"weights": vfm.fingerprint(), **seen}}
+    assert distance["network"] == vfm.name and distance.items() >= seen.items()
 
 
 def test_the_check_before_training_measures_nothing(module, data, trainer):

@@ -76,6 +76,50 @@ def test_another_input_scale_has_statistics_of_its_own(vfm, folder):
         torch.testing.assert_close(reference.pool.mean, by_hand.mean(0), rtol=1e-5, atol=1e-6)
 
 
+SEEN_OTHERWISE = {"antialias_positions": True, "precision": "float32", "antialias": True, "input_scale": 0.5}
+
+
+@pytest.mark.parametrize("option", SEEN_OTHERWISE)
+def test_a_vfm_that_sees_images_otherwise_has_statistics_of_its_own(folder, option, monkeypatch):
+    saved = folder.with_name(f"real_64px_{VFM}.npz")
+    scaled = {"input_scale": 0.75, "antialias": False}  # so that each option matters
+    first, other = FrozenVFM(VFM, **scaled), FrozenVFM(VFM, **scaled | {option: SEEN_OTHERWISE[option]})
+    measured = ReferenceImages(str(folder), 64).load(first, with_features=False)
+    from_file = ReferenceImages(str(saved)).load(other, with_features=False)  # of its images, as another network's
+    again = ReferenceImages(str(folder), 64).load(other, with_features=False)
+    by_hand = other(from_uint8(images_of(folder))).pooled.double()
+    for reference in (from_file, again):
+        torch.testing.assert_close(reference.pool.mean, by_hand.mean(0), rtol=1e-5, atol=1e-6)
+    same = torch.equal(again.pool.mean, measured.pool.mean)
+    assert same == (option == "precision")  # which is of CUDA alone
+    with np.load(saved) as arrays:
+        assert json.loads(str(arrays["source"]))[option] == SEEN_OTHERWISE[option]
+    monkeypatch.setattr(module, "_measure", None)  # can't be called
+    ReferenceImages(str(folder), 64).load(other, with_features=False)
+
+
+def forget(path, *options):
+    """Takes from a file's source what older ones don't say."""
+    with np.load(path) as arrays:
+        kept = dict(arrays)
+    source = json.loads(str(kept["source"]))
+    kept["source"] = np.array(json.dumps({name: value for name, value in source.items() if name not in options}))
+    np.savez(path, **kept)
+
+
+def test_older_statistics_are_of_vfms_as_they_were(folder, monkeypatch):
+    scaled = {"input_scale": 0.75}
+    before, now = FrozenVFM(VFM, antialias_positions=True, **scaled), FrozenVFM(VFM, **scaled)
+    measured = ReferenceImages(str(folder), 64).load(before, with_features=False)
+    forget(folder.with_name(f"real_64px_{VFM}.npz"), "antialias", "antialias_positions", "precision")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_measure", None)  # can't be called
+        again = ReferenceImages(str(folder), 64).load(before, with_features=False)
+        assert torch.equal(again.pool.mean, measured.pool.mean)
+    other = ReferenceImages(str(folder), 64).load(now, with_features=False)
+    assert not torch.equal(other.pool.mean, measured.pool.mean)
+
+
 def test_inception_refuses_statistics_of_others(vfm, folder, inception, tmp_path):
     ReferenceImages(str(folder), 64).load(vfm, with_features=False)
     with pytest.raises(ValueError, match=rf"^reference: the statistics in .* are of '{VFM}' .*not of Inception"):

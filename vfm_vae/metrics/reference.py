@@ -19,7 +19,7 @@ from vfm_vae.metrics.distribution import Gaussian, Moments
 from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception, InceptionFeatures
 from vfm_vae.metrics.reconstruction import from_uint8
-from vfm_vae.vfm import FrozenVFM
+from vfm_vae.vfm import FORMERLY, FrozenVFM
 
 NUM_IMAGES = 10_000  # of a reference, for precision and recall; as many as ADM's has
 SOURCE = "source"
@@ -60,8 +60,12 @@ def network_settings(network: Inception | FrozenVFM) -> dict[str, Any]:
     """What features depend on, as JSON has it: the network's whole name, its weights, and how a VFM sees images."""
     if isinstance(network, Inception):
         return {"network": name_of(network), "network_weights": network.fingerprint()}
-    weights = {"network": network.name, "network_weights": network.fingerprint()}
-    return weights | {"input_scale": network.input_scale}
+    return {"network": network.name, "network_weights": network.fingerprint()} | view_of(network)
+
+
+def view_of(vfm: FrozenVFM) -> dict[str, Any]:
+    """How a VFM sees images and computes, as JSON has it: what its features depend on beside its weights."""
+    return {name: getattr(vfm, name) for name in ("input_scale", "antialias", "antialias_positions", "precision")}
 
 
 def extract(network: Inception | FrozenVFM, images: Tensor) -> InceptionFeatures:
@@ -101,8 +105,8 @@ class ReferenceImages:
 
     A file holds `mu`, `sigma` of Inception's pooled features and `mu_s`, `sigma_s` of its spatial ones over all
     images, and some of these as `arr_0`. From a folder `<class>/*` such a file is made once, after ADM's centre crop,
-    and used again as long as the files' names, size, network and its `input_scale` are the same. Of the features of a
-    VFM the statistics of somebody's file say nothing: then they are taken over its `arr_0`.
+    and used again as long as the files' names, size, network and how a VFM sees images are the same. Of the features of
+    a VFM the statistics of somebody's file say nothing: then they are taken over its `arr_0`.
 
     Args:
         path: of the file or the folder.
@@ -147,7 +151,7 @@ class ReferenceImages:
         """
         path = self.path if self._dataset is None else self._measured(network, batch_size)
         archive = ImageArchive(path)
-        source = json.loads(str(archive.array(SOURCE))) if SOURCE in archive.names else {}
+        source = _stored_source(archive)
         wanted = _features_source(network)
         is_of_network = source.items() >= wanted.items()
         if isinstance(network, Inception) and source and not is_of_network:
@@ -175,7 +179,7 @@ class ReferenceImages:
         path = self.statistics or self.path.with_name(name)
         source = _source(self._dataset, self.image_size, network)
         # Rank zero says for all, so that none waits for another.
-        if not _agreed(path.is_file() and _has_source(path, source)):
+        if not _agreed(path.is_file() and _stored_source(ImageArchive(path)) == source):
             pool, spatial = _measure(self._dataset, network, batch_size)
             if _rank() == 0:
                 _save(path, self._dataset, source, pool, spatial)
@@ -207,13 +211,16 @@ def _source(dataset: ImageFolderDataset, image_size: int, network: Inception | F
 
 def _features_source(network: Inception | FrozenVFM) -> dict[str, Any]:
     """What tells features from others'."""
-    scale = {} if isinstance(network, Inception) else {"input_scale": network.input_scale}
-    return {"network": name_of(network), "fingerprint": network.fingerprint()} | scale
+    view = {} if isinstance(network, Inception) else view_of(network)
+    return {"network": name_of(network), "fingerprint": network.fingerprint()} | view
 
 
-def _has_source(path: Path, source: dict[str, Any]) -> bool:
-    archive = ImageArchive(path)
-    return SOURCE in archive.names and json.loads(str(archive.array(SOURCE))) == source
+def _stored_source(archive: ImageArchive) -> dict[str, Any]:
+    """What a file says of its statistics; nothing if it is somebody's."""
+    source = json.loads(str(archive.array(SOURCE))) if SOURCE in archive.names else {}
+    if "input_scale" in source:  # of a VFM; older files leave out how all were measured then
+        source = {"antialias": source["input_scale"] < 1, **FORMERLY, **source}
+    return source
 
 
 def _measure(
