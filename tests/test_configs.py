@@ -311,6 +311,7 @@ def test_evaluation_of_tokenizers_builds(name, vgg, offline_networks):
     assert isinstance(distribution.network, Inception) and distribution.reference is None
     assert any("dinov2" in name for name in offline_networks) and cknna.num_images == 10_000
     published = name == "test_published"
+    assert {vfm.precision for vfm in cknna.vfms.values()} == {"float32" if published else "bfloat16"}
     assert cknna.se_cknna == ("published" if published else "each")
     assert (cli.model.evaluate, cli.model.rounding) == (("sample", "truncate") if published else ("mode", "round"))
     assert isinstance(cli.datamodule.evaluation_transform, ResizeAndCrop if published else CentreCrop)
