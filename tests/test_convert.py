@@ -284,7 +284,7 @@ def test_nothing_is_run_to_read_a_file(published, monkeypatch, tmp_path):
         ("facebook/dinov2-with-registers-base", "vit_base_patch14_reg4_dinov2.lvd142m"),
         ("eva_giant_patch14_336.clip_ft_in1k", "eva_giant_patch14_336.clip_ft_in1k"),
         ("facebook/vit-mae-large", "vit_large_patch16_224.mae"),
-        ("openai/clip-vit-large-patch14-336", "vit_large_patch14_clip_336.openai"),
+        ("openai/clip-vit-large-patch14-336", "vit_large_patch14_clip_quickgelu_336.openai"),
         ("Qwen2.5-VL-3B-Instruct", None),
     ],
 )

@@ -50,8 +50,8 @@ VFMS = [
     (r"dinov2-(\w+)", r"vit_\1_patch14_dinov2.lvd142m"),
     (r"vit-mae-huge", r"vit_huge_patch14_224.mae"),
     (r"vit-mae-(\w+)", r"vit_\1_patch16_224.mae"),
-    (r"clip-vit-(\w+)-(patch\d+)-336", r"vit_\1_\2_clip_336.openai"),
-    (r"clip-vit-(\w+)-(patch\d+)", r"vit_\1_\2_clip_224.openai"),
+    (r"clip-vit-(\w+)-(patch\d+)-336", r"vit_\1_\2_clip_quickgelu_336.openai"),
+    (r"clip-vit-(\w+)-(patch\d+)", r"vit_\1_\2_clip_quickgelu_224.openai"),
 ]
 
 

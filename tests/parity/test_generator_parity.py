@@ -77,7 +77,6 @@ def test_encoding_and_decoding(case: Case):
 def test_sampling(case: Case):
     z = case.model.encode_features(case.features).sample(case.inputs["eps"])
     case.check(z, "sampled.z")
-    case.check(case.model.decode(z).image, "sampled.image")
     case.check(case.vf_loss(z), "sampled.vf_loss")
 
 
