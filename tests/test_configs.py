@@ -107,11 +107,19 @@ PAPER = {
 }
 
 
+MECHANICS = ("simultaneous", "mode", "round", CentreCrop)  # where they are not as published
+
+
+@pytest.mark.parametrize("recipe", ["recommended", "as_published"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_stages_are_the_papers(full_size, stage):
+def test_stages_are_the_papers(full_size, stage, recipe):
+    as_published = ["vfm_vae/as_published.yaml"] if recipe == "as_published" else []
     with torch.device("meta"):
-        cli = full_size(f"vfm_vae/{stage}.yaml", "data/imagenet.yaml")
+        cli = full_size(f"vfm_vae/{stage}.yaml", "data/imagenet.yaml", *as_published)
     module = cli.model
+    mechanics = (module.order, module.evaluate, module.rounding, type(cli.datamodule.evaluation_transform))
+    assert mechanics == (("published", "sample", "truncate", ResizeAndCrop) if as_published else MECHANICS)
+    assert count(module.model) == 139_770_642 + (38 if as_published else 0)  # strengths of noise maps
     millions, rate, expected = PAPER[stage]
     assert module.max_images == millions * 1_000_000
     assert cli.datamodule.batch_size * module.accumulate_grad_batches == 512
