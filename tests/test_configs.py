@@ -357,6 +357,12 @@ def test_evaluation_of_the_demo_builds():
     assert callback(cli, "LinearProbeCallback") and callback(cli, "RobustnessCallback")
 
 
+@pytest.mark.parametrize(("folder", "number"), [("vfm_vae", "rFID 0.52"), ("ldm", "3.80")])
+def test_published_results_are_promised_by_the_published_protocol_alone(folder, number):
+    assert number in (CONFIGS / folder / "test_published.yaml").read_text()
+    assert number not in (CONFIGS / folder / "test.yaml").read_text()
+
+
 def test_every_config_is_covered_here():
     seen = {"data/imagenet.yaml", "data/photos.yaml", "demo/tokenizer.yaml", "demo/strong.yaml", "demo/weak.yaml"}
     seen |= {"vfm_vae/base.yaml", *(f"vfm_vae/{stage}.yaml" for stage in STAGES), *VFMS}

@@ -42,6 +42,14 @@ def test_the_discriminators_step_before_the_generator_runs_again(tiny_module, tr
     assert events.module.images_seen == 2 * accumulate * len(batch.images)
 
 
+def test_what_a_run_left_amid_a_step_is_not_learnt_by_the_next(tiny_module, trainer, batch):
+    events = Events(tiny_module, accumulate_grad_batches=3, max_images=16)
+    trainer(max_steps=1).fit(events.module, repeat(batch))
+    events.module.max_images, events.seen = -1, []
+    trainer(max_steps=1).fit(events.module, repeat(batch))
+    assert events.seen == ["show"] * 3 + ["discriminator_optimizer"] + ["learn"] * 3 + ["optimizer"]
+
+
 def test_both_players_learn_and_nothing_else(tiny_module, trainer, batch):
     module = tiny_module(order="published")
     before = weights(module)

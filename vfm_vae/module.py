@@ -363,6 +363,7 @@ class TokenizerModule(TwoPlayers):
 
     def on_fit_start(self) -> None:
         """Hands the former stage's averages to whoever averages; a finished stage that is resumed ends here."""
+        self._waiting.clear()  # of a run that was cut short amid a step
         average, self._average = self._average, None
         for callback in self.trainer.callbacks if average is not None else ():
             if isinstance(callback, WeightAverage):
