@@ -7,9 +7,12 @@ GPUS ?= 1
 STAGE ?= patchgan
 RUN ?= epochs64
 RUN_REG := $(if $(filter reg%,$(RUN)),_reg)
-# A variant of the tokenizer's training, as_published or discrete: a config that goes last, runs of its own.
+# A variant of the tokenizer's training, with runs of its own, and of what is trained on its latents.
+RECIPES := as_published discrete
 RECIPE ?=
+$(if $(filter-out $(RECIPES),$(RECIPE)),$(error RECIPE: one of $(RECIPES), or none; given $(RECIPE)))
 RUNS := runs$(if $(RECIPE),/$(RECIPE))
+PUBLISHED := $(if $(filter as_published,$(RECIPE)),_published)
 READY := $(VENV)/.ready
 
 # glibc returns large blocks to the kernel, which zeroes their pages again in every step: a fifth of the time on CPU.
@@ -45,6 +48,9 @@ FORMER_ssim := weak
 FORMER_patchgan := ssim
 former = $(if $(FORMER_$(1)),--model.init_from=$(RUNS)/$(FORMER_$(1))/checkpoints/last.ckpt)
 VARIANT = $(if $(RECIPE),-c configs/vfm_vae/$(RECIPE).yaml $(call former,$@))
+VARIANT_LATENTS := $(if $(RECIPE),--trainer.callbacks.directory=$(RUNS)/latents$(RUN_REG))
+VARIANT_LDM := $(if $(RECIPE),--data.root=$(RUNS)/latents$(RUN_REG) --trainer.logger.init_args.save_dir=$(RUNS)/ldm \
+  --model.tokenizer.init_args.checkpoint=$(RUNS)/$(STAGE)/checkpoints/last.ckpt)
 STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER) $(BATCH) $(VARIANT)
 
 # The demo's diffusion model: lightningdit, or reg.
@@ -141,29 +147,29 @@ patchgan: install ## stage 4, PatchGAN fine-tuning, from the SSIM stage
 
 latents: install ## cache the latents of the data that STAGE was trained on, with features for RUN=reg…: make latents GPUS=8
 	$(TOKENIZER) predict -c $(RUNS)/$(STAGE)/config.yaml -c configs/vfm_vae/latents$(RUN_REG).yaml $(TRAINER) $(MEASURED) \
-	  --trainer.precision=32-true \
+	  --trainer.precision=32-true $(VARIANT_LATENTS) \
 	  --ckpt_path $(RUNS)/$(STAGE)/checkpoints/last.ckpt
 
 ldm: install ## train LightningDiT or REG on cached latents: make ldm RUN=epochs64|epochs80|epochs560|reg80|reg480|reg640 GPUS=8
 	$(LDM) fit $(if $(RUN_REG),-c configs/ldm/reg.yaml,-c configs/ldm/lightningdit.yaml -c configs/data/latents.yaml) \
-	  -c configs/ldm/$(RUN).yaml $(TRAINER_LDM) $(BATCH_LDM)
+	  -c configs/ldm/$(RUN).yaml $(TRAINER_LDM) $(BATCH_LDM) $(VARIANT_LDM)
 
 samples: install ## draw 50 000 samples from a trained LightningDiT: make samples RUN=epochs64 GPUS=8
-	$(LDM) predict -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/samples.yaml $(TRAINER_LDM) $(MEASURED) \
+	$(LDM) predict -c $(RUNS)/ldm/$(RUN)/config.yaml -c configs/ldm/samples.yaml $(TRAINER_LDM) $(MEASURED) \
 	  --trainer.precision=32-true \
-	  --ckpt_path runs/ldm/$(RUN)/checkpoints/last.ckpt --trainer.callbacks.directory=runs/ldm/$(RUN)/samples
+	  --ckpt_path $(RUNS)/ldm/$(RUN)/checkpoints/last.ckpt --trainer.callbacks.directory=$(RUNS)/ldm/$(RUN)/samples
 
 evaluate: evaluate-tokenizer evaluate-ldm ## measure tokenizer and diffusion model: make evaluate STAGE=patchgan RUN=epochs64 GPUS=8
 
 evaluate-tokenizer: install ## rFID and its kin, alignment, probes of a trained tokenizer
-	$(TOKENIZER) test -c $(RUNS)/$(STAGE)/config.yaml -c configs/vfm_vae/test.yaml $(TRAINER) $(MEASURED) \
+	$(TOKENIZER) test -c $(RUNS)/$(STAGE)/config.yaml -c configs/vfm_vae/test$(PUBLISHED).yaml $(TRAINER) $(MEASURED) \
 	  --trainer.precision=32-true \
 	  --ckpt_path $(RUNS)/$(STAGE)/checkpoints/last.ckpt
 
 evaluate-ldm: install ## gFID and its kin of a trained LightningDiT
-	$(LDM) test -c runs/ldm/$(RUN)/config.yaml -c configs/ldm/test.yaml $(TRAINER_LDM) $(MEASURED) \
+	$(LDM) test -c $(RUNS)/ldm/$(RUN)/config.yaml -c configs/ldm/test$(PUBLISHED).yaml $(TRAINER_LDM) $(MEASURED) \
 	  --trainer.precision=32-true \
-	  --ckpt_path runs/ldm/$(RUN)/checkpoints/last.ckpt
+	  --ckpt_path $(RUNS)/ldm/$(RUN)/checkpoints/last.ckpt
 
 clean: ## remove caches and the demo's results, not other runs
 	rm -rf runs/demo build .pytest_cache .ruff_cache .import_linter_cache *.egg-info

@@ -57,7 +57,7 @@ class Throughput(Callback):
     Args:
         batch_size_fn: images in a batch.
         window_size: batches that an average spans; with few, a GPU's rates are rough.
-        count_batches: batches to count; 0 counts none and logs no operations.
+        count_batches: batches to count, with those that complete their step; 0 counts none and logs no operations.
         peak_flops: of one device, per second.
 
     Raises:
@@ -82,6 +82,7 @@ class Throughput(Callback):
         self.available_flops: float | None = None
         self._meters: dict[RunningStage, _Meter] = {}
         self._counts: list[int] = []
+        self._num_counted = count_batches
         self._counter: FlopCounterMode | None = None
         self._counting = ExitStack()
 
@@ -91,6 +92,8 @@ class Throughput(Callback):
         self._meters = {}
         if stage == "fit":
             self._counts = []
+            per_step = getattr(pl_module, "accumulate_grad_batches", 1)  # batches of a step need not cost the same
+            self._num_counted = -(-self.count_batches // per_step) * per_step
             pl_module.flops_per_batch = None
 
     @rank_zero_only
@@ -101,13 +104,13 @@ class Throughput(Callback):
     @rank_zero_only
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begins to count; a module that can rehearse its step does, and none is taken for that."""
-        if len(self._counts) == self.count_batches:
+        if len(self._counts) == self._num_counted:
             return
         rehearse = getattr(pl_module, "rehearse", None)
         with flop_counter() as counter:
             rehearsed = rehearse is not None and rehearse(batch)
         if rehearsed:
-            self._counts = [counter.get_total_flops()] * self.count_batches
+            self._counts = [counter.get_total_flops()] * self._num_counted
             self._finish_counting(trainer, pl_module)
         else:
             self._counting.enter_context(torch.compiler.set_stance("force_eager"))
@@ -129,8 +132,8 @@ class Throughput(Callback):
             self._log(trainer)
 
     def _finish_counting(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if len(self._counts) == self.count_batches:
-            pl_module.flops_per_batch = sum(self._counts) / self.count_batches
+        if len(self._counts) == self._num_counted:
+            pl_module.flops_per_batch = sum(self._counts) / self._num_counted
         self._begin(trainer)
 
     @rank_zero_only

@@ -93,12 +93,13 @@ class LatentWriter(Callback):
             "tokenizer": dict(pl_module.latent_identity()),
             "content": pl_module.predict,
             "image_size": trainer.datamodule.image_size,
+            "evaluation_crop": trainer.datamodule.evaluation_crop,
             "shard_size": self.shard_size,
             "dtype": self.dtype,
             "precision": trainer.precision,
             "seed": pl_module.seed,
         }
-        unsaid = {"adapter": "as precision says"}
+        unsaid = {"adapter": "as precision says", "evaluation_crop": "adm"}
         if trainer.precision.endswith("-mixed"):
             settings["adapter"] = "float32"  # formerly, autocast reached it
         features = pl_module.features_source() if isinstance(pl_module, MakesFeatures) else None

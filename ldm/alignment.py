@@ -14,7 +14,7 @@ from ldm import path
 from ldm.models.denoiser import Denoiser, Prediction
 from vfm_vae.metrics.reconstruction import from_uint8
 from vfm_vae.types import Batch, LatentBatch
-from vfm_vae.vfm import FrozenVFM
+from vfm_vae.vfm import FrozenVFM, check_vfm, vfm_identity
 
 
 def alignment_error(projected: Tensor, features: Tensor) -> Tensor:
@@ -104,8 +104,25 @@ class REPA(nn.Module):
             if other := [name for name in compared if source.get(name) != ours.get(name)]:
                 raise ValueError(
                     f"data.root: the features in {place} are of another VFM than model.alignment.vfm: {other}; give it "
-                    "these as the cache has them (without antialias_positions: true), or make the cache anew"
+                    "these as the cache has them (antialias_positions: true where it names none), or make it anew"
                 )
+
+    def identity(self) -> dict[str, str | bool] | None:
+        """What a checkpoint says of the VFM whose features images were aligned to; None where they were cached."""
+        return None if self.vfm is None else vfm_identity(self.vfm)
+
+    def go_on_as(self, stored: Mapping[str, Any] | None) -> None:
+        """Sees that the VFM is the one that a checkpoint was aligned to, and has it resample positions alike.
+
+        Args:
+            stored: Its `identity`; None where it says nothing, as older ones do.
+
+        Raises:
+            ValueError: if it is another VFM.
+        """
+        if self.vfm is not None:
+            unknown = {"name": self.vfm.name, "fingerprint": None}
+            check_vfm(self.vfm, {"vfm": stored or unknown}, "model.alignment.vfm")
 
     def check_images(self, image_size: int, model: Denoiser) -> None:
         """Sees that there is a VFM for images, which gives as many tokens as the denoiser has.

@@ -377,18 +377,22 @@ class DiffusionModule(LightningModule):
         return running.compute()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counters, and whose latents the weights belong to; their statistics are in the `state_dict`."""
+        """Adds the counters, whose latents the weights belong to, and to which VFM they were aligned."""
         checkpoint["images_seen"] = self.images_seen
         checkpoint["skipped_steps"] = self.skipped_steps
         checkpoint["tokenizer"] = self.latent_source
+        checkpoint["aligned_to"] = None if self.alignment is None else self.alignment.identity()
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Takes them back.
 
         Raises:
-            ValueError: if the checkpoint belongs to another tokenizer's latents than the data or the tokenizer at hand.
+            ValueError: if the checkpoint belongs to another tokenizer's latents than the data or the tokenizer at hand,
+                or was aligned to another VFM.
         """
         check_checkpoint(checkpoint, self.latent_source, self.normalization, "ckpt_path")
+        if self.alignment is not None:
+            self.alignment.go_on_as(checkpoint.get("aligned_to"))
         self.images_seen = checkpoint["images_seen"]
         self.skipped.total = torch.tensor(checkpoint["skipped_steps"])
         self.latent_source = self.latent_source or checkpoint["tokenizer"]

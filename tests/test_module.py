@@ -296,7 +296,8 @@ def test_a_stage_starts_from_the_former_one(tiny_module, trainer, data, interrup
 def test_the_checkpoint_names_the_vfm_and_lacks_its_weights(interrupted, tiny_module):
     checkpoint = torch.load(interrupted, weights_only=True)
     vfm = tiny_module().model.vfm
-    assert checkpoint["vfm"] == {"name": vfm.name, "fingerprint": vfm.fingerprint()}
+    identity = {"name": vfm.name, "fingerprint": vfm.fingerprint(), "antialias_positions": False}
+    assert checkpoint["vfm"] == identity
     stored = sum(tensor.numel() for tensor in checkpoint["state_dict"].values())
     assert stored < sum(parameter.numel() for parameter in vfm.network.parameters())
 
@@ -314,6 +315,36 @@ def test_another_vfm_is_refused(interrupted, tiny_module, trainer, data):
 def test_a_missing_former_stage_is_named(tiny_module, trainer, data):
     with pytest.raises(ValueError, match=r"init_from: there is no checkpoint 'nowhere\.ckpt'"):
         trainer().fit(tiny_module(init_from="nowhere.ckpt"), datamodule=data())
+
+
+@pytest.mark.parametrize("order", ["simultaneous", "published"])
+def test_backward_passes_know_no_autocast(tiny_module, trainer, batch, order):
+    """Or gradients of what was computed in float32 would be products in bfloat16."""
+    module, seen = tiny_module(order=order, objective={"perceptual": 0.1, "alignment": 1.0}), set()
+
+    def watch(place):
+        return lambda gradient: seen.add((place, torch.is_autocast_enabled("cpu")))
+
+    class Watch(Callback):
+        def on_train_start(self, trainer, pl_module):
+            pl_module.model.adapter.last_encoding_weight.register_hook(watch("adapter"))
+            pl_module.discriminator.heads[0].cls.weight_orig.register_hook(watch("discriminator"))
+            pl_module.model.decoder.blocks[0].to_rgb.register_full_backward_hook(lambda *_: watch("decoder")(None))
+
+    perceptual = module.objective.perceptual_loss.forward
+
+    def watched(images, target):
+        images.register_hook(watch("perceptual"))
+        return perceptual(images, target)
+
+    module.objective.perceptual_loss.forward = watched
+    trainer(max_steps=1, precision="bf16-mixed", callbacks=[Watch()]).fit(module, repeat(batch))
+    assert seen == {(place, False) for place in ("adapter", "discriminator", "decoder", "perceptual")}
+
+
+def test_an_unknown_order_is_refused(tiny_module):
+    with pytest.raises(ValueError, match="order: 'simultaneous' or 'published', given 'Published'"):
+        tiny_module(order="Published")
 
 
 def test_bf16_mixed_keeps_losses_and_weights_finite(tiny_module, trainer, batch):

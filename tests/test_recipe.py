@@ -183,6 +183,22 @@ def test_the_recipe_as_published(folder: Path, monkeypatch: pytest.MonkeyPatch):
     assert report["test"]["settings"]["model"]["rounding"] == "truncate"
 
 
+def test_a_recipe_of_its_own_has_runs_of_its_own():
+    targets = (*STAGES, "latents", "ldm", "samples", "evaluate")
+    for run in ("epochs64", "reg80"):
+        for command in commands(*targets, RECIPE="as_published", RUN=run, GPUS="8"):
+            places = [word for word in command if "runs/" in word]
+            assert all("runs/as_published/" in word for word in places)
+            assert places or "configs/vfm_vae/strong.yaml" in command
+    plain = [word for command in commands(*targets, GPUS="8") for word in command]
+    assert not any("as_published" in word or "_published" in word for word in plain)
+
+
+def test_an_unknown_recipe_is_refused():
+    dry = subprocess.run(["make", "-n", "weak", "RECIPE=typo"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert dry.returncode and "RECIPE: one of as_published discrete, or none; given typo" in dry.stderr
+
+
 def align(folder: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, str]) -> None:
     """The recipe's other end: REG on the same tokenizer."""
     predict, fit, test = commands("latents", "ldm", "evaluate-ldm", RUN="reg80", **data)

@@ -74,7 +74,7 @@ def test_the_opponents_gradients_are_those_of_their_own_losses(patchgan_module, 
     """Real patches are judged once, for feature matching and for the PatchGAN's loss: neither may disturb the other."""
     gradients = {}
     module = patchgan_module()
-    learn = module._learn
+    learn = module.learn
 
     def watch(player, loss, step_ends):
         if player == 1:
@@ -85,7 +85,7 @@ def test_the_opponents_gradients_are_those_of_their_own_losses(patchgan_module, 
         if player == 1:
             gradients["given"] = [tensor.grad.clone() for tensor in module.patchgan.parameters()]
 
-    module._learn = watch
+    module.learn = watch
     trainer(max_steps=1).fit(module, repeat(batch))
     assert all(torch.allclose(x, y, atol=1e-7) for x, y in zip(gradients["expected"], gradients["given"], strict=True))
 
@@ -165,3 +165,13 @@ def test_another_model_is_refused(patchgan_module, tiny_module, trainer, batch, 
     torch.save(checkpoint, former)
     with pytest.raises(ValueError, match=r"(?s)init_from: .* holds another model: .*alignment"):
         trainer(max_steps=1).fit(patchgan_module(init_from=str(former)), repeat(batch))
+
+
+def test_a_run_that_would_train_other_parts_is_refused_in_one_line(tiny_module, trainer, batch, tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    run = trainer(max_steps=1, enable_checkpointing=True, callbacks=[checkpoint])
+    objective = {"kl": 0, "alignment": 0}
+    run.fit(tiny_module(objective, train_only=["decoder.blocks.3", "decoder.blocks.4"]), repeat(batch))
+    other = tiny_module(objective, train_only=["decoder.blocks.4"])
+    with pytest.raises(ValueError, match=r"ckpt_path: the run trained \d+ tensors .* as its config.yaml has them"):
+        trainer(max_steps=2).fit(other, repeat(batch), ckpt_path=tmp_path / "last.ckpt", weights_only=True)

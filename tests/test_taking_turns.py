@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Adam
 from training import changed, repeat, weights
 
+from callbacks.throughput import Throughput
 from vfm_vae.modules.equivariance import EquivarianceRegularizer
 
 
@@ -101,6 +102,17 @@ def test_each_phase_draws_its_own_transform(tiny_module, trainer, batch):
     trainer(max_steps=1).fit(module, repeat(batch))
     discriminator, generator = ([(seen, phase, 0) for seen in (0, 8)] for phase in ("discriminator", "generator"))
     assert asked == discriminator + generator
+
+
+def test_operations_are_counted_over_whole_steps(tiny_module, trainer, batch):
+    """The batches that make one cost differently: the generator learns from all of them at the last."""
+    still = EquivarianceRegularizer(probability=0.0, prior_probability=0.0)
+    counts = []
+    for accumulate in (1, 2):
+        module = tiny_module(order="published", accumulate_grad_batches=accumulate, equivariance=still)
+        trainer(max_steps=2, callbacks=[Throughput(count_batches=1)]).fit(module, repeat(batch))
+        counts.append(module.flops_per_batch)
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_refused_discriminator_keeps_the_generator_from_stepping(tiny_module, trainer, batch):

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import OptimizerCallable
 # Set while LightningCLI builds a module from its config; only then are the hyper-parameters plain data.
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 
 from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.data.sampling import IndexedNoise, seed_of
@@ -23,7 +23,7 @@ from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics, Rounding
 from vfm_vae.modules.equivariance import EquivarianceRegularizer, Transform
 from vfm_vae.modules.resize import resize
 from vfm_vae.optimization import log_where_due
-from vfm_vae.stages import begin, freeze_all_but, read_stage
+from vfm_vae.stages import begin, check_optimizers, freeze_all_but, read_stage
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.two_players import TwoPlayers
 from vfm_vae.types import Batch, Decoded, Encoded, Posterior, VFMFeatures, WeightAverage
@@ -120,6 +120,8 @@ class TokenizerModule(TwoPlayers):
         for name in ("adversarial_patch", "feature_matching"):
             if objective.weights[name] and patchgan is None:
                 raise ValueError(f"objective.{name}: {objective.weights[name]:g} weighs nothing without a patchgan")
+        if order not in ("simultaneous", "published"):
+            raise ValueError(f"order: 'simultaneous' or 'published', given {order!r}")
         if features is not None and predict != "moments":
             raise ValueError(f"model.predict: features belong to plain views, so to 'moments' alone, given {predict!r}")
         self.model = model
@@ -329,10 +331,14 @@ class TokenizerModule(TwoPlayers):
     # Optimisers, stages, checkpoints
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The generator's optimiser, of what trains of it, then the discriminators'."""
-        generator = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        opponents = [*self.discriminator.parameters(), *(self.patchgan.parameters() if self.patchgan else ())]
+        """The generator's optimiser, then the discriminators'."""
+        generator, opponents = self._trained()
         return [self.optimizer(generator), self.discriminator_optimizer(opponents)]
+
+    def _trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """What trains of the generator, and the discriminators' parameters."""
+        generator = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return generator, [*self.discriminator.parameters(), *(self.patchgan.parameters() if self.patchgan else ())]
 
     def setup(self, stage: str) -> None:
         """Looks whether the images fit; starts from the former stage, unless a run of this stage is resumed."""
@@ -363,7 +369,7 @@ class TokenizerModule(TwoPlayers):
 
     def on_fit_start(self) -> None:
         """Hands the former stage's averages to whoever averages; a finished stage that is resumed ends here."""
-        self._waiting.clear()  # of a run that was cut short amid a step
+        self._waiting, self._refused = [], None  # of a run that was cut short amid a step
         average, self._average = self._average, None
         for callback in self.trainer.callbacks if average is not None else ():
             if isinstance(callback, WeightAverage):
@@ -387,8 +393,8 @@ class TokenizerModule(TwoPlayers):
         """
         check_vfm(self.model.vfm, checkpoint)
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if fitting and not checkpoint.get("optimizer_states"):
-            raise ValueError("ckpt_path: the checkpoint has weights alone: begin a stage from it, by model.init_from")
+        if fitting:
+            check_optimizers(self._trained(), checkpoint)
         if not fitting:
             state = {n: w for n, w in checkpoint["state_dict"].items() if not n.startswith(OPPONENTS)}
             checkpoint["state_dict"] = state | {n: w for n, w in self.state_dict().items() if n.startswith(OPPONENTS)}

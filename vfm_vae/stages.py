@@ -57,6 +57,30 @@ def begin(module: nn.Module, checkpoint: Mapping[str, Any], path: str, fresh: Se
             parameter.copy_(averages[name])
 
 
+def check_optimizers(trained: Sequence[Sequence[nn.Parameter]], checkpoint: Mapping[str, Any]) -> None:
+    """Sees that optimisers can go on: that there are their states, and of as many parameters as train now.
+
+    Args:
+        trained: What each optimiser trains.
+        checkpoint: Of training.
+
+    Raises:
+        ValueError: if not.
+    """
+    states = checkpoint.get("optimizer_states")
+    if not states:
+        raise ValueError("ckpt_path: the checkpoint has weights alone: begin a stage from it, by model.init_from")
+    before = [sum(len(group["params"]) for group in state["param_groups"]) for state in states]
+    now = [len(parameters) for parameters in trained]
+    if before != now:
+        raise ValueError(
+            f"ckpt_path: the run trained {before[0]} tensors of the generator and {before[1]} of discriminators so "
+            f"far, but would train {now[0]} and {now[1]} from now on; give model.train_only and model.patchgan as its "
+            "config.yaml has them (a PatchGAN stage of former versions: "
+            "--model.train_only='[decoder.blocks.3,decoder.blocks.4,decoder.blocks.5]')"
+        )
+
+
 def freeze_all_but(model: nn.Module, parts: Sequence[str] | None) -> None:
     """Takes the gradient from every parameter outside of some parts.
 

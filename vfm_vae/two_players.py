@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vfm_vae.losses.guard import NonFiniteGuard
+from vfm_vae.modules.maps import without_autocast
 from vfm_vae.optimization import step_unless
 
 
@@ -57,7 +58,8 @@ class TwoPlayers(LightningModule):
     def learn(self, player: int, loss: Tensor, step_ends: bool) -> None:
         """Backward pass, and the optimiser's step where the accumulated batches are complete."""
         optimizer = self.optimizers()[player]
-        with self._accumulating(not step_ends):
+        # What was computed in float32 has its gradients in float32: autocast is for the forward pass alone.
+        with self._accumulating(not step_ends), without_autocast(loss):
             self.manual_backward(loss / self.accumulate_grad_batches)
         if not step_ends:
             return

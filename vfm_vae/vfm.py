@@ -353,10 +353,15 @@ def vfm_identity(vfm: FrozenVFM) -> dict[str, str | bool]:
     return {"name": vfm.name, "fingerprint": vfm.fingerprint(), "antialias_positions": vfm.antialias_positions}
 
 
-def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any]) -> None:
+def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any], option: str = "model.vfm") -> None:
     """Compares the VFM at hand with the one that the checkpoint was trained with, and has it resample positions alike.
 
     A checkpoint of published weights may know the name alone.
+
+    Args:
+        vfm: At hand.
+        checkpoint: Names the other, as `vfm_identity` does, under `vfm`.
+        option: That sets the VFM at hand.
 
     Raises:
         ValueError: if it is another, by name or by weights.
@@ -365,7 +370,9 @@ def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any]) -> None:
     if stored is None:
         raise ValueError("the checkpoint names no VFM: it is no tokenizer's, or of another version")
     if stored["name"] != vfm.name:
-        raise ValueError(f"the checkpoint was trained on the VFM '{stored['name']}', but model.vfm is '{vfm.name}'")
+        raise ValueError(
+            f"the checkpoint was trained on the VFM '{stored['name']}', but {option} is '{vfm.name}'; give that name"
+        )
     if stored["fingerprint"] not in (None, vfm.fingerprint()):
         raise ValueError(
             f"the checkpoint was trained on other weights of '{vfm.name}' (sha256 {stored['fingerprint'][:12]}…) than "
@@ -376,8 +383,8 @@ def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any]) -> None:
     if vfm.antialias_positions != former and vfm._positions is not None:
         ways = {True: "with antialias", False: "without antialias"}
         rank_zero_warn(
-            f"model.vfm: this was trained with positions resampled {ways[former]}, and goes on so; train anew to have "
-            f"them {ways[vfm.antialias_positions]} (at the table's own grid, as of SigLIP2-512 on 256 px images at "
-            "input_scale 2, both are the same)"
+            f"{option}: the checkpoint goes with positions resampled {ways[former]}, as older ones do, and goes on so; "
+            f"train anew to have them {ways[vfm.antialias_positions]}. At the table's own grid both are the same, as of "
+            "SigLIP2-512 on 256 px images at input_scale 2"
         )
         vfm.antialias_positions = former

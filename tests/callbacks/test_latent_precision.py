@@ -23,11 +23,11 @@ def predict(
 ) -> Callable[[str], Path]:
     """Caches the moments of 26 photographs in a precision, in the same place each time."""
 
-    def run(precision: str) -> Path:
+    def run(precision: str, **options: str) -> Path:
         writer = LatentWriter(str(tmp_path / "z"), shard_size=20)
         images = {"image_size": 64, "val_batch_size": 8, "num_workers": 0, "predict": ["val"]}
         trainer(writer, precision=precision).predict(
-            tiny_module(predict="moments"), ImageNetDataModule(photos, **images)
+            tiny_module(predict="moments"), ImageNetDataModule(photos, **images, **options)
         )
         return tmp_path / "z/val"
 
@@ -37,7 +37,8 @@ def predict(
 def make_old(cache: Path) -> None:
     """What a version wrote that did not say how the adapter computes."""
     notes = json.loads((cache / IDENTITY).read_text())
-    notes.pop("adapter", None)
+    for name in ("adapter", "evaluation_crop"):
+        notes.pop(name, None)
     (cache / IDENTITY).write_text(json.dumps(notes))
 
 
@@ -76,6 +77,12 @@ def test_an_older_half_in_float32_is_completed(predict):
     missing.unlink()
     with pytest.raises(ValueError, match=r"precision was '32-true', now 'bf16-mixed'\."):
         predict("bf16-mixed")
+
+
+def test_a_half_is_not_completed_by_other_crops(predict):
+    halve(predict("32-true"))
+    with pytest.raises(ValueError, match=r"evaluation_crop was 'adm', now 'resize'\. Choose another one$"):
+        predict("32-true", evaluation_crop="resize")
 
 
 @pytest.mark.parametrize("run", ["epochs64", "reg80"])

@@ -252,3 +252,31 @@ def test_features_are_computed_on_the_fly(alignment, tiny_model, data, trainer, 
         trainer(max_steps=1).fit(module(None), data(crop="centre"))
     with pytest.raises(ValueError, match=r"gives 16 patch tokens, but the denoiser has 64"):
         trainer(max_steps=1).fit(module(FrozenVFM(VFM, input_scale=0.5)), data(crop="centre"))
+
+
+def test_a_checkpoint_says_which_vfm_images_were_aligned_to(tiny_model, data, trainer, tmp_path):
+    """What was trained before positions were resampled as published goes on by timm's way; another VFM is refused."""
+    tiny_model().save_pretrained(tmp_path / "tokenizer")
+    tokenizer = FrozenTokenizer(str(tmp_path / "tokenizer"))
+
+    def module(**vfm) -> DiffusionModule:
+        network = SiT(4, 8, 1, 2, 32, 2, 13, cls_channels=0, align_channels=128, align_depth=1)
+        aligned = REPA(FrozenVFM(VFM, **vfm))
+        return DiffusionModule(network, partial(torch.optim.AdamW, lr=2e-3), tokenizer=tokenizer, alignment=aligned)
+
+    path = tmp_path / "last.ckpt"
+    trained, run = module(), trainer(max_steps=1, limit_val_batches=0)
+    run.fit(trained, data())
+    run.save_checkpoint(path)
+    stored = torch.load(path, weights_only=True)
+    assert stored["aligned_to"] == trained.alignment.identity()
+    with pytest.raises(ValueError, match="other weights of 'vit_photos_patch8_64'"):
+        trainer(max_steps=2).fit(module(pretrained=False), data(), ckpt_path=path, weights_only=True)
+
+    stored.pop("aligned_to")
+    torch.save(stored, path)
+    resumed = module()
+    assert not resumed.alignment.vfm.antialias_positions
+    with pytest.warns(UserWarning, match=r"model\.alignment\.vfm: .* resampled with antialias, as older ones do"):
+        trainer(max_steps=2, limit_val_batches=0).fit(resumed, data(), ckpt_path=path, weights_only=True)
+    assert resumed.alignment.vfm.antialias_positions

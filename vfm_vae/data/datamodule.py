@@ -109,6 +109,7 @@ class ImageNetDataModule(LightningDataModule):
         self.train_transform: Transform = RandomCrop(image_size, min_crop, resampling)
         if crop == "centre":
             self.train_transform = CentreCrop(image_size, flip=True)
+        self.evaluation_crop = evaluation_crop
         self.evaluation_transform = (CentreCrop if evaluation_crop == "adm" else ResizeAndCrop)(image_size)
         self.max_bad_fraction = max_bad_fraction
         self.predict, self.num_samples = tuple(predict), num_samples

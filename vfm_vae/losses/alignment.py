@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vfm_vae.modules.convnext import no_gradients_of_weights
+from vfm_vae.modules.maps import without_autocast
 
 
 class VFLoss(NamedTuple):
@@ -93,7 +94,8 @@ def settle(loss: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     if not loss.requires_grad:  # nothing was weighed
         return loss
     inputs = [x for x in inputs if x.requires_grad]
-    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    with without_autocast(loss):
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
     used = [(x, gradient) for x, gradient in zip(inputs, gradients, strict=True) if gradient is not None]
     return _Settled.apply(loss.detach(), [gradient for _, gradient in used], *(x for x, _ in used))
 
@@ -130,8 +132,9 @@ def adaptive_weight(
     Returns:
         Detached scalar in `[0, maximum]`.
     """
-    with no_gradients_of_weights():
-        (reconstruction,) = torch.autograd.grad(reconstruction_loss, weight, retain_graph=True)
-    (alignment,) = torch.autograd.grad(alignment_loss, weight, retain_graph=True)
+    with without_autocast(weight):
+        with no_gradients_of_weights():
+            (reconstruction,) = torch.autograd.grad(reconstruction_loss, weight, retain_graph=True)
+        (alignment,) = torch.autograd.grad(alignment_loss, weight, retain_graph=True)
     ratio = reconstruction.float().norm() / (alignment.float().norm() + 1e-4)
     return ratio.clamp(0, maximum).detach()

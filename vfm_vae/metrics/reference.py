@@ -59,7 +59,8 @@ def name_of(network: Inception | FrozenVFM) -> str:
 def network_settings(network: Inception | FrozenVFM) -> dict[str, Any]:
     """What features depend on, as JSON has it: the network's whole name, its weights, and how a VFM sees images."""
     if isinstance(network, Inception):
-        return {"network": name_of(network), "network_weights": network.fingerprint()}
+        splits = {"score_splits": "of permuted samples"}  # formerly of successive ones
+        return {"network": name_of(network), "network_weights": network.fingerprint()} | splits
     return {"network": network.name, "network_weights": network.fingerprint()} | view_of(network)
 
 
