@@ -383,7 +383,7 @@ def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any], option: str = "mode
     if vfm.antialias_positions != former and vfm._positions is not None:
         ways = {True: "with antialias", False: "without antialias"}
         rank_zero_warn(
-            f"{option}: the checkpoint goes with positions resampled {ways[former]}, as older ones do, and goes on so; "
+            f"{option}: the checkpoint goes with positions resampled {ways[former]}, like older ones, and goes on so; "
             f"train anew to have them {ways[vfm.antialias_positions]}. At the table's own grid both are the same, as of "
             "SigLIP2-512 on 256 px images at input_scale 2"
         )
