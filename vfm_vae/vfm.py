@@ -384,7 +384,7 @@ def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any], option: str = "mode
         ways = {True: "with antialias", False: "without antialias"}
         rank_zero_warn(
             f"{option}: the checkpoint goes with positions resampled {ways[former]}, like older ones, and goes on so; "
-            f"train anew to have them {ways[vfm.antialias_positions]}. At the table's own grid both are the same, as of "
+            f"train anew to have them {ways[vfm.antialias_positions]}. At the table's own grid both are one, as of "
             "SigLIP2-512 on 256 px images at input_scale 2"
         )
         vfm.antialias_positions = former
