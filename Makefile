@@ -133,7 +133,7 @@ tensorboard: install ## show the runs at http://localhost:6006
 embedded-vfm: install ## pretrain the embedded ViT again and draw its features
 	$(BIN)/python -m vfm_vae.embedded.pretrain --picture docs/embedded_pca.png
 
-strong: install ## stage 1, strong alignment, on ImageNet: make strong DATA=/path GPUS=8 (0 takes the CPU)
+strong: install ## stage 1, strong alignment, on ImageNet: make strong DATA=/path GPUS=8 [RECIPE=as_published] (GPUS=0: CPU)
 	$(STAGE_FIT)
 
 weak: install ## stage 2, weak alignment, from the strong stage
