@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 def antialias_positions_of(name: str) -> bool:
@@ -38,11 +38,10 @@ def resample_positions(
     Returns:
         `[1, P + rows * columns, C]` in the precision of `table`.
     """
-    num_patches = math.prod(old_grid)
-    prefix, patches = table.split([table.shape[1] - num_patches, num_patches], 1)
-    maps = patches.mT.unflatten(2, tuple(old_grid)).float()  # [1, C, rows, columns]
-    maps = F.interpolate(maps, size=tuple(new_grid), mode=interpolation)
-    return torch.cat([prefix, maps.flatten(2).mT.to(table.dtype)], 1)
+    num_prefix = table.shape[1] - math.prod(old_grid)
+    return resample_abs_pos_embed(
+        table, list(new_grid), list(old_grid), num_prefix, interpolation=interpolation, antialias=False
+    )
 
 
 class Positions:

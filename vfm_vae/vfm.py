@@ -383,8 +383,8 @@ def check_vfm(vfm: FrozenVFM, checkpoint: Mapping[str, Any], option: str = "mode
     if vfm.antialias_positions != former and vfm._positions is not None:
         ways = {True: "with antialias", False: "without antialias"}
         rank_zero_warn(
-            f"{option}: the checkpoint goes with positions resampled {ways[former]}, like older ones, and goes on so; "
-            f"train anew to have them {ways[vfm.antialias_positions]}. At the table's own grid both are one, as of "
-            "SigLIP2-512 on 256 px images at input_scale 2"
+            f"{option}: the checkpoint goes with positions resampled {ways[former]}, and goes on so; train anew to "
+            f"have them {ways[vfm.antialias_positions]}. At the table's own grid, as of SigLIP2-512 on 256 px images "
+            "at input_scale 2, there is no difference"
         )
         vfm.antialias_positions = former

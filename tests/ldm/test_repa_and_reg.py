@@ -277,6 +277,6 @@ def test_a_checkpoint_says_which_vfm_images_were_aligned_to(tiny_model, data, tr
     torch.save(stored, path)
     resumed = module()
     assert not resumed.alignment.vfm.antialias_positions
-    with pytest.warns(UserWarning, match=r"model\.alignment\.vfm: .* resampled with antialias, like older ones"):
+    with pytest.warns(UserWarning, match=r"model\.alignment\.vfm: .* resampled with antialias, and goes on so"):
         trainer(max_steps=2, limit_val_batches=0).fit(resumed, data(), ckpt_path=path, weights_only=True)
     assert resumed.alignment.vfm.antialias_positions
