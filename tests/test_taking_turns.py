@@ -10,6 +10,7 @@ from torch.optim import Adam
 from training import changed, repeat, weights
 
 from callbacks.throughput import Throughput
+from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.modules.equivariance import EquivarianceRegularizer
 
 
@@ -102,6 +103,18 @@ def test_each_phase_draws_its_own_transform(tiny_module, trainer, batch):
     trainer(max_steps=1).fit(module, repeat(batch))
     discriminator, generator = ([(seen, phase, 0) for seen in (0, 8)] for phase in ("discriminator", "generator"))
     assert asked == discriminator + generator
+
+
+def test_the_generator_s_turn_keeps_nothing_of_real_patches(tiny_module, trainer, batch):
+    objective = {"adversarial_patch": 0.1, "feature_matching": 0.1}
+    kept = {}
+    for order in ("simultaneous", "published"):
+        module, passes = tiny_module(objective, patchgan=PatchGAN(base_channels=4), order=order), []
+        module.patchgan.register_forward_hook(lambda *args, seen=passes: seen.append(args[-1][0][0].requires_grad))
+        trainer(max_steps=1).fit(module, repeat(batch))
+        kept[order] = passes
+    assert kept["simultaneous"] == [True] * 3  # real ones, for both; generated ones, for either
+    assert kept["published"] == [True, True, False, True]  # the discriminators' turn, then the generator's
 
 
 def test_operations_are_counted_over_whole_steps(tiny_module, trainer, batch):

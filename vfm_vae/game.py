@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from vfm_vae.discriminators.patchgan import PatchGAN
@@ -37,9 +38,15 @@ class Game:
         """The PatchGAN's features of real images: the generator matches them, then its own loss continues from them."""
         return self.patchgan(self.real)
 
-    def generator_terms(self, generated: Tensor) -> dict[str, Tensor]:
-        """The generator's unweighted terms by name; the discriminators' weights take no gradient from them."""
-        real = self._real_patches if self.patchgan is not None else None
+    def generator_terms(self, generated: Tensor, alone: bool = False) -> dict[str, Tensor]:
+        """The generator's unweighted terms by name; the discriminators' weights take no gradient from them.
+
+        Args:
+            generated: Its images, `[B, 3, H, W]` in [-1, 1].
+            alone: Whether `discriminator_terms` do not follow, so that of real images nothing is kept for them.
+        """
+        with torch.set_grad_enabled(not alone):
+            real = self._real_patches if self.patchgan is not None else None
         self._train(False)
         terms = {"adversarial": hinge_generator_loss(self.discriminator(generated))}
         if self.patchgan is not None:

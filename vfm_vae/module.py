@@ -196,7 +196,7 @@ class TokenizerModule(TwoPlayers):
         rec = self.objective.reconstruction(decoded, made.target, self.interpolation, self.images_seen)
         total = settle(self.objective.total(rec), [decoded.image, *decoded.multiscale])  # two passes follow
         latent, scalars = self.objective.latent(made.posterior, made.z, made.features, self.model.adapter, total)
-        against = game.generator_terms(decoded.image)
+        against = game.generator_terms(decoded.image, alone=self.order == "published")
         self.judge(reconstruction=rec, adversarial=against, others=latent)
         self.learn(self.GENERATOR, total + self.objective.total(latent | against), step_ends)
         self._remember("generator", rec | latent | against, scalars)
