@@ -1,0 +1,44 @@
+"""Ranges of numbers that options may have: one line names the option where a number lies outside.
+
+NaN and infinity lie outside of all; None, an option that is left out, lies within. Of a sequence, every entry counts.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+Number = float | Sequence[float] | None
+
+
+def at_least(minimum: float, **options: Number) -> None:
+    """Sees that numbers are not under a minimum.
+
+    Args:
+        minimum: What is just allowed.
+        **options: The numbers by their options' names.
+
+    Raises:
+        ValueError: if one is, or is not finite.
+    """
+    _check(lambda number: number >= minimum, f"at least {minimum:g}", options)
+
+
+def positive(**options: Number) -> None:
+    """Sees that numbers are above 0; arguments and errors as of `at_least`."""
+    _check(lambda number: number > 0, "above 0", options)
+
+
+def within(low: float, high: float, **options: Number) -> None:
+    """Sees that numbers lie in [low, high]; options and errors as of `at_least`."""
+    _check(lambda number: low <= number <= high, f"in [{low:g}, {high:g}]", options)
+
+
+def finite(**options: Number) -> None:
+    """Sees that numbers are finite, whatever their sign; arguments and errors as of `at_least`."""
+    _check(math.isfinite, "a finite number", options)
+
+
+def _check(fits: Callable[[float], bool], wanted: str, options: dict[str, Number]) -> None:
+    for name, value in options.items():
+        numbers = list(value) if isinstance(value, Sequence) else [] if value is None else [value]
+        if not all(math.isfinite(number) and fits(number) for number in numbers):
+            raise ValueError(f"{name}: must be {wanted}, given {numbers if isinstance(value, Sequence) else value}")
