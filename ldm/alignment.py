@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm import path
 from ldm.models.denoiser import Denoiser, Prediction
 from vfm_vae.metrics.reconstruction import from_uint8
+from vfm_vae.options import at_least
 from vfm_vae.types import Batch, LatentBatch
 from vfm_vae.vfm import FrozenVFM, check_vfm, vfm_identity
 
@@ -42,6 +43,7 @@ class REPA(nn.Module):
 
     def __init__(self, vfm: FrozenVFM | None = None, weight: float = 0.5):
         super().__init__()
+        at_least(0, weight=weight)
         self.vfm, self.weight = vfm, weight
 
     @property
@@ -158,6 +160,7 @@ class REG(REPA):
 
     def __init__(self, vfm: FrozenVFM | None = None, weight: float = 0.5, cls_weight: float = 0.03):
         super().__init__(vfm, weight)
+        at_least(0, cls_weight=cls_weight)
         self.cls_weight = cls_weight
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vfm_vae.options import at_least, within
 from vfm_vae.pretrained import remembers_arguments
 
 ConditionalField = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -38,10 +39,11 @@ class Guidance:
         channels: int | None = None,
         cls_scale: float = 0.0,
     ):
-        if not 0 <= start <= end <= 1:
-            raise ValueError(f"start, end: 0 <= start <= end <= 1 is needed, given {start} and {end}")
-        if channels is not None and channels < 1:
-            raise ValueError(f"channels: at least 1, or null for all, given {channels}")
+        at_least(0, scale=scale, cls_scale=cls_scale)
+        at_least(1, channels=channels)
+        within(0, 1, start=start, end=end)
+        if start > end:
+            raise ValueError(f"start, end: the interval begins where it ends at the latest, given {start} and {end}")
         self.scale, self.start, self.end, self.channels, self.cls_scale = scale, start, end, channels, cls_scale
 
     def with_scale(self, scale: float) -> "Guidance":

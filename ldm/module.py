@@ -28,7 +28,8 @@ from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.data.latents import LatentStatistics, RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.metrics.reconstruction import MeanOverImages, Rounding, from_uint8, quantised
-from vfm_vae.optimization import log_where_due
+from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
+from vfm_vae.options import at_least, within
 from vfm_vae.tokenizer import FrozenTokenizer
 from vfm_vae.types import Batch, LatentBatch, Samples
 from vfm_vae.vfm import sha256_of
@@ -55,6 +56,9 @@ class DiffusionModule(LightningModule):
             counters are left.
         torch_compile: Compile the denoiser, block by block; `auto` does so on CUDA, unless it is small.
         seed: Of every step's randomness, and of samples.
+
+    Raises:
+        ValueError: if an option lies outside its range, or does not fit another.
 
     Attributes:
         images_seen: Images trained on, over all ranks.
@@ -84,8 +88,10 @@ class DiffusionModule(LightningModule):
         super().__init__()
         if _given_hyperparameters.get() is not None:
             self.save_hyperparameters()
-        if not 0 <= label_drop <= 1:
-            raise ValueError(f"label_drop: a share in [0, 1], given {label_drop}")
+        at_least(0, cosine_weight=cosine_weight, seed=seed)
+        at_least(1, statistics_images=statistics_images)
+        within(0, 1, label_drop=label_drop)
+        try_optimizers(optimizer=optimizer)
         self.model = model
         self.optimizer = optimizer
         self.sampler, self.guidance = sampler or Euler(), guidance or Guidance()
@@ -343,6 +349,7 @@ class DiffusionModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Looks whether data, tokenizer and denoiser fit each other, before anything is computed; compiles."""
+        check_trainer(self.trainer)
         if stage == "fit" and self.trainer.precision == "16-mixed":
             raise ValueError("trainer.precision: 16-mixed is not supported, use bf16-mixed")
         if self.trainer.gradient_clip_algorithm == "value":

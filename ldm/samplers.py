@@ -14,6 +14,7 @@ from torchdiffeq import odeint
 
 from ldm.guidance import VelocityField
 from ldm.path import score
+from vfm_vae.options import at_least, positive
 from vfm_vae.pretrained import remembers_arguments
 
 Noise = Callable[[], Tensor]
@@ -66,10 +67,8 @@ class GridSampler(Sampler):
 
     @remembers_arguments
     def __init__(self, steps: int = 250, shift: float = 1.0):
-        if steps < 2:
-            raise ValueError(f"steps: a grid has at least 2 points, given {steps}")
-        if shift <= 0:
-            raise ValueError(f"shift: must be positive (1 leaves the grid even), given {shift}")
+        at_least(2, steps=steps)
+        positive(shift=shift)
         self.steps, self.shift = steps, shift
 
     @property
@@ -125,6 +124,7 @@ class Dopri5(Sampler):
 
     @remembers_arguments
     def __init__(self, atol: float = 1e-6, rtol: float = 1e-3):
+        positive(atol=atol, rtol=rtol)
         self.atol, self.rtol = atol, rtol
 
     def __call__(self, field: VelocityField, noise: Tensor, fresh_noise: Noise | None = None) -> Tensor:
@@ -149,8 +149,7 @@ class EulerMaruyama(Sampler):
 
     @remembers_arguments
     def __init__(self, steps: int = 250, last: float = 0.04):
-        if steps < 2:
-            raise ValueError(f"steps: at least 2, given {steps}")
+        at_least(2, steps=steps)
         if not 0 < last < 1:
             raise ValueError(f"last: a noise level in (0, 1), given {last}")
         self.steps, self.last = steps, last

@@ -22,7 +22,8 @@ from vfm_vae.losses.objective import Objective
 from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics, Rounding, from_uint8, quantised
 from vfm_vae.modules.equivariance import EquivarianceRegularizer, Transform
 from vfm_vae.modules.resize import resize
-from vfm_vae.optimization import log_where_due
+from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
+from vfm_vae.options import at_least
 from vfm_vae.stages import begin, check_optimizers, freeze_all_but, read_stage
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.two_players import TwoPlayers
@@ -78,10 +79,13 @@ class TokenizerModule(TwoPlayers):
         features: VFM whose features a cache of `moments` holds beside the latents, for models that are aligned to it.
         seed: Of every step's randomness.
         accumulate_grad_batches: Batches whose gradients make one step.
-        gradient_clip_val: Largest gradient norm of either player; None clips nothing.
+        gradient_clip_val: Largest gradient norm of either player; None or 0 clips nothing.
         order: How the players take turns. `simultaneous`: both learn from one generator forward, the generator first.
             `published`: the discriminators learn from a forward of their own, with draws of its own, and step; then the
             generator runs again, against them.
+
+    Raises:
+        ValueError: if an option lies outside its range, or does not fit another.
 
     Attributes:
         images_seen: Images trained on, over all ranks and stages.
@@ -113,6 +117,9 @@ class TokenizerModule(TwoPlayers):
         order: Literal["simultaneous", "published"] = "simultaneous",
     ):
         super().__init__(guard, accumulate_grad_batches, gradient_clip_val)
+        at_least(-1, max_images=max_images)
+        at_least(0, seed=seed)
+        try_optimizers(optimizer=optimizer, discriminator_optimizer=discriminator_optimizer)
         if _given_hyperparameters.get() is not None:
             self.save_hyperparameters()
         if model.vfm is None:
@@ -342,6 +349,7 @@ class TokenizerModule(TwoPlayers):
 
     def setup(self, stage: str) -> None:
         """Looks whether the images fit; starts from the former stage, unless a run of this stage is resumed."""
+        check_trainer(self.trainer)
         image_size = getattr(self.trainer.datamodule, "image_size", None)
         if image_size is not None:
             self.model.check_image_size(image_size)

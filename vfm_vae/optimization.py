@@ -1,10 +1,46 @@
-"""Steps of an optimiser, and what is logged of them, without waiting for the device."""
+"""Options of training, steps of an optimiser, and what is logged of them, without waiting for the device."""
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from vfm_vae.options import at_least, finite, positive
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Sees that numbers which Lightning took unseen lie in their ranges.
+
+    Raises:
+        ValueError: if one does not.
+    """
+    for minimum, options in {
+        0: ("gradient_clip_val", "log_every_n_steps", "min_epochs", "min_steps"),
+        1: ("accumulate_grad_batches", "check_val_every_n_epoch"),
+    }.items():
+        at_least(minimum, **{f"trainer.{option}": getattr(trainer, option) for option in options})
+    at_least(-1, **{"trainer.num_sanity_val_steps": min(trainer.num_sanity_val_steps, 0)})  # -1 is infinity by now
+    positive(**{"trainer.val_check_interval": getattr(trainer, "val_check_interval", None)})  # unless by the clock
+
+
+def try_optimizers(**options: OptimizerCallable) -> None:
+    """Sees that optimisers can be made of their options, before there is anything to optimise.
+
+    Args:
+        **options: What makes them, by name.
+
+    Raises:
+        ValueError: if one can't be made, or has a number that is not finite.
+    """
+    for name, make in options.items():
+        try:
+            (group,) = make([nn.Parameter(torch.zeros(1))]).param_groups
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        finite(**{f"{name}.{option}": value for option, value in group.items() if isinstance(value, Real)})
 
 
 def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:

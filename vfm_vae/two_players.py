@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.modules.maps import without_autocast
 from vfm_vae.optimization import step_unless
+from vfm_vae.options import at_least
 
 
 class TwoPlayers(LightningModule):
@@ -22,13 +23,13 @@ class TwoPlayers(LightningModule):
     Args:
         guard: Decides which steps are taken.
         accumulate_grad_batches: Batches whose gradients make one step.
-        gradient_clip_val: Largest gradient norm of either player; None clips nothing.
+        gradient_clip_val: Largest gradient norm of either player; None or 0 clips nothing.
 
     Attributes:
         images_seen: Images trained on, over all ranks and stages.
 
     Raises:
-        ValueError: if less than one batch is to make a step.
+        ValueError: if an option lies outside its range.
     """
 
     GENERATOR, DISCRIMINATOR = 0, 1  # positions of their optimisers
@@ -37,8 +38,8 @@ class TwoPlayers(LightningModule):
         self, guard: NonFiniteGuard | None, accumulate_grad_batches: int, gradient_clip_val: float | None
     ) -> None:
         super().__init__()
-        if accumulate_grad_batches < 1:
-            raise ValueError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
+        at_least(1, accumulate_grad_batches=accumulate_grad_batches)
+        at_least(0, gradient_clip_val=gradient_clip_val)
         self.automatic_optimization = False
         self.guard = guard or NonFiniteGuard()
         self.accumulate_grad_batches = accumulate_grad_batches
@@ -67,7 +68,7 @@ class TwoPlayers(LightningModule):
         norm = get_total_norm([p.grad for p in parameters])
         self.grad_norms[("grad_norm", "grad_norm_discriminator")[player]] = norm
         self.judge(others={"grad_norm": norm})  # finite losses can have gradients that are not
-        if self.gradient_clip_val is not None:
+        if self.gradient_clip_val:  # 0 is off, as Lightning has it
             clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
         # Only the generator goes through Lightning's wrapper, which counts global_step: one step per batch.
         step = (optimizer if player == self.GENERATOR else optimizer.optimizer).step

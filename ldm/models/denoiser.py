@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from vfm_vae.compilation import compile_regions
+from vfm_vae.options import at_least
 
 
 class Prediction(NamedTuple):
@@ -42,7 +43,7 @@ class Denoiser(nn.Module, ABC):
         blocks: The transformer's blocks, each from tokens to tokens `[B, prefix + N, D]`; subclasses make them.
 
     Raises:
-        ValueError: if a width is negative.
+        ValueError: if a number lies outside its range.
     """
 
     blocks: nn.ModuleList
@@ -56,8 +57,8 @@ class Denoiser(nn.Module, ABC):
         align_channels: int = 0,
     ):
         super().__init__()
-        if min(cls_channels, align_channels) < 0:
-            raise ValueError(f"cls_channels, align_channels: 0 or more, given {cls_channels} and {align_channels}")
+        at_least(1, in_channels=in_channels, input_size=input_size, num_classes=num_classes)
+        at_least(0, cls_channels=cls_channels, align_channels=align_channels)
         self.in_channels = in_channels
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
         self.num_classes = num_classes

@@ -31,6 +31,7 @@ from ldm.models.layers import (
     xavier_init,
     zero_init,
 )
+from vfm_vae.options import at_least
 from vfm_vae.pretrained import remembers_arguments
 
 SIZES = {
@@ -65,7 +66,7 @@ class LightningDiT(Denoiser):
             a third more time for a fraction of the memory.
 
     Raises:
-        ValueError: if sizes do not divide, or align_depth lies outside its range.
+        ValueError: if a number lies outside its range, or sizes do not divide.
     """
 
     sizes: ClassVar[Mapping[str, Size]] = SIZES
@@ -94,11 +95,13 @@ class LightningDiT(Denoiser):
         activation_checkpointing: bool = False,
     ):
         super().__init__(in_channels, input_size, num_classes, cls_channels, align_channels)
+        at_least(1, patch_size=patch_size, depth=depth, width=width, num_heads=num_heads)
+        at_least(1, align_depth=align_depth, projector_width=projector_width)
         if rotary and width % (4 * num_heads):
             raise ValueError(f"width: {width} does not divide by 4 · num_heads = {4 * num_heads}")
         if width % 4 or width % num_heads:
             raise ValueError(f"width: {width} does not divide by both 4 and num_heads = {num_heads}")
-        if align_channels and not 1 <= align_depth <= depth:
+        if align_channels and align_depth > depth:
             raise ValueError(f"align_depth: a block from 1 to depth = {depth}, given {align_depth}")
         self.grid = token_grid(self.input_size, patch_size)
         self.patch_size, self.align_depth = patch_size, align_depth

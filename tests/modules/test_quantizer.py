@@ -190,12 +190,9 @@ def test_codewords_start_in_a_small_cube():
     [
         ({"vocabulary_size": 33}, "vocabulary_size: 33 does not divide by 2 codebooks"),
         ({"width": 7}, "width: 7 does not divide by 2 codebooks"),
-        ({"num_codebooks": 0}, "num_codebooks: must be at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature: must be positive, got 0"),
-        ({"beta": -1.0}, "beta: must not be negative, got -1"),
     ],
 )
-def test_options_out_of_range(options, message):
+def test_options_that_do_not_divide(options, message):
     with pytest.raises(ValueError, match=message):
         quantizer(**options)
 

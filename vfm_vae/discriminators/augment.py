@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vfm_vae.options import at_least, within
+
 
 class DifferentiableAugmentation(nn.Module):
     """Brightness, saturation, contrast, translation and cutout, in this order, drawn anew for every sample.
@@ -17,6 +19,9 @@ class DifferentiableAugmentation(nn.Module):
         contrast: distances from the mean over the sample, times `U(1 - contrast, 1 + contrast)`.
         translation: largest shift along each axis, as a share of the side; whole pixels, zeros move in.
         cutout: side of a square of zeros, as a share of the image's; its centre lies anywhere in the image.
+
+    Raises:
+        ValueError: if a strength is negative, or a share above 1.
     """
 
     def __init__(
@@ -28,6 +33,8 @@ class DifferentiableAugmentation(nn.Module):
         cutout: float = 0.2,
     ) -> None:
         super().__init__()
+        at_least(0, brightness=brightness, saturation=saturation, contrast=contrast)
+        within(0, 1, translation=translation, cutout=cutout)
         self.brightness = brightness
         self.saturation = saturation
         self.contrast = contrast

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from vfm_vae.discriminators.layers import LocalBatchNorm
 from vfm_vae.modules.maps import in_fast_layout
+from vfm_vae.options import at_least
 
 
 class PatchDiscriminator(nn.Module):
@@ -98,9 +99,7 @@ class PatchGAN(nn.Module):
             "kernel_size": kernel_size,
             "virtual_batch_size": virtual_batch_size,
         }
-        for name, value in {"num_scales": num_scales, **options}.items():
-            if value < 1:
-                raise ValueError(f"{name}: must be at least 1, given {value}")
+        at_least(1, num_scales=num_scales, **options)
         self.scales = nn.ModuleList(PatchDiscriminator(**options) for _ in range(num_scales))
 
     def forward(self, images: Tensor) -> list[list[Tensor]]:

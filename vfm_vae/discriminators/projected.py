@@ -12,6 +12,7 @@ from vfm_vae.compilation import compile_regions
 from vfm_vae.discriminators.augment import DifferentiableAugmentation
 from vfm_vae.discriminators.layers import LocalBatchNorm
 from vfm_vae.modules.resize import resize
+from vfm_vae.options import at_least, within
 from vfm_vae.positions import resample_positions
 from vfm_vae.vfm import Frozen, Interpolation, create_vit
 
@@ -77,8 +78,8 @@ class ProjectedDiscriminator(nn.Module):
         augmentation: what to do to the images in training; None takes the default strengths.
 
     Raises:
-        ValueError: if the backbone is unknown or its weights can't be had, it has no such layer, or it does not take
-            the size.
+        ValueError: if a number lies outside its range, the backbone is unknown or its weights can't be had, it has no
+            such layer, or it does not take the size.
     """
 
     mean: Tensor
@@ -98,6 +99,9 @@ class ProjectedDiscriminator(nn.Module):
         augmentation: DifferentiableAugmentation | None = None,
     ) -> None:
         super().__init__()
+        at_least(1, size=size, kernel_size=kernel_size, virtual_batch_size=virtual_batch_size)
+        at_least(0, layers=layers)
+        within(0, 1, crop_probability=crop_probability)
         vit = create_vit(backbone, weights=weights, pretrained=pretrained)
         _check(vit, backbone, size, layers, kernel_size)
         set_input_size(vit, size)

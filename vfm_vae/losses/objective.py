@@ -16,6 +16,7 @@ from vfm_vae.losses.reconstruction import (
 )
 from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.quantizer import QuantizedPosterior
+from vfm_vae.options import at_least
 from vfm_vae.types import Decoded, Posterior, VFMFeatures
 from vfm_vae.vfm import Interpolation
 
@@ -45,7 +46,7 @@ class Objective(nn.Module):
         feature_matching: Weight of the distance between its features of real and generated images.
 
     Raises:
-        ValueError: if a perceptual weight has no loss to weigh.
+        ValueError: if an option lies outside its range, or a perceptual weight has no loss to weigh.
     """
 
     def __init__(
@@ -70,16 +71,6 @@ class Objective(nn.Module):
         feature_matching: float = 0.0,
     ):
         super().__init__()
-        if perceptual and perceptual_loss is None:
-            raise ValueError(f"perceptual={perceptual:g} weighs nothing: give perceptual_loss, or set perceptual to 0")
-        if alignment_every < 1:
-            raise ValueError(f"alignment_every: must be at least 1, given {alignment_every}")
-        self.perceptual_loss = perceptual_loss
-        self.ssim_loss = SSIMLoss()
-        self.multi_resolution_images = multi_resolution_images
-        self.adaptive_alignment, self.alignment_every = adaptive_alignment, alignment_every
-        self._kept_weight: Tensor | None = None
-        self._kept_for = 0  # more batches
         self.margins = {"distmat_margin": distmat_margin, "cos_margin": cos_margin}
         self.weights = {
             "l1": l1,
@@ -95,6 +86,16 @@ class Objective(nn.Module):
             "adversarial_patch": adversarial_patch,
             "feature_matching": feature_matching,
         }
+        at_least(0, multi_resolution_images=multi_resolution_images, **self.weights, **self.margins)
+        at_least(1, alignment_every=alignment_every)
+        if perceptual and perceptual_loss is None:
+            raise ValueError(f"perceptual={perceptual:g} weighs nothing: give perceptual_loss, or set perceptual to 0")
+        self.perceptual_loss = perceptual_loss
+        self.ssim_loss = SSIMLoss()
+        self.multi_resolution_images = multi_resolution_images
+        self.adaptive_alignment, self.alignment_every = adaptive_alignment, alignment_every
+        self._kept_weight: Tensor | None = None
+        self._kept_for = 0  # more batches
 
     def reconstruction(
         self, decoded: Decoded, target: Tensor, interpolation: Interpolation, images_seen: int

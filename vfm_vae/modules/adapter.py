@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfm_vae.modules.maps import pixel_unshuffle, without_autocast
+from vfm_vae.options import at_least
 from vfm_vae.pretrained import remembers_arguments
 
 Projection = Literal["attention", "conv"]
@@ -149,6 +150,9 @@ class Adapter(nn.Module):
         encode_layers: Attention blocks in each encoding stack.
         decode_layers: Attention blocks in the decoding stack.
         gaussian: Whether encoding ends in means and log-variances, or in the C channels that a quantizer takes.
+
+    Raises:
+        ValueError: if a number is below 1, or widths do not fit each other.
     """
 
     @remembers_arguments
@@ -167,6 +171,9 @@ class Adapter(nn.Module):
         gaussian: bool = True,
     ):
         super().__init__()
+        at_least(1, feature_channels=feature_channels, layer_channels=layer_channels, latent_channels=latent_channels)
+        at_least(1, unshuffle=unshuffle, decoded_channels=decoded_channels, alignment_channels=alignment_channels)
+        at_least(1, encode_layers=encode_layers, decode_layers=decode_layers)
         self.gaussian = gaussian
         self.feature_channels = list(feature_channels)
         self.latent_channels = latent_channels

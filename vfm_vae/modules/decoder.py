@@ -11,6 +11,7 @@ from vfm_vae.compilation import compile_regions
 from vfm_vae.modules.layers import EqualizedLinear, SelfAttentionLayer, UpsampleUnit, activation
 from vfm_vae.modules.maps import Blur, GroupNorm, PixelShuffle, PixelUnshuffle, Pointwise
 from vfm_vae.modules.modulated import ModulatedConvNeXt, ToRGB
+from vfm_vae.options import at_least
 from vfm_vae.pretrained import remembers_arguments
 from vfm_vae.types import Decoded
 
@@ -171,7 +172,7 @@ class Decoder(nn.Module):
             the cells that one of theirs covers (`pooling`).
 
     Raises:
-        ValueError: if options do not fit each other.
+        ValueError: if a number lies outside its range, or options do not fit each other.
     """
 
     @remembers_arguments
@@ -196,6 +197,10 @@ class Decoder(nn.Module):
         route_downsampling: Downsampling = "unshuffle",
     ):
         super().__init__()
+        at_least(1, latent_channels=latent_channels, channels=channels, route_channels=route_channels)
+        at_least(1, w_channels=w_channels, pooled_size=pooled_size, compression=compression)
+        at_least(1, attention_heads=attention_heads, attention_widening=attention_widening)
+        at_least(0, attention_depths=attention_depths, num_res_blocks=num_res_blocks)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         num_blocks = len(channels)
         self.first_scale = _first_scale(num_blocks, compression)
@@ -292,7 +297,7 @@ def _first_scale(num_blocks: int, compression: int | None) -> int:
     """
     if compression is None:
         return -2
-    if compression < 1 or compression & (compression - 1) or compression > 2**num_blocks:
+    if compression & (compression - 1) or compression > 2**num_blocks:
         raise ValueError(
             f"compression: {num_blocks} blocks enlarge a latent by a power of two up to {2**num_blocks}, given "
             f"{compression}; choose such a one, or give channels of another number of blocks"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vfm_vae.modules.resize import resize
+from vfm_vae.options import at_least, positive, within
 from vfm_vae.vfm import Interpolation
 
 
@@ -62,6 +63,9 @@ class EquivarianceRegularizer:
         scales: factors for the latent, all equally likely.
         prior_scales: factors for the input image, all equally likely.
         seed: chooses the sequence of draws.
+
+    Raises:
+        ValueError: if an option lies outside its range.
     """
 
     def __init__(
@@ -72,9 +76,9 @@ class EquivarianceRegularizer:
         prior_scales: Sequence[float] = (0.25, 0.5, 0.75),
         seed: int = 0,
     ) -> None:
-        for name, value in (("probability", probability), ("prior_probability", prior_probability)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}: must lie in [0, 1], given {value}")
+        within(0, 1, probability=probability, prior_probability=prior_probability)
+        positive(scales=scales, prior_scales=prior_scales)
+        at_least(0, seed=seed)
         self.probability = probability
         self.prior_probability = prior_probability
         self.scales = tuple(scales)

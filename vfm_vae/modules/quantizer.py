@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vfm_vae.options import at_least, positive
 from vfm_vae.pretrained import remembers_arguments
 
 
@@ -124,15 +125,12 @@ class VectorQuantizer(nn.Module):
         temperature: float = 0.01,
     ):
         super().__init__()
-        if num_codebooks < 1:
-            raise ValueError(f"num_codebooks: must be at least 1, got {num_codebooks}")
+        at_least(1, vocabulary_size=vocabulary_size, num_codebooks=num_codebooks, width=width)
+        at_least(0, beta=beta)
+        positive(temperature=temperature)
         for option, number in {"vocabulary_size": vocabulary_size, "width": width}.items():
-            if number < 1 or number % num_codebooks:
+            if number % num_codebooks:
                 raise ValueError(f"{option}: {number} does not divide by {num_codebooks} codebooks; give a multiple")
-        if beta < 0:
-            raise ValueError(f"beta: must not be negative, got {beta:g}")
-        if temperature <= 0:
-            raise ValueError(f"temperature: must be positive, got {temperature:g}")
         self.width, self.beta, self.temperature = width, beta, temperature
         size, channels = vocabulary_size // num_codebooks, width // num_codebooks
         self.codebooks = nn.Parameter(torch.empty(num_codebooks, size, channels))
