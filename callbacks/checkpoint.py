@@ -3,6 +3,8 @@
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from vfm_vae.options import at_least
+
 
 class LastCheckpoint(ModelCheckpoint):
     """Keeps `last.ckpt`: written every so many steps of the optimiser, and when training ends.
@@ -18,8 +20,7 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, every_n_steps: int = 1000) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps: must be at least 1, given {every_n_steps}")
+        at_least(1, every_n_steps=every_n_steps)
         super().__init__(save_last=True, save_top_k=0, every_n_train_steps=every_n_steps, enable_version_counter=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -23,6 +23,7 @@ from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.neighbours import Neighbours, nearest_neighbours
 from vfm_vae.metrics.reconstruction import from_uint8
 from vfm_vae.metrics.semantic import geometric, names_of, published_numbers, transformed
+from vfm_vae.options import at_least, within
 from vfm_vae.types import AlignmentFeatures, Batch, EncodesImages, LatentBatch
 from vfm_vae.vfm import FrozenVFM
 
@@ -72,14 +73,14 @@ class CKNNACallback(EvaluationCallback):
         se_cknna: Literal["each", "published"] | None = None,
         every_n_images: int | None = None,
     ) -> None:
+        super().__init__(num_images)
+        at_least(1, k=k, image_size=image_size, every_n_images=every_n_images)
+        within(0, 1, times=times)
         if not vfms:
             raise ValueError("vfms: at least one is needed to compare with; got none.")
         if num_images is not None and num_images <= k:
             raise ValueError(f"num_images: {k} neighbours need more than {k} images; got {num_images}.")
         self.vfms = by_name(vfms)
-        if times is not None and not all(0 <= time <= 1 for time in times):
-            raise ValueError(f"times: each lies in [0, 1], 0 being noise; got {list(times)}.")
-        super().__init__(num_images)
         self.k = k
         self.times: list[float | None] = list(times) if times else [None]
         self.se_cknna, self.every_n_images = se_cknna, every_n_images

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vfm_vae.options import positive
 from vfm_vae.types import CountsImages
 
 
@@ -43,12 +44,9 @@ class EMA(Callback):
         decay: float | None = None,
         modules: Sequence[str] = ("model",),
     ) -> None:
-        if half_life_images <= 0:
-            raise ValueError(f"half_life_images must be positive; got {half_life_images}.")
-        if ramp_up is not None and ramp_up <= 0:
-            raise ValueError(f"ramp_up must be positive, or null for none; got {ramp_up}.")
+        positive(half_life_images=half_life_images, ramp_up=ramp_up)
         if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), or be null to use half_life_images; got {decay}.")
+            raise ValueError(f"decay: must be in [0, 1), or null to use half_life_images, given {decay}")
         self.half_life_images, self.ramp_up, self.decay = half_life_images, ramp_up, decay
         self.modules = (modules,) if isinstance(modules, str) else tuple(modules)
         self.weights: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vfm_vae.metrics.reference import view_of
+from vfm_vae.options import at_least
 from vfm_vae.types import Batch, LatentBatch
 from vfm_vae.vfm import FrozenVFM
 
@@ -30,8 +31,7 @@ class EvaluationCallback(Callback, ABC):
     """
 
     def __init__(self, num_images: int | None = None) -> None:
-        if num_images is not None and num_images < 1:
-            raise ValueError(f"num_images: at least 1, or null for all; got {num_images}.")
+        at_least(1, num_images=num_images)
         self.num_images = num_images
         self.num_samples = 0
         self.num_measured = 0

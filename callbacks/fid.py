@@ -11,6 +11,7 @@ from vfm_vae.metrics.inception import Inception
 from vfm_vae.metrics.reconstruction import to_uint8
 from vfm_vae.metrics.reference import Reference, ReferenceImages, network_settings
 from vfm_vae.metrics.suite import DistributionSuite, suite_names
+from vfm_vae.options import at_least
 from vfm_vae.types import Batch, EvaluationImages, LatentBatch
 from vfm_vae.vfm import Frozen, FrozenVFM
 
@@ -48,6 +49,7 @@ class DistributionCallback(EvaluationCallback):
         precision_recall: bool | None = None,
     ) -> None:
         super().__init__(num_images)
+        at_least(1, image_size=image_size)
         if not isinstance(network, Inception | FrozenVFM):
             raise ValueError(f"network: Inception or a FrozenVFM; given {type(network).__name__}.")
         self.network = network

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.utils import make_grid
 
 from vfm_vae.metrics.reconstruction import from_uint8, to_uint8
+from vfm_vae.options import at_least
 from vfm_vae.types import Batch, CountsImages, Decoded, DrawsSamples, Reconstructs
 
 
@@ -36,10 +37,7 @@ class ReconstructionImages(Callback):
     """
 
     def __init__(self, num_images: int = 8, every_n_images: int | None = None) -> None:
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1; got {num_images}.")
-        if every_n_images is not None and every_n_images < 1:
-            raise ValueError(f"every_n_images must be at least 1, or null; got {every_n_images}.")
+        at_least(1, num_images=num_images, every_n_images=every_n_images)
         self.num_images, self.every_n_images = num_images, every_n_images
         self._directory = Path()
         self._batch: Batch | None = None
@@ -101,7 +99,7 @@ class SampleImages(Callback):
         batch_size: samples drawn at a time.
 
     Raises:
-        ValueError: if nothing is to be shown; when a run starts, if the module draws no samples.
+        ValueError: if a number lies outside its range, or nothing is to be shown; when a run starts, if the module draws no samples.
     """
 
     def __init__(
@@ -111,8 +109,10 @@ class SampleImages(Callback):
         guidance_scales: Sequence[float] = (1.0,),
         batch_size: int = 64,
     ) -> None:
-        if not classes or not guidance_scales or num_images < 1 or batch_size < 1:
-            raise ValueError("classes, guidance_scales, num_images, batch_size: give at least one of each.")
+        at_least(0, classes=classes, guidance_scales=guidance_scales)
+        at_least(1, num_images=num_images, batch_size=batch_size)
+        if not classes or not guidance_scales:
+            raise ValueError("classes, guidance_scales: give at least one of each")
         self.classes, self.num_images = list(classes), num_images
         self.guidance_scales, self.batch_size = list(guidance_scales), batch_size
         self._directory = Path()

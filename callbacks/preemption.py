@@ -15,6 +15,8 @@ from lightning.pytorch.loops.progress import _BatchProgress
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, distributed
 
+from vfm_vae.options import at_least, within
+
 
 class StopOnSignal(Checkpoint):
     """On a signal, writes the `last` checkpoint of the run's ModelCheckpoint after the present step, and ends.
@@ -65,10 +67,8 @@ class StopOnSignal(Checkpoint):
         for name in signals:
             if name not in known or known[name] in (signal.SIGKILL, signal.SIGSTOP):
                 raise ValueError(f"signals: {name!r} is no signal that can be caught; such are SIGTERM and SIGUSR1")
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps: must be at least 1, given {every_n_steps}")
-        if not 0 <= exit_code <= 255:
-            raise ValueError(f"exit_code: must lie in 0..255, given {exit_code}")
+        at_least(1, every_n_steps=every_n_steps)
+        within(0, 255, exit_code=exit_code)
         self.signals = [known[name] for name in signals]
         self.every_n_steps, self.exit_code, self.requeue = every_n_steps, exit_code, requeue
         self._received = 0  # number of the signal

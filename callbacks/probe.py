@@ -13,6 +13,7 @@ from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.probe import LinearProbe
 from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8, quantised
 from vfm_vae.metrics.reference import folder_features
+from vfm_vae.options import at_least, within
 from vfm_vae.types import AlignmentFeatures, Batch, DrawsSamples, EvaluationImages, LatentBatch
 from vfm_vae.vfm import FrozenVFM
 
@@ -34,6 +35,7 @@ class ClassAccuracyCallback(EvaluationCallback):
 
     def __init__(self, vfm: FrozenVFM, images: str, image_size: int = 256, num_images: int | None = None) -> None:
         super().__init__(num_images)
+        at_least(1, image_size=image_size)
         self.vfm, self.images, self.image_size = vfm, images, image_size
         self._probe: LinearProbe | None = None
         self._hits = MeanOverImages()
@@ -96,8 +98,8 @@ class LinearProbeCallback(EvaluationCallback):
         time: float | None = None,
     ) -> None:
         super().__init__(num_images)
-        if num_train_images is not None and num_train_images < 2:
-            raise ValueError(f"num_train_images: at least 2, or null for all; got {num_train_images}.")
+        at_least(2, num_train_images=num_train_images)
+        within(0, 1, time=time)
         self.vfms, self.num_train_images, self.time = by_short_name(vfms), num_train_images, time
         self._train: DataLoader | None = None
         self._num_fitted = 0

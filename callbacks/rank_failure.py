@@ -9,6 +9,8 @@ import traceback
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from vfm_vae.options import positive
+
 
 class EndTogether(Callback):
     """Sees to it that processes which Lightning started itself don't outlive each other's failure.
@@ -33,8 +35,7 @@ class EndTogether(Callback):
     """
 
     def __init__(self, grace_seconds: float = 30.0) -> None:
-        if grace_seconds <= 0:
-            raise ValueError(f"grace_seconds: must be positive, given {grace_seconds:g}")
+        positive(grace_seconds=grace_seconds)
         self.grace_seconds = grace_seconds
         self._over = threading.Event()
 

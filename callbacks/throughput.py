@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
+from vfm_vae.options import at_least, positive
 from vfm_vae.types import num_images
 
 # Dense products in bfloat16 or float16 with float32 sums, as the data sheets have them (without sparsity, which doubles
@@ -71,12 +72,9 @@ class Throughput(Callback):
         count_batches: int = 1,
         peak_flops: float | None = None,
     ) -> None:
-        if window_size < 2:
-            raise ValueError(f"window_size: must be at least 2, given {window_size}")
-        if count_batches < 0:
-            raise ValueError(f"count_batches: must not be negative, given {count_batches}")
-        if peak_flops is not None and peak_flops <= 0:
-            raise ValueError(f"peak_flops: must be positive, or null, given {peak_flops:g}")
+        at_least(2, window_size=window_size)
+        at_least(0, count_batches=count_batches)
+        positive(peak_flops=peak_flops)
         self.batch_size_fn, self.window_size = batch_size_fn, window_size
         self.count_batches, self.peak_flops = count_batches, peak_flops
         self.available_flops: float | None = None

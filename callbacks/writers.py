@@ -20,6 +20,7 @@ from torch import Tensor
 from vfm_vae.data.archive import write_archive
 from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, measure_shards
 from vfm_vae.metrics.reconstruction import to_uint8
+from vfm_vae.options import at_least
 from vfm_vae.pretrained import write_tensors
 from vfm_vae.types import DrawsSamples, Encoded, MakesFeatures, MakesLatents, Samples
 
@@ -68,8 +69,7 @@ class LatentWriter(Callback):
     def __init__(
         self, directory: str, shard_size: int = 10_000, dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     ) -> None:
-        if shard_size < 1:
-            raise ValueError(f"shard_size: at least 1, given {shard_size}")
+        at_least(1, shard_size=shard_size)
         self.directory, self.shard_size, self.dtype = Path(directory), shard_size, dtype
         self._streams: list[_ShardStream] = []
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from vfm_vae import embedded  # noqa: F401  importing it registers the embedded model with timm
 from vfm_vae.positions import Positions, antialias_positions_of, has_positions
+from vfm_vae.options import positive
 from vfm_vae.pretrained import remembers_arguments
 from vfm_vae.types import VFMFeatures
 
@@ -209,6 +210,7 @@ class FrozenVFM(Frozen):
     ) -> None:
         if precision not in get_args(Precision):
             raise ValueError(f"precision: {' or '.join(get_args(Precision))}, given {precision!r}")
+        positive(input_scale=input_scale)
         network = create_vit(name, weights=weights, pretrained=pretrained, **(model_args or {}))
         super().__init__(network)
         self.name = name

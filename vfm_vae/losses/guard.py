@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from vfm_vae.options import at_least, positive
+
 
 class NonFiniteGuard:
     """Decides whether a step may be taken; all ranks decide together, so that none goes on alone.
@@ -26,6 +28,9 @@ class NonFiniteGuard:
         adversarial_limit: largest allowed adversarial term.
         grace_images: images, over all ranks, before anything but finiteness is asked for.
 
+    Raises:
+        ValueError: if an option lies outside its range.
+
     Attributes:
         skipped: steps refused so far, former runs included, an integer on the device.
     """
@@ -33,6 +38,9 @@ class NonFiniteGuard:
     def __init__(
         self, jump: float = 10.0, floor: float = 1e-6, adversarial_limit: float = 1e4, grace_images: int = 50_000
     ) -> None:
+        at_least(1, jump=jump)
+        at_least(0, floor=floor, grace_images=grace_images)
+        positive(adversarial_limit=adversarial_limit)
         self.jump = jump
         self.floor = floor
         self.adversarial_limit = adversarial_limit
