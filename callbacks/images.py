@@ -99,7 +99,8 @@ class SampleImages(Callback):
         batch_size: samples drawn at a time.
 
     Raises:
-        ValueError: if a number lies outside its range, or nothing is to be shown; when a run starts, if the module draws no samples.
+        ValueError: if a number lies outside its range, or nothing is to be shown; when a run starts, if the module
+            draws no samples.
     """
 
     def __init__(

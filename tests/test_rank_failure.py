@@ -116,5 +116,5 @@ def test_the_job_ends(tmp_path: Path, rank: int, how: str, waits: str):
 
 
 def test_grace_must_be_positive():
-    with pytest.raises(ValueError, match="grace_seconds: must be positive"):
+    with pytest.raises(ValueError, match="grace_seconds: must be above 0"):
         EndTogether(0)

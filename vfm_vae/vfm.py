@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfm_vae import embedded  # noqa: F401  importing it registers the embedded model with timm
-from vfm_vae.positions import Positions, antialias_positions_of, has_positions
 from vfm_vae.options import positive
+from vfm_vae.positions import Positions, antialias_positions_of, has_positions
 from vfm_vae.pretrained import remembers_arguments
 from vfm_vae.types import VFMFeatures
 

@@ -196,7 +196,7 @@ def test_blocks_are_compared_with_the_images_of_latents(encoder, photos, trainer
         trainer(CKNNACallback([vfm], k=5)).validate(encoder, data, verbose=False)
     with pytest.raises(ValueError, match="holds 52 images, but the data 26"):
         trainer(CKNNACallback([vfm], k=5, images=str(photos / "train"))).validate(encoder, data, verbose=False)
-    with pytest.raises(ValueError, match=r"times: each lies in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"times: must be in \[0, 1\]"):
         CKNNACallback([vfm], times=[250])
 
 
@@ -259,7 +259,7 @@ def test_probe_is_fitted_to_training_images(encoder, images, trainer, vfm, photo
     expected = (probe.predict(vfm(from_uint8(val_batch.images)).tokens.mean(1)) == val_batch.labels).float().mean()
     assert run.callback_metrics[f"val/probe/{VFM}"].item() == pytest.approx(expected.item(), abs=0.04)
     assert 0 <= run.callback_metrics["val/probe/latent"] <= 1
-    with pytest.raises(ValueError, match="num_train_images: at least 2"):
+    with pytest.raises(ValueError, match="num_train_images: must be at least 2"):
         LinearProbeCallback(num_train_images=1)
 
 
