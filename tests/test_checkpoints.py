@@ -54,7 +54,7 @@ FILES = {
     "cut legacy": (lambda _: written(TENSORS, legacy=True)[:700], "it is damaged ("),
     "cut safetensors": (
         lambda t: as_safetensors(t)[:500],
-        "a safetensors file cut short (500 of 1752 bytes are there)",
+        "it is a safetensors file cut short (500 of 1752 bytes",
     ),
     "cut header": (lambda t: as_safetensors(t)[:40], "a safetensors file cut short (40 bytes are there)"),
     "foreign class": (lambda _: written({"model": Foreign()}), "is refused: reading it would run code ("),

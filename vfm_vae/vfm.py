@@ -20,6 +20,7 @@ from vfm_vae.options import positive
 from vfm_vae.positions import Positions, antialias_positions_of, has_positions
 from vfm_vae.pretrained import remembers_arguments
 from vfm_vae.types import VFMFeatures
+from vfm_vae.vit_weights import load_vit, load_vit_from_source
 
 Interpolation = Literal["bilinear", "bicubic"]
 Precision = Literal["bfloat16", "float32"]
@@ -45,42 +46,45 @@ def create_vit(name: str, *, weights: str | Path | None = None, pretrained: bool
         name: timm name with or without its weights' tag, for instance `vit_large_patch16_siglip_512.v2_webli`; timm's
             `hf-hub:` and `local-dir:` sources work too.
         weights: file with the weights (safetensors or a torch checkpoint, in timm's or the family's published layout)
-            to take instead of a download.
+            to take instead of a download; it has to hold every tensor of the network.
         pretrained: False leaves the weights random.
         **kwargs: further arguments of the timm model.
 
     Raises:
         ValueError: if timm does not know the name, the network is no vision transformer, or its weights are neither
-            where `weights` says nor downloadable.
+            where `weights` says, whole and in its shapes, nor downloadable.
     """
     _check_name(name)
-    overlay = {}
-    if weights is not None and pretrained:
-        if not Path(weights).is_file():
-            raise ValueError(f"weights: no file at {str(weights)!r} for {name!r}; give the file's path or leave it out")
-        overlay = {"pretrained_cfg_overlay": {"file": str(weights)}}
-    arguments = {"num_classes": 0, **overlay, **kwargs}
+    is_given, is_sourced = weights is not None, ":" in name  # timm's own sources, hf-hub: and local-dir:
+    if pretrained and is_given and not Path(weights).is_file():
+        raise ValueError(f"weights: no file at {str(weights)!r} for {name!r}; give the file's path or leave it out")
+    by_timm = pretrained and not is_given and not is_sourced  # what timm publishes; other files may hold anything
+    arguments = {"pretrained": by_timm, "num_classes": 0, **kwargs}
     try:
         try:
-            network = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True, **arguments)
+            network = timm.create_model(name, dynamic_img_size=True, **arguments)
         except TypeError as error:
             if "dynamic_img_size" not in str(error):
                 raise
-            network = timm.create_model(name, pretrained=pretrained, **arguments)
+            network = timm.create_model(name, **arguments)
     except Exception as error:
         if not pretrained or isinstance(error, TypeError):
             raise
-        raise ValueError(_no_weights_message(name, weights, error)) from error
+        raise ValueError(_no_weights_message(name, error)) from error
     if not all(hasattr(network, part) for part in ("patch_embed", "blocks", "norm")):
         raise ValueError(
             f"name: {name!r} ({type(network).__name__}) is no plain vision transformer; choose one with patch tokens "
             "and a sequence of blocks, for instance 'vit_large_patch16_siglip_512.v2_webli'"
         )
+    if pretrained and is_given:
+        load_vit(network, name, weights)
+    elif pretrained and is_sourced:
+        load_vit_from_source(network, name)
     return network
 
 
 def _check_name(name: str) -> None:
-    if ":" in name:  # timm's own sources, hf-hub: and local-dir:
+    if ":" in name:  # of timm's own sources
         return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -94,12 +98,11 @@ def _check_name(name: str) -> None:
         )
 
 
-def _no_weights_message(name: str, weights: str | Path | None, error: Exception) -> str:
-    place = f"from {str(weights)!r}" if weights is not None else "by download"
+def _no_weights_message(name: str, error: Exception) -> str:
     cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return (
-        f"weights: those of {name!r} could not be had {place} ({type(error).__name__}: {cause}); give a local file as "
-        "`weights`, or download them once where there is a network, or ask for random ones with `pretrained: false`"
+        f"weights: those of {name!r} could not be had by download ({type(error).__name__}: {cause}); give a local file "
+        "as `weights`, or download them once where there is a network, or ask for random ones with `pretrained: false`"
     )
 
 
