@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import PositiveFloat
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -29,6 +28,7 @@ from vfm_vae.metrics.summary import (
     versions,
     write_entry,
 )
+from vfm_vae.options import at_least, positive
 from vfm_vae.vfm import FrozenVFM
 
 
@@ -119,7 +119,7 @@ def evaluate_samples(
     inception: str | None = None,
     vfm: str | None = None,
     vfm_weights: str | None = None,
-    vfm_input_scale: PositiveFloat = 1.0,
+    vfm_input_scale: float = 1.0,
     image_size: int = 256,
     statistics: str | None = None,
     precision_recall: bool = True,
@@ -146,6 +146,8 @@ def evaluate_samples(
         metrics_file: Where the numbers go, with settings, counts and versions.
         name: Their entry in that file.
     """
+    at_least(1, image_size=image_size, batch_size=batch_size)
+    positive(vfm_input_scale=vfm_input_scale)
     files, real = SampleFiles(samples), ReferenceImages(reference, image_size, statistics)
     check_entries(Path(metrics_file), "metrics_file")
     network: Inception | FrozenVFM

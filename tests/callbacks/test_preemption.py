@@ -350,7 +350,7 @@ def test_a_slurm_job_is_requeued_by_its_signal_alone(run, tmp_path, monkeypatch,
         ({"signals": ["SIGKILL"]}, "signals: 'SIGKILL'"),
         ({"signals": ["TERM"]}, "signals: 'TERM'"),
         ({"every_n_steps": 0}, "every_n_steps: must be at least 1"),
-        ({"exit_code": 256}, "exit_code: must lie in 0..255"),
+        ({"exit_code": 256}, r"exit_code: must be in \[0, 255\]"),
     ],
 )
 def test_impossible_options(options, message):

@@ -1,6 +1,7 @@
 """The DataModule that serves images to both models."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from vfm_vae.data.sampling import Draw, EvaluationSampler, GivenOrder, Resumable
 from vfm_vae.data.shards import ImageShardDataset, find_shards, read_index
 from vfm_vae.data.transforms import CentreCrop, RandomCrop, ResizeAndCrop, Transform
 from vfm_vae.embedded.photos import write_photos
+from vfm_vae.options import at_least, within
 from vfm_vae.types import Batch, LatentBatch
 
 Split = Literal["train", "val"]
@@ -62,7 +64,7 @@ class ImageNetDataModule(LightningDataModule):
             what is there already. Without an entry the whole is divided over the ranks.
 
     Raises:
-        ValueError: the data set is missing or not in the layout; a batch size does not fit; too many damaged images.
+        ValueError: an option lies outside its range; the data set is missing or not in the layout; a batch size does not fit; too many damaged images.
     """
 
     def __init__(
@@ -91,10 +93,11 @@ class ImageNetDataModule(LightningDataModule):
         _check_choice("source", source, "folder", "shards", "photos", "latents")
         _check_choice("crop", crop, "random", "centre")
         _check_choice("evaluation_crop", evaluation_crop, "adm", "resize")
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"num_samples: at least 1, given {num_samples}")
-        if mixed_shards < 1:
-            raise ValueError(f"mixed_shards: at least 1, given {mixed_shards}")
+        at_least(1, image_size=image_size, batch_size=batch_size, val_batch_size=val_batch_size)
+        at_least(1, mixed_shards=mixed_shards, num_samples=num_samples)
+        at_least(0, num_workers=num_workers, min_size=min_size, seed=seed)
+        within(0, 1, max_bad_fraction=max_bad_fraction)
+        _check_photos(photos or {})
         self.root = Path(root)
         self.image_size = image_size
         self.batch_size = batch_size
@@ -329,6 +332,12 @@ def collate(samples: list[tuple]) -> Batch:
 def collate_latents(samples: list[tuple]) -> LatentBatch:
     """(latent, label, index) triples, or those and features → `LatentBatch`."""
     return LatentBatch(*default_collate(samples))
+
+
+def _check_photos(arguments: Mapping[str, int]) -> None:
+    for name, value in arguments.items():
+        _check_choice("photos", name, *list(signature(write_photos).parameters)[1:])
+        at_least(0 if name == "seed" else 1, **{f"photos.{name}": value})
 
 
 def _check_choice(option: str, given: str, *choices: str) -> None:
