@@ -64,7 +64,8 @@ class ImageNetDataModule(LightningDataModule):
             what is there already. Without an entry the whole is divided over the ranks.
 
     Raises:
-        ValueError: an option lies outside its range; the data set is missing or not in the layout; a batch size does not fit; too many damaged images.
+        ValueError: an option lies outside its range; the data set is missing or not in the layout; a batch size does
+            not fit; too many damaged images.
     """
 
     def __init__(
