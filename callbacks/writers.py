@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vfm_vae.data.archive import write_archive
 from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, measure_shards
+from vfm_vae.finite import check_finite
 from vfm_vae.metrics.reconstruction import to_uint8
 from vfm_vae.options import at_least
 from vfm_vae.pretrained import write_tensors
@@ -148,9 +149,15 @@ class _ShardStream:
         self._pending: list[dict[str, Tensor]] = []
 
     def add(self, encoded: Encoded) -> None:
-        """Takes in a batch."""
+        """Takes in a batch.
+
+        Raises:
+            ValueError: if it is not finite in the precision that it is stored in.
+        """
         dtypes = {"features": torch.bfloat16}
         tensors = {name: x.to("cpu", dtypes.get(name, self._dtype)) for name, x in encoded.tensors.items()}
+        for name, values in tensors.items():
+            check_finite(f"{name} in {values.dtype}", values)
         self._pending.append(tensors | {"labels": encoded.labels.cpu(), "index": encoded.index.cpu()})
         while self._shards and sum(len(rows["index"]) for rows in self._pending) >= len(self._current):
             self._write()

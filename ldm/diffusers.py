@@ -19,6 +19,7 @@ except ImportError as error:
 from ldm.compatibility import check_tokenizer
 from ldm.pipeline import LatentDiffusion
 from vfm_vae.diffusers import AutoencoderVFM, build_described, described, half_precision
+from vfm_vae.finite import check_finite
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -180,7 +181,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             `images`.
 
         Raises:
-            ValueError: if a label is no class, or an option is out of its range.
+            ValueError: if a label is no class, an option is out of its range, or what comes out is not finite.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: one of {', '.join(OUTPUT_TYPES)}, given {output_type!r}")
@@ -193,6 +194,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         images = self.transformer.sample(labels, seed, guidance_scale, index, num_inference_steps)
         if output_type != "latent":
             images = self.vae.decode(images).sample.clamp(-1, 1)
+            check_finite("images", images)
         images = self.image_processor.postprocess(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

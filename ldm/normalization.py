@@ -32,8 +32,10 @@ class LatentNormalization(nn.Module):
         """Sets the statistics.
 
         Raises:
-            ValueError: if a channel does not vary.
+            ValueError: if they are not finite, or a channel does not vary.
         """
+        if not all(values.isfinite().all() for values in statistics):
+            raise ValueError("the latents' statistics hold nan or inf: the cache or the tokenizer is broken")
         if not (statistics.std > 0).all():
             raise ValueError("the latents have channels that do not vary: the cache or the tokenizer is broken")
         self.mean.copy_(statistics.mean)

@@ -13,6 +13,7 @@ from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
 from ldm.samplers import Euler, Sampler
 from vfm_vae.data.sampling import IndexedNoise
+from vfm_vae.finite import check_finite
 from vfm_vae.pretrained import Pretrained, build, describe, load, read_pretrained, remembers_arguments
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Samples
@@ -160,7 +161,8 @@ class LatentDiffusion(nn.Module, Pretrained):
             Latents, and images where there is a tokenizer.
 
         Raises:
-            ValueError: if a label is no class, or the statistics of latents are not known.
+            ValueError: if a label is no class, the statistics of latents are not known, or what comes out is not
+                finite.
         """
         device = self.normalization.mean.device
         labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
@@ -173,6 +175,8 @@ class LatentDiffusion(nn.Module, Pretrained):
         guidance = self.guidance if guidance_scale is None else self.guidance.with_scale(guidance_scale)
         latents = draw_latents(self.model, self.normalization, self.sampler, guidance, noise, labels)
         images = None if self.tokenizer is None else self.tokenizer.network.decode(latents).image.clamp(-1, 1)
+        if images is not None:
+            check_finite("images", images)
         return Samples(images, latents, labels, index)
 
     def pretrained_config(self) -> dict[str, Any]:
@@ -221,7 +225,7 @@ def draw_latents(
         labels: Classes, int64 `[B]`.
 
     Raises:
-        ValueError: if the statistics of latents are not known.
+        ValueError: if the statistics of latents are not known, or samples are not finite.
     """
     if not normalization.is_known:
         raise ValueError(
@@ -230,4 +234,6 @@ def draw_latents(
     latent_shape = model.latent_shape if model.cls_channels else None
     field, shape = guidance.field(model.velocity, labels, model.null_label, latent_shape), model.state_shape
     state = sampler(field, noise.normal(*shape), lambda: noise.normal(*shape))  # [B, C, h, w], or flat
-    return normalization.inverse(model.latents_of(state).float())
+    latents = normalization.inverse(model.latents_of(state).float())
+    check_finite("samples", latents)
+    return latents

@@ -14,6 +14,7 @@ from torchdiffeq import odeint
 
 from ldm.guidance import VelocityField
 from ldm.path import score
+from vfm_vae.finite import not_finite
 from vfm_vae.options import at_least, positive
 from vfm_vae.pretrained import remembers_arguments
 
@@ -128,9 +129,16 @@ class Dopri5(Sampler):
         self.atol, self.rtol = atol, rtol
 
     def __call__(self, field: VelocityField, noise: Tensor, fresh_noise: Noise | None = None) -> Tensor:
-        """Samples; nothing is stochastic."""
+        """Samples; nothing is stochastic.
+
+        Raises:
+            ValueError: if no step is small enough, as where velocities are not finite.
+        """
         ends = torch.tensor([0.0, 1.0], device=noise.device)
-        return odeint(lambda t, x: field(x, t), noise, ends, method="dopri5", atol=self.atol, rtol=self.rtol)[-1]
+        try:
+            return odeint(lambda t, x: field(x, t), noise, ends, method="dopri5", atol=self.atol, rtol=self.rtol)[-1]
+        except AssertionError as error:  # all that torchdiffeq says
+            raise not_finite(f"samples: no step of Dopri5 is small enough ({error})") from error
 
 
 class EulerMaruyama(Sampler):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vfm_vae.data.sampling import Draw, seed_of
+from vfm_vae.finite import not_finite
 from vfm_vae.published import read_published
 
 STATISTICS, IDENTITY = "latents_stats.pt", "latents.json"
@@ -80,7 +81,13 @@ class RunningStatistics:
         self.sums += torch.cat([count, mean.sum(dim=(0, 2, 3)), squares.sum(dim=(0, 2, 3))])
 
     def compute(self) -> LatentStatistics:
-        """The statistics of all that was added."""
+        """The statistics of all that was added.
+
+        Raises:
+            ValueError: if that held nan or inf.
+        """
+        if not self.sums.isfinite().all():
+            raise not_finite(f"latents: some of {float(self.sums[0]):.0f} values of a channel hold nan or inf")
         count, (total, squares) = self.sums[0], self.sums[1:].chunk(2)
         mean = total / count
         variance = (squares - count * mean.square()) / (count - 1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from vfm_vae.finite import not_finite
 from vfm_vae.metrics.features import add_feature_states, float32_arithmetic, keep_features, kept_features
 from vfm_vae.metrics.neighbours import Search
 
@@ -101,7 +102,7 @@ class FrechetDistance(Metric):
         reference: the real images' distribution, where it is known before; then only generated ones are added.
 
     Raises:
-        ValueError: if the reference is of another width.
+        ValueError: if the reference is of another width, or not finite.
     """
 
     full_state_update = False
@@ -115,6 +116,8 @@ class FrechetDistance(Metric):
                 f"reference: a covariance of {num_features} features is [{num_features}, {num_features}]; got "
                 f"{tuple(reference.covariance.shape)}."
             )
+        if reference is not None and not all(statistic.isfinite().all() for statistic in reference):
+            raise ValueError("reference: its statistics hold nan or inf; measure it anew, or give another")
         self._reference = reference
         _add_sums(self, "generated_", num_features)
         if reference is None:
@@ -189,8 +192,14 @@ def _add_samples(metric: Metric, prefix: str, features: Tensor) -> None:
 
 
 def _gaussian(metric: Metric, prefix: str) -> Gaussian:
-    """Mean and unbiased covariance from running sums."""
+    """Mean and unbiased covariance from running sums.
+
+    Raises:
+        ValueError: if features held nan or inf.
+    """
     count, total, outer = _sums(metric, prefix)
+    if not outer.diagonal().isfinite().all():
+        raise not_finite(f"features: some of {int(count)} images hold nan or inf")
     mean = total / count
     return Gaussian(mean, (outer - count * torch.outer(mean, mean)) / (count - 1))
 
@@ -265,9 +274,14 @@ class InceptionScore(Metric):
         """The score, a float32 scalar from 1 to the number of classes; nan without samples.
 
         `mean_i KL(p_i || q) = mean_i sum p_i log p_i - sum q log q` with `q = mean_i p_i`.
+
+        Raises:
+            ValueError: if logits held nan or inf.
         """
         used = self.count > 0
         count, negentropy, total = self.count[used], self.negentropy[used], self.sum[used]
+        if not negentropy.isfinite().all():
+            raise not_finite(f"logits: some of {int(count.sum())} images hold nan or inf")
         marginal = total / count[:, None]  # [splits, C]
         divergence = negentropy / count - torch.special.xlogy(marginal, marginal).sum(1)
         return divergence.exp().mean().float()

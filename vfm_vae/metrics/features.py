@@ -8,6 +8,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from vfm_vae.finite import check_finite
+
 
 @contextmanager
 def float32_arithmetic(device: torch.device) -> Iterator[None]:
@@ -53,13 +55,19 @@ def keep_features(metric: Metric, features: Tensor, index: Tensor, prefix: str =
 
 
 def kept_features(metric: Metric, prefix: str = "") -> Tensor:
-    """All features of a metric's states, float32 `[n, d]`, each sample's once, in the order of the indices."""
+    """All features of a metric's states, float32 `[n, d]`, each sample's once, in the order of the indices.
+
+    Raises:
+        ValueError: if they hold nan or inf, which no search for neighbours would notice; on all ranks.
+    """
     index = dim_zero_cat(getattr(metric, f"{prefix}index"))
     order = index.argsort(stable=True)
     index = index[order]
     first = torch.ones_like(index, dtype=torch.bool)
     first[1:] = index[1:] != index[:-1]
-    return dim_zero_cat(getattr(metric, f"{prefix}features"))[order[first]]
+    features = dim_zero_cat(getattr(metric, f"{prefix}features"))[order[first]]
+    check_finite("features", features)
+    return features
 
 
 class FeatureStore(Metric):

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vfm_vae.finite import check_finite
+
 
 class LinearProbe:
     """Logistic regression on standardised features, fitted to convergence by L-BFGS on the features' device.
@@ -57,7 +59,12 @@ class LinearProbe:
         self._weight, self._bias = weight.detach(), bias.detach()
 
     def predict(self, features: Tensor) -> Tensor:
-        """The class of features `[B, d]` that is likeliest, int64 `[B]`, on their device."""
+        """The class of features `[B, d]` that is likeliest, int64 `[B]`, on their device.
+
+        Raises:
+            ValueError: if they hold nan or inf.
+        """
+        check_finite("features", features)
         with torch.autocast(features.device.type, enabled=False):
             logits = F.linear(self._standardise(features.detach().float()), self._weight, self._bias)
         return self.classes[logits.argmax(1)]

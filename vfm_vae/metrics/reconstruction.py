@@ -8,6 +8,8 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from vfm_vae.finite import check_finite, not_finite
+
 Rounding = Literal["round", "truncate"]
 
 
@@ -20,7 +22,11 @@ def to_uint8(images: Tensor, rounding: Rounding = "round") -> Tensor:
 
     Returns:
         uint8 `[B, 3, H, W]` in 0..255.
+
+    Raises:
+        ValueError: if they hold nan, which would become black, or inf.
     """
+    check_finite("images", images)
     levels = (images.detach().float().clamp(-1, 1) + 1) * 127.5
     return (levels.round() if rounding == "round" else levels).to(torch.uint8)
 
@@ -39,14 +45,22 @@ def quantised(images: Tensor, rounding: Rounding = "round") -> Tensor:
 
     Returns:
         float32 `[B, 3, H, W]` in [-1, 1].
+
+    Raises:
+        ValueError: as `to_uint8`.
     """
     return from_uint8(to_uint8(images, rounding))
 
 
 class MeanOverImages(Metric):
-    """Mean of one number per image, the same however the images are spread over batches and ranks."""
+    """Mean of one number per image, the same however the images are spread over batches and ranks.
+
+    Attributes:
+        may_be_infinite: whether that is a value like others.
+    """
 
     full_state_update = False
+    may_be_infinite = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +82,13 @@ class MeanOverImages(Metric):
         self.count += len(values)
 
     def compute(self) -> Tensor:
-        """The mean, a float32 scalar; nan if no image was seen."""
+        """The mean, a float32 scalar; nan if no image was seen.
+
+        Raises:
+            ValueError: if it is not finite although some were; on all ranks.
+        """
+        if self.total.isnan() or (self.total.isinf() and not self.may_be_infinite):
+            raise not_finite(f"{type(self).__name__}: over {int(self.count)} images it is {float(self.total)}")
         return (self.total / self.count).float()
 
 
@@ -79,6 +99,7 @@ class PSNR(MeanOverImages):
     """
 
     higher_is_better = True
+    may_be_infinite = True
 
     def update(self, reconstructions: Tensor, images: Tensor) -> None:
         """Adds images.
