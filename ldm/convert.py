@@ -18,10 +18,11 @@ from ldm.published import (
     to_published,
 )
 from ldm.samplers import Euler, EulerMaruyama, Sampler
+from vfm_vae.checkpoints import read_weights
 from vfm_vae.cli import short_errors
 from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.pretrained import describe
-from vfm_vae.published import pick, read_published, read_yaml, remove_training, write_training
+from vfm_vae.published import pick, read_yaml, remove_training, write_training
 
 __all__ = ["denoiser_from_published", "lightningdit_from_published", "reg_from_published", "to_published"]
 
@@ -47,7 +48,7 @@ def convert(
         statistics: `latents_stats.pt` of the latents that the published weights were trained on.
         tokenizer: The tokenizer of these latents, whose identity is noted: a folder, a checkpoint, or `owner/model`.
     """
-    content = read_published(source)
+    content = read_weights(source, "source")
     if isinstance(content, Mapping) and "tokenizer" in content and "state_dict" in content:
         model = LatentDiffusion.from_checkpoint(source, tokenizer)
         remove_training(out)

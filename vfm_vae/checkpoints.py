@@ -96,6 +96,38 @@ def read_checkpoint(path: str | Path, option: str, mmap: bool = False) -> dict[s
     )
 
 
+def read_published_weights(weights: str | Path | None, url: str, owner: str) -> tuple[Any, str]:
+    """Reads a published file, from where it was put or downloaded to.
+
+    Args:
+        weights: The file; None is for `$TORCH_HOME/hub/checkpoints`, to which it is downloaded where it is missing.
+        url: Of the file; the hash in its name is checked when it comes.
+        owner: Whose weights they are, in messages.
+
+    Returns:
+        What it holds, and its path.
+
+    Raises:
+        ValueError: if the file can't be had, or can't be read as weights.
+    """
+    place = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2] if weights is None else Path(weights)
+    try:
+        if weights is None and not place.exists():
+            known = torch.hub.HASH_REGEX.search(place.name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(place), known.group(1) if known else None)
+    except (OSError, RuntimeError) as error:
+        cause = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"weights: those of {owner} could not be downloaded ({cause}); put {url} at {str(place)!r}, or give its "
+            "file as `weights`"
+        ) from error
+    try:
+        return read_weights(place, "weights"), str(place)
+    except ValueError as error:
+        raise ValueError(f"{error}; give the file of {owner}: {url}") from error
+
+
 def seems_to_be(path: str | Path) -> str:
     """What a file is that can't be read as what it should be, as far as its first bytes tell."""
     path = Path(path)
@@ -117,7 +149,7 @@ def seems_to_be(path: str | Path) -> str:
         if not zipfile.is_zipfile(path):
             return f"cut short (its first {size} bytes are there, without the end); copy or make it again"
         with zipfile.ZipFile(path) as archive:
-            return f"a zip archive of something else ({few(archive.namelist())})"
+            return f"a zip archive of something else, {few(archive.namelist())}"
     if _is_safetensors(start):
         whole = _safetensors_size(path)
         if whole is None or whole > size:
@@ -133,35 +165,36 @@ def seems_to_be(path: str | Path) -> str:
 
 def few(names: Collection[str], shown: int = 3) -> str:
     """Some of many names, and how many others there are."""
-    first = sorted(names)[:shown]
-    return ", ".join(first) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    return f"{sorted(map(str, names))[:shown]}" + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
-def misfit(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+def misfit(tensors: Any, wanted: Mapping[str, Tensor]) -> str | None:
     """In which names and shapes tensors differ from those that a model takes; None where in none.
 
     Args:
-        tensors: By name.
+        tensors: By name, or what else a file holds.
         wanted: State of the model.
     """
+    if not isinstance(tensors, Mapping):
+        return f"there is a {type(tensors).__name__}, and no tensors by name"
     missing, left_over = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
-    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    shapes = {name: (getattr(tensors[name], "shape", None), wanted[name].shape) for name in wanted.keys() - missing}
     reshaped = [
-        f"{name} {tuple(tensors[name].shape)} instead of {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
+        f"{name} {'no tensor' if found is None else tuple(found)} instead of {tuple(expected)}"
+        for name, (found, expected) in shapes.items()
+        if found != expected
     ]
     found = {"missing": missing, "left over": left_over, "of another shape": reshaped}
-    differences = [f"{len(names)} {how} ({few(names)})" for how, names in found.items() if names]
+    differences = [f"{len(names)} {how} {few(names)}" for how, names in found.items() if names]
     return f"of {len(wanted)} tensors {', '.join(differences)}" if differences else None
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], message: str) -> None:
+def fill(module: nn.Module, tensors: Any, message: str) -> None:
     """Gives a module all of its weights.
 
     Args:
         module: Takes them.
-        tensors: By the module's names.
+        tensors: By the module's names, or what else a file holds.
         message: Begins what is said if they don't fit.
 
     Raises:

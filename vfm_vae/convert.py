@@ -11,6 +11,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
+from vfm_vae.checkpoints import read_weights
 from vfm_vae.cli import short_errors
 from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import DiscriminatorHead
@@ -27,7 +28,6 @@ from vfm_vae.published import (
     from_published,
     patchgan_names,
     pick,
-    read_published,
     read_yaml,
     remove_training,
     to_published,
@@ -269,7 +269,7 @@ def convert(
         vfm_weights: File with the VFM's weights; with it, their fingerprint is noted and the fit is checked.
         images_seen: Images that the weights were trained on, where it is not the public YAML's total_kimg.
     """
-    content = read_published(source)
+    content = read_weights(source, "source")
     if isinstance(content, Mapping) and "vfm" in content and "state_dict" in content:
         model = VFMVAE.from_checkpoint(source, vfm=vfm_weights is not None, vfm_weights=vfm_weights)
         remove_training(out)

@@ -1,21 +1,19 @@
-"""Public files of weights: how they are read, and what their tensors are called there.
+"""Public files of weights: what their tensors are called there.
 
 Names are stated once, from ours to the published ones; importing looks each of ours up, exporting writes it back.
 """
 
-import argparse
-import pickle
 import re
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
+
+from vfm_vae.checkpoints import few
+from vfm_vae.writing import write_text, write_torch
 
 CHECKPOINT, OVERLAY = "training.ckpt", "model.yaml"
 
@@ -142,9 +140,9 @@ def from_published(
     """
     wanted = {name: names(name) for name in ours}
     known = [*(part for parts in wanted.values() for part in parts), *constants]
-    missing, left_over = sorted(set(known) - published.keys()), sorted(published.keys() - set(known))
+    missing, left_over = set(known) - published.keys(), published.keys() - set(known)
     if missing or left_over:
-        raise ValueError(f"the weights do not fit the config: missing {missing}; left over {left_over}")
+        raise ValueError(f"the weights do not fit the config: missing {few(missing)}; left over {few(left_over)}")
     expected = to_published(ours, names, constants)
     shapes = {
         f"{name}: {tuple(published[name].shape)} instead of {tuple(tensor.shape)}"
@@ -152,7 +150,7 @@ def from_published(
         if published[name].shape != tensor.shape
     }
     if shapes:
-        raise ValueError(f"the weights do not fit the config: of another shape are {sorted(shapes)}")
+        raise ValueError(f"the weights do not fit the config: of another shape are {few(shapes)}")
     other = [n for n, t in constants.items() if not (t.is_meta or published[n].is_meta) and not _close(published[n], t)]
     if other:
         raise ValueError(f"the weights were made with other constants than the published ones: {sorted(other)}")
@@ -170,34 +168,6 @@ def to_published(ours: Mapping[str, Tensor], names: Names, constants: Mapping[st
             before, after = next((d[1:] for d in DIMENSIONS if re.search(d[0], part)), (0, 0))
             published[part] = values.reshape([*[1] * before, *values.shape, *[1] * after])
     return published
-
-
-def read_published(path: str | Path, option: str = "source") -> Any:
-    """Reads a public file, safetensors or pickled; of a pickled one only tensors and plain data.
-
-    Args:
-        path: The file.
-        option: Names it in messages.
-
-    Raises:
-        ValueError: if there is no such file, it is damaged, or it needs code to be read.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{option}: there is no file {str(path)!r}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # options of a training script: plain data
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, struct.error) as error:
-        if needed := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(
-                f"{option}: {str(path)!r} is refused: reading it would run code ({needed[1]}); save its "
-                "state_dict alone with the project that it comes from"
-            ) from error
-        cause = str(error).partition("\n")[0]
-        raise ValueError(f"{option}: {str(path)!r} can't be read as weights ({cause})") from error
 
 
 def read_yaml(path: str, option: str = "config") -> dict[str, Any]:
@@ -225,10 +195,8 @@ def write_training(folder: str | Path, checkpoint: Mapping[str, Any], overlay: M
         checkpoint: As Lightning reads it.
         overlay: A config that goes after others.
     """
-    partial = Path(folder) / f"{CHECKPOINT}.partial"
-    torch.save(dict(checkpoint), partial)
-    partial.replace(Path(folder) / CHECKPOINT)
-    (Path(folder) / OVERLAY).write_text(yaml.safe_dump(dict(overlay), sort_keys=False))
+    write_torch(Path(folder) / CHECKPOINT, dict(checkpoint))
+    write_text(Path(folder) / OVERLAY, yaml.safe_dump(dict(overlay), sort_keys=False))
 
 
 def remove_training(folder: str | Path) -> None:

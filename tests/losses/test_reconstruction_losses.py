@@ -1,7 +1,11 @@
+from pathlib import Path
+
+import lpips
 import pytest
 import torch
 from torchvision.models import vgg16
 
+from vfm_vae.checkpoints import read_weights
 from vfm_vae.losses.reconstruction import LPIPSLoss, SSIMLoss, VFMPerceptualLoss, l1, l2, multi_resolution_l1
 from vfm_vae.vfm import FrozenVFM
 
@@ -69,7 +73,9 @@ def test_lpips_reads_the_weights_it_is_given(vgg_file):
 
 
 def test_lpips_without_weights_says_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"weights: those of VGG-16.*nowhere.pth.*weights") as caught:
+    with pytest.raises(
+        ValueError, match=r"weights: there is no file '.*nowhere.pth'; give the file of VGG-16, for"
+    ) as caught:
         LPIPSLoss(weights=str(tmp_path / "nowhere.pth"))
     assert "\n" not in str(caught.value)
 
@@ -78,12 +84,43 @@ def test_lpips_without_weights_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
-    with pytest.raises(ValueError, match=r"checkpoints/vgg16.*no network"):
+    with pytest.raises(
+        ValueError, match=r"VGG-16, for LPIPS could not be downloaded \(no network\).*checkpoints/vgg16"
+    ):
         LPIPSLoss()
 
-    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"weights: no VGG-16 .*other.pth"):
-        LPIPSLoss(weights=str(tmp_path / "other.pth"))
+
+@pytest.mark.parametrize("kind", ["unrelated", "half", "but one", "other shape", "list", "cut"])
+def test_lpips_takes_every_tensor_or_none(vgg_file, tmp_path, kind):
+    state = torch.load(vgg_file)
+    contents = {
+        "unrelated": {"other": torch.zeros(1)},
+        "half": dict(list(state.items())[::2]),
+        "but one": {name: values for name, values in state.items() if name != "features.12.weight"},
+        "other shape": state | {"features.0.weight": torch.zeros(64, 1, 3, 3)},
+        "list": [1, 2],
+        "cut": state,
+    }
+    path = tmp_path / "vgg.pth"
+    torch.save(contents[kind], path)
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:10_000_000])
+    with pytest.raises(ValueError, match=r"^weights: '.*vgg\.pth' .*give the file of .*vgg16") as error:
+        LPIPSLoss(weights=str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_lpips_linear_heads_come_from_the_package_all_of_them(vgg_file, tmp_path, monkeypatch):
+    network = LPIPSLoss(weights=vgg_file).network
+    heads = read_weights(Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", "lpips")
+    assert len(heads) == 5
+    for name, values in heads.items():
+        assert torch.equal(network.get_parameter(name), values)
+    (tmp_path / "weights/v0.1").mkdir(parents=True)
+    torch.save(dict(list(heads.items())[:4]), tmp_path / "weights/v0.1/vgg.pth")
+    monkeypatch.setattr(lpips, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(ValueError, match=r"^lpips: .* of 5 tensors 1 missing \['4\.model\.1\.weight'\]"):
+        LPIPSLoss(weights=vgg_file)
 
 
 def test_vfm_perceptual_loss_sees_the_first_argument_alone():

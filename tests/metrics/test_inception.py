@@ -177,15 +177,17 @@ def test_weights_without_norms_counters_will_do(tmp_path, inception_weights, inc
 
 def test_missing_weights_are_told(hub, tmp_path):
     with pytest.raises(
-        ValueError, match=r"weights: those of Inception.*inception-2015.*no network.*`weights`"
+        ValueError, match=r"weights: those of Inception.*no network.*inception-2015.*`weights`"
     ) as error:
         Inception()
     assert str(hub) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"could not be had from '.*none\.pth' \(.*No such file"):
+    with pytest.raises(
+        ValueError, match=r"^weights: there is no file '.*none\.pth'; give the file of Inception, for FID"
+    ):
         Inception(str(tmp_path / "none.pth"))
 
 
-@pytest.mark.parametrize("content", ["nothing", "text", "list", "other network", "other shapes"])
+@pytest.mark.parametrize("content", ["nothing", "text", "list", "other network", "other shapes", "half"])
 def test_other_files_are_told(tmp_path, content, inception_weights):
     path = tmp_path / "weights.pth"
     if content in ("nothing", "text"):
@@ -193,8 +195,11 @@ def test_other_files_are_told(tmp_path, content, inception_weights):
     elif content == "other shapes":
         state = torch.load(inception_weights, weights_only=True)
         torch.save(state | {"fc.weight": torch.zeros(1000, 2048)}, path)
+    elif content == "half":
+        state = torch.load(inception_weights, weights_only=True)
+        torch.save(dict(list(state.items())[::2]), path)
     else:
         torch.save([1, 2] if content == "list" else nn.Linear(2, 2).state_dict(), path)
-    with pytest.raises(ValueError, match=r"^weights: .*Inception.*weights\.pth.*give.*") as error:
+    with pytest.raises(ValueError, match=r"^weights: '.*weights\.pth' .*[;,] give the file of .*nception") as error:
         Inception(str(path))
     assert "\n" not in str(error.value)

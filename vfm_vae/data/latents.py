@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vfm_vae.checkpoints import read_weights, seems_to_be
 from vfm_vae.data.sampling import Draw, seed_of
 from vfm_vae.finite import not_finite
-from vfm_vae.published import read_published
+from vfm_vae.writing import write_torch
 
 STATISTICS, IDENTITY = "latents_stats.pt", "latents.json"
 
@@ -49,16 +50,14 @@ class LatentStatistics(NamedTuple):
         path = path / STATISTICS if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"no statistics of latents at {str(path)!r}; a finished cache has them in {STATISTICS}")
-        stored = read_published(path, "statistics")
+        stored = read_weights(path, "statistics")
         if not isinstance(stored, Mapping) or not {"mean", "std"} <= stored.keys():
             raise ValueError(f"{str(path)!r} holds no 'mean' and 'std' of latents")
         return cls(*(stored[name].float().reshape(1, -1, 1, 1) for name in ("mean", "std")))
 
     def write(self, path: Path) -> None:
         """Writes the file, at once."""
-        partial = path.with_name(f"{path.name}.partial")
-        torch.save({"mean": self.mean, "std": self.std}, partial)
-        partial.replace(path)
+        write_torch(path, {"mean": self.mean, "std": self.std})
 
 
 class RunningStatistics:
@@ -258,4 +257,6 @@ def _look_into(path: Path) -> tuple[dict[str, tuple[int, ...]], np.ndarray]:
             shapes = {name: tuple(file.get_slice(name).get_shape()[1:]) for name in names}
             return shapes, file.get_tensor("labels").long().numpy()
     except SafetensorError as error:
-        raise ValueError(f"root: {str(path)!r} can't be read as a shard of latents ({error})") from error
+        raise ValueError(
+            f"root: {str(path)!r} can't be read as a shard of latents ({error}): it is {seems_to_be(path)}"
+        ) from error

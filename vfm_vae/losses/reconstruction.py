@@ -6,7 +6,6 @@ The first argument takes gradients, the second is the target.
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import lpips
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.models import VGG16_Weights
 
+from vfm_vae.checkpoints import fill, read_published_weights, read_weights
 from vfm_vae.modules.maps import in_fast_layout
 from vfm_vae.modules.resize import resize
 from vfm_vae.vfm import Frozen, FrozenVFM, Interpolation
@@ -66,44 +66,31 @@ class LPIPSLoss(Frozen):
         name: what the distance is called in logs.
 
     Raises:
-        ValueError: if the weights of VGG-16 can't be had.
+        ValueError: if the weights of VGG-16 can't be had, or a tensor of it or of the linear heads is not in its file.
     """
 
     name = "lpips"
 
     def __init__(self, weights: str | None = None) -> None:
-        state = _vgg16_state(weights)
+        url = VGG16_Weights.IMAGENET1K_V1.url
+        vgg, place = read_published_weights(weights, url, "VGG-16, for LPIPS")
         with warnings.catch_warnings():  # lpips asks torchvision for a random network in an old way
             warnings.simplefilter("ignore", UserWarning)
-            network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+            network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
         # The slices keep torchvision's numbering: `features.12.weight` is `slice3.12.weight` here.
-        for piece in network.net.children():
-            piece.load_state_dict({name: state[f"features.{name}"] for name in piece.state_dict()})
+        names = {ours: f"features.{ours.partition('.')[2]}" for ours in network.net.state_dict()}
+        if isinstance(vgg, Mapping):
+            vgg = {ours: vgg[name] for ours, name in names.items() if name in vgg}
+        fill(network.net, vgg, f"weights: {place!r} holds no VGG-16 with torchvision's names, give the file of {url}")
+        heads = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
+        linear = {name.replace("lin", "", 1): values for name, values in read_weights(heads, "lpips").items()}
+        fill(network.lins, linear, f"lpips: {str(heads)!r} is another version's; install the package again")
         super().__init__(network)
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         """Mean distance between `images` and `target`, both `[B, 3, H, W]` in [-1, 1]."""
         with torch.autocast(images.device.type, enabled=False):
             return self.network(in_fast_layout(images.float()), in_fast_layout(target.float())).mean()
-
-
-def _vgg16_state(weights: str | None) -> Mapping[str, Tensor]:
-    published = VGG16_Weights.IMAGENET1K_V1
-    place = weights or str(Path(torch.hub.get_dir()) / "checkpoints" / published.url.rpartition("/")[2])
-    try:
-        if weights is not None:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        else:
-            state = published.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError) as error:
-        cause = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"weights: those of VGG-16, for LPIPS, could not be had from {place!r} ({cause}); put "
-            f"{published.url} there, or give its file as `weights`"
-        ) from error
-    if "features.28.weight" not in state:
-        raise ValueError(f"weights: no VGG-16 with torchvision's names in {place!r}; give the file of {published.url}")
-    return state
 
 
 class VFMPerceptualLoss(nn.Module):

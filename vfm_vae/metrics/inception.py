@@ -1,7 +1,7 @@
 """Inception-2015, whose features FID and its kin are defined on: all that they need in one pass."""
 
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     InceptionE_2,
 )
 
+from vfm_vae.checkpoints import misfit, read_published_weights
 from vfm_vae.metrics.features import float32_arithmetic
 from vfm_vae.vfm import Frozen, sha256_of
 
@@ -49,7 +50,7 @@ class Inception(Frozen):
             downloaded to if they are missing.
 
     Raises:
-        ValueError: if the weights can't be had.
+        ValueError: if the weights can't be had, or the file holds others.
     """
 
     network: "InceptionNetwork"
@@ -148,26 +149,20 @@ def _positions(size: int, side: int, device: torch.device) -> tuple[Tensor, Tens
 
 def _load(weights: str | None) -> tuple[InceptionNetwork, str]:
     """The network with weights from a file, or from torch-fidelity's usual place, and their fingerprint."""
-    place = weights or str(Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2])
-    try:
-        if weights is not None:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        else:
-            state = torch.hub.load_state_dict_from_url(
-                URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True
-            )
-    except Exception as error:  # files that hold something else let the unpickler fail in any way
-        cause = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"weights: those of Inception, for FID and its kin, could not be had from {place!r} ({cause}); put "
-            f"{URL_INCEPTION_V3} there, or give its file as `weights`"
-        ) from error
+    state, place = read_published_weights(weights, URL_INCEPTION_V3, "Inception, for FID and its kin")
     with torch.device("meta"):  # random weights would take longer than reading the right ones
         network = InceptionNetwork()
-    try:
-        network.load_state_dict(state, assign=True)
-    except (AttributeError, RuntimeError, TypeError) as error:  # no mapping, or other names, or other shapes
+    if (difference := misfit(_without_counters(state), _without_counters(network.state_dict()))) is not None:
         raise ValueError(
-            f"weights: no Inception with torch-fidelity's names in {place!r}; give the file of {URL_INCEPTION_V3}"
-        ) from error
+            f"weights: {place!r} holds no Inception with torch-fidelity's names, give the file of {URL_INCEPTION_V3}: "
+            f"{difference}"
+        )
+    network.load_state_dict(state, assign=True)
     return network.float(), sha256_of(state)
+
+
+def _without_counters(state: Any) -> Any:
+    """Weights without what batch norms count in training, which files may lack."""
+    if not isinstance(state, Mapping):
+        return state
+    return {name: values for name, values in state.items() if not str(name).endswith("num_batches_tracked")}
