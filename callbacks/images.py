@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.utils import make_grid
 
 from vfm_vae.metrics.reconstruction import from_uint8, to_uint8
-from vfm_vae.options import at_least
+from vfm_vae.options import at_least, within
 from vfm_vae.types import Batch, CountsImages, Decoded, DrawsSamples, Reconstructs
 
 
@@ -100,7 +100,7 @@ class SampleImages(Callback):
 
     Raises:
         ValueError: if a number lies outside its range, or nothing is to be shown; when a run starts, if the module
-            draws no samples.
+            draws no samples, or knows no such class.
     """
 
     def __init__(
@@ -122,6 +122,7 @@ class SampleImages(Callback):
         """Learns where to write, on all ranks."""
         if not isinstance(pl_module, DrawsSamples):
             raise ValueError(f"{type(pl_module).__name__} draws no samples to show.")
+        within(0, pl_module.num_classes - 1, classes=self.classes)
         if not pl_module.can_decode:
             rank_zero_warn(
                 "SampleImages: model.tokenizer is null, so there is nothing to decode samples; none are shown."

@@ -1,6 +1,7 @@
 """What a linear probe reads: the classes of samples, and what a model's features know of real images' classes."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.evaluation import EvaluationCallback, by_short_name, rows_of, settings_of
+from vfm_vae.data.folder import list_classes
 from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.probe import LinearProbe
 from vfm_vae.metrics.reconstruction import MeanOverImages, from_uint8, quantised
@@ -30,19 +32,30 @@ class ClassAccuracyCallback(EvaluationCallback):
         num_images: draw so many samples, numbered evenly over the data set; null for as many as it has.
 
     Raises:
-        ValueError: when validation starts, if the module draws no samples.
+        ValueError: if an option lies outside its range; when a run starts, if the images are of other classes than the
+            module's; when validation starts, if the module draws no samples.
     """
 
     def __init__(self, vfm: FrozenVFM, images: str, image_size: int = 256, num_images: int | None = None) -> None:
         super().__init__(num_images)
         at_least(1, image_size=image_size)
-        self.vfm, self.images, self.image_size = vfm, images, image_size
+        self.vfm, self.images, self.image_size = vfm, Path(images), image_size
         self._probe: LinearProbe | None = None
         self._hits = MeanOverImages()
 
     def names(self) -> set[str]:
         """One number."""
         return {"class_accuracy"}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compares the classes with the module's."""
+        super().setup(trainer, pl_module, stage)
+        found = len(list_classes(self.images.parent, self.images.name))
+        if isinstance(pl_module, DrawsSamples) and found != pl_module.num_classes:
+            raise ValueError(
+                f"images: {str(self.images)!r} has {found} classes, but samples are of {pl_module.num_classes}; give "
+                "images of the classes that the model was trained on"
+            )
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the VFM to the module's device; fits the probe, the first time, on every rank alike."""
@@ -67,7 +80,7 @@ class ClassAccuracyCallback(EvaluationCallback):
 
     def settings(self) -> dict[str, Any]:
         """What the number depends on."""
-        fitted = {"images": self.images, "image_size": self.image_size}
+        fitted = {"images": str(self.images), "image_size": self.image_size}
         return super().settings() | fitted | settings_of([self.vfm])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from ldm.alignment import REPA
@@ -40,7 +41,6 @@ def check_data(
     Raises:
         ValueError: if something does not fit.
     """
-    check_classes(data.num_classes, denoiser)
     for dataset in filter(None, (data.train_set, data.val_set)):
         if isinstance(dataset, LatentDataset):
             check_latents(dataset, denoiser, latent_source)
@@ -70,17 +70,30 @@ def check_alignment(alignment: REPA | None, denoiser: Denoiser) -> None:
         )
 
 
-def check_classes(num_classes: int | None, denoiser: Denoiser) -> None:
+def check_classes(data: ImageNetDataModule, denoiser: Denoiser, begins: bool) -> None:
     """Compares the data's classes, where they are known, with the denoiser's.
 
+    Args:
+        data: Set up.
+        denoiser: Draws samples of all its classes.
+        begins: Whether nothing was trained so far: then no data will train what it knows no image of. Weights that
+            were trained before may know more classes than the data.
+
     Raises:
-        ValueError: if the data has more.
+        ValueError: if the data has more, or fewer where training begins.
     """
-    if (num_classes or 0) > denoiser.num_classes:
+    found, known = data.num_classes, denoiser.num_classes
+    if found is None or found == known:
+        return
+    differ = f"model.num_classes: the data in {str(data.root)!r} has labels up to {found - 1}, but the denoiser knows"
+    if found > known:
+        raise ValueError(f"{differ} {known} classes; give it {found}, or other data")
+    if begins:
         raise ValueError(
-            f"model.num_classes: the data has labels up to {num_classes - 1}, but the denoiser knows "
-            f"{denoiser.num_classes} classes"
+            f"{differ} {known} classes, and samples of the others would be of nothing; give it {found}, or begin from "
+            "weights that know them (model.init_from)"
         )
+    rank_zero_warn(f"{differ} {known} classes: samples of the others are what its weights knew before")
 
 
 def check_latents(dataset: LatentDataset, denoiser: Denoiser, expected: Mapping[str, Any] | None) -> None:

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ldm import path
 from ldm.alignment import REPA
-from ldm.compatibility import begin_from, check_alignment, check_checkpoint, check_data
+from ldm.compatibility import begin_from, check_alignment, check_checkpoint, check_classes, check_data
 from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
 from ldm.models.denoiser import Denoiser
@@ -269,6 +269,11 @@ class DiffusionModule(LightningModule):
     # Sampling
 
     @property
+    def num_classes(self) -> int:
+        """Classes that samples can be drawn of."""
+        return self.model.num_classes
+
+    @property
     def can_decode(self) -> bool:
         """Whether samples can be had as images."""
         return self.tokenizer is not None
@@ -290,10 +295,13 @@ class DiffusionModule(LightningModule):
             decode: Whether images are wanted, or latents alone.
 
         Raises:
-            ValueError: if images are wanted but there is no tokenizer, or the statistics of latents are not known.
+            ValueError: if images are wanted but there is no tokenizer, a label is no class, or the statistics of
+                latents are not known.
         """
         if decode and not self.can_decode:
             raise ValueError("model.tokenizer: images need a tokenizer that decodes latents; or set predict: latents")
+        if labels is not None:
+            self.model.check_labels(labels)
         index = index.to(self.device)
         noise = IndexedNoise("sample", self.seed, index, self.device)
         chosen = self._choose_labels(noise, index)  # drawn in any case, so that the noise is the same
@@ -361,6 +369,8 @@ class DiffusionModule(LightningModule):
         data = self.trainer.datamodule
         if stage == "predict" or data is None:
             return
+        begins = stage == "fit" and self.init_from is None and self.trainer.ckpt_path is None
+        check_classes(data, self.model, begins)
         self.latent_source = check_data(data, self.model, self.tokenizer, self.alignment, self.latent_source)
         if data.latent_statistics is not None and not self.normalization.is_known:
             self.normalization.take(data.latent_statistics)

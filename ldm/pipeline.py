@@ -14,6 +14,7 @@ from ldm.normalization import LatentNormalization
 from ldm.samplers import Euler, Sampler
 from vfm_vae.data.sampling import IndexedNoise
 from vfm_vae.finite import check_finite
+from vfm_vae.options import at_least
 from vfm_vae.pretrained import Pretrained, build, describe, load, read_pretrained, remembers_arguments
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Samples
@@ -161,17 +162,17 @@ class LatentDiffusion(nn.Module, Pretrained):
             Latents, and images where there is a tokenizer.
 
         Raises:
-            ValueError: if a label is no class, the statistics of latents are not known, or what comes out is not
+            ValueError: if a label is no class, the seed is negative, the statistics of latents are not known, or what comes
+                out is not
                 finite.
         """
         device = self.normalization.mean.device
         labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
-        num_classes = self.model.num_classes
-        if labels.numel() and not 0 <= labels.min() <= labels.max() < num_classes:
-            raise ValueError(f"labels: the classes are 0 to {num_classes - 1}, given {labels.tolist()}")
+        self.model.check_labels(labels)
+        at_least(0, seed=seed)
         index = torch.arange(len(labels), device=device) if index is None else index.to(device)
         noise = IndexedNoise("sample", seed, index, device)
-        noise.integers(num_classes)  # the command line may draw labels first
+        noise.integers(self.model.num_classes)  # the command line may draw labels first
         guidance = self.guidance if guidance_scale is None else self.guidance.with_scale(guidance_scale)
         latents = draw_latents(self.model, self.normalization, self.sampler, guidance, noise, labels)
         images = None if self.tokenizer is None else self.tokenizer.network.decode(latents).image.clamp(-1, 1)

@@ -203,6 +203,7 @@ class DrawsSamples(Protocol):
 
     predict: str
     can_decode: bool
+    num_classes: int
 
     def draw(
         self,

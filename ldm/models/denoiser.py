@@ -69,6 +69,15 @@ class Denoiser(nn.Module, ABC):
         """The label that stands for no label."""
         return self.num_classes
 
+    def check_labels(self, labels: Tensor) -> None:
+        """Sees that samples are asked for of classes, which `null_label` is none of.
+
+        Raises:
+            ValueError: if not.
+        """
+        if others := labels[(labels < 0) | (labels >= self.num_classes)].unique().tolist():
+            raise ValueError(f"labels: the classes are 0 to {self.num_classes - 1}, given {others}")
+
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens in front of those of patches: 1 with a class token."""

@@ -39,7 +39,7 @@ class Painter(LightningModule):
     def sample_labels(self, index):
         return index % NUM_CLASSES
 
-    can_decode = True
+    can_decode, num_classes = True, NUM_CLASSES
 
     def draw(self, index, labels=None, guidance_scale=None, decode=True):
         labels = self.sample_labels(index) if labels is None else labels

@@ -45,7 +45,7 @@ class ImageDataset(Dataset, ABC):
         shards: number of the file that each image lies in, int64 `[num_images]`, where many share one; else None.
 
     Raises:
-        ValueError: too many images are damaged: at once, or when reading.
+        ValueError: a label is negative; too many images are damaged: at once, or when reading.
     """
 
     classes: list[str]
@@ -72,6 +72,12 @@ class ImageDataset(Dataset, ABC):
         # Arrays, because a list of a million strings is copied page by page into every forked worker.
         self._names = np.array([os.fsencode(name) for name in names])
         self.labels = np.array(labels, dtype=np.int64)
+        if (self.labels < 0).any():
+            first = int(np.argmax(self.labels < 0))
+            raise ValueError(
+                f"root: {str(self.place / names[first])!r} has the label {self.labels[first]}, but classes are numbered "
+                "from 0 on; give it the label of its class, or leave it out of the data set"
+            )
         self._damaged = torch.zeros(len(names), dtype=torch.bool).share_memory_()  # seen by all workers
 
     @abstractmethod

@@ -186,7 +186,7 @@ class LatentDataset(Dataset):
         features_source: what the cache says of the VFM that made them, see `FrozenVFM.source`.
 
     Raises:
-        ValueError: a shard can't be read or differs from the others; there are features beside mirrored views.
+        ValueError: a shard can't be read, differs from the others or has a negative label; there are features beside mirrored views.
     """
 
     def __init__(self, folder: str | Path, train: bool, seed: int = 0) -> None:
@@ -255,8 +255,14 @@ def _look_into(path: Path) -> tuple[dict[str, tuple[int, ...]], np.ndarray]:
             if not names & {"latents", "moments"}:
                 raise ValueError(f"root: {str(path)!r} holds neither 'latents' nor 'moments'")
             shapes = {name: tuple(file.get_slice(name).get_shape()[1:]) for name in names}
-            return shapes, file.get_tensor("labels").long().numpy()
+            labels = file.get_tensor("labels").long().numpy()
     except SafetensorError as error:
         raise ValueError(
             f"root: {str(path)!r} can't be read as a shard of latents ({error}): it is {seems_to_be(path)}"
         ) from error
+    if (labels < 0).any():
+        raise ValueError(
+            f"root: {str(path)!r} holds the label {labels.min()}, but classes are numbered from 0 on; make the cache again "
+            "from data whose labels are"
+        )
+    return shapes, labels
