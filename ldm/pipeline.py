@@ -163,8 +163,7 @@ class LatentDiffusion(nn.Module, Pretrained):
 
         Raises:
             ValueError: if a label is no class, the seed is negative, the statistics of latents are not known, or what comes
-                out is not
-                finite.
+                out is not finite.
         """
         device = self.normalization.mean.device
         labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
