@@ -137,6 +137,14 @@ def test_gradients_that_are_not_finite_are_not_applied(tiny_module, trainer, bat
     assert module.guard.num_skipped == 2
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_that_can_not_go_on_stops_where_it_logs(tiny_module, trainer, batch, accumulate):
+    module = tiny_module(accumulate_grad_batches=accumulate, guard=NonFiniteGuard(max_in_a_row=3))
+    with pytest.raises(ValueError, match="the last 4 steps were refused"):
+        trainer(callbacks=[Poison(set(range(20)))], log_every_n_steps=2 * accumulate).fit(module, repeat(batch))
+    assert module.guard.num_skipped == 4
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_refused_step_leaves_the_optimisers_states_too(tiny_module, trainer, batch, fused):
     module = tiny_module(**dict.fromkeys(("optimizer", "discriminator_optimizer"), partial(Adam, lr=1e-3, fused=fused)))

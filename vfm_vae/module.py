@@ -224,6 +224,8 @@ class TokenizerModule(TwoPlayers):
         numbers |= {f"train/{name}": value for name, value in self.grad_norms.items()}
         counts = {"train/skipped_steps": self.guard.skipped, "images_seen": float(self.images_seen)}
         log_where_due(self, numbers | counts, shown="train/loss_l1")
+        if self.trainer._logger_connector.should_update_logs:
+            self.guard.check()
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Ends training once `max_images` were seen; Lightning then validates and saves once more."""

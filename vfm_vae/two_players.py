@@ -80,6 +80,7 @@ class TwoPlayers(LightningModule):
         if step_ends:
             for optimizer in self.optimizers():
                 optimizer.zero_grad()
+            self.guard.end_step(self._refused)
             self._refused = None
 
     def _accumulating(self, wanted: bool) -> AbstractContextManager:

@@ -109,3 +109,17 @@ def test_ranks_decide_together(tmp_path):
     multiprocessing.start_processes(_run_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt") == [[False, True, False], 1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 100.0])
+def test_training_that_stands_still_is_ended(bad):
+    guard = strict(max_in_a_row=3)
+
+    def step(value):
+        guard.end_step(guard.refuses(0, reconstruction=terms(l1=value)))
+        guard.check()
+
+    for value in (1.0, bad, bad, 1.0, bad, bad):  # a step that was taken begins the count anew
+        step(value)
+    with pytest.raises(ValueError, match=r"^guard\.max_in_a_row: the last 3 steps were refused"):
+        step(bad)

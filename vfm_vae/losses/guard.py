@@ -20,13 +20,14 @@ class NonFiniteGuard:
 
     The last two begin `grace_images` images after the start or a resume: until then losses may rightly move that fast.
 
-    Decisions stay on the device: nothing here waits for it but `num_skipped` and `state_dict`.
+    Decisions stay on the device: nothing here waits for it but `num_skipped`, `check` and `state_dict`.
 
     Args:
         jump: largest allowed ratio of a reconstruction term to its last accepted value.
         floor: a last value at or below this allows any jump.
         adversarial_limit: largest allowed adversarial term.
         grace_images: images, over all ranks, before anything but finiteness is asked for.
+        max_in_a_row: as many steps refused in a row end the training, which stands still.
 
     Raises:
         ValueError: if an option lies outside its range.
@@ -36,16 +37,23 @@ class NonFiniteGuard:
     """
 
     def __init__(
-        self, jump: float = 10.0, floor: float = 1e-6, adversarial_limit: float = 1e4, grace_images: int = 50_000
+        self,
+        jump: float = 10.0,
+        floor: float = 1e-6,
+        adversarial_limit: float = 1e4,
+        grace_images: int = 50_000,
+        max_in_a_row: int = 100,
     ) -> None:
-        at_least(1, jump=jump)
+        at_least(1, jump=jump, max_in_a_row=max_in_a_row)
         at_least(0, floor=floor, grace_images=grace_images)
         positive(adversarial_limit=adversarial_limit)
         self.jump = jump
         self.floor = floor
         self.adversarial_limit = adversarial_limit
         self.grace_images = grace_images
+        self.max_in_a_row = max_in_a_row
         self.skipped = torch.zeros((), dtype=torch.int64)
+        self._in_a_row = torch.zeros((), dtype=torch.int64)  # on the device as well
         self._first_images: int | None = None
         self._previous: dict[str, Tensor] = {}
 
@@ -91,6 +99,23 @@ class NonFiniteGuard:
                 last = self._previous.get(name, torch.zeros(()))
                 self._previous[name] = torch.where(refused > 0, last.to(term.device, non_blocking=True), term.detach())
         return refused
+
+    def end_step(self, refused: Tensor) -> None:
+        """Takes note of what was said of a whole step, 1 or 0."""
+        self._in_a_row = (self._in_a_row.to(refused.device, non_blocking=True) + 1) * (refused > 0)
+
+    def check(self) -> None:
+        """Looks whether training goes on at all; this waits for the device.
+
+        Raises:
+            ValueError: if too many steps in a row, up to the last one, were refused.
+        """
+        if self._in_a_row >= self.max_in_a_row:
+            raise ValueError(
+                f"guard.max_in_a_row: the last {int(self._in_a_row)} steps were refused, since losses or gradients were "
+                "not finite or beyond the guard's limits: look at the data, or go on from the last checkpoint with a "
+                "lower learning rate"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint stores: numbers only."""
