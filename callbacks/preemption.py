@@ -12,10 +12,11 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loops.progress import _BatchProgress
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, distributed
 
 from vfm_vae.options import at_least, within
+from vfm_vae.saving import write_whole
 
 
 class StopOnSignal(Checkpoint):
@@ -25,7 +26,8 @@ class StopOnSignal(Checkpoint):
     signal may reach one rank only: it sets a flag there, and after a step all ranks ask each other for theirs. A stop
     waits for the end of an optimiser's step, because a checkpoint holds no half-accumulated gradients. No validation is
     run; one that was due or had begun is done as a whole after the resume. (What a validation computes after its last
-    batch is not interrupted.) Until training begins, signals do what they did before.
+    batch is not interrupted.) Until training begins, signals do what they did before. Whoever presses Ctrl-C (SIGINT)
+    a second time ends the process at once, without saving; where a shell lets its job ignore Ctrl-C, it is ignored.
 
     Several ranks with GPUs read an answer when they next ask, so all of them stop one asking later (by default, one
     step): a rank that waited for it at once would leave its GPU idle at the end of each step. For the same reason,
@@ -53,12 +55,13 @@ class StopOnSignal(Checkpoint):
 
     Raises:
         ValueError: if an option is not possible; when training is set up, if no ModelCheckpoint keeps `last`.
-        SystemExit: when the run was stopped.
+        SystemExit: when the run was stopped, and its checkpoint was written and read back.
+        NotWritten: when it was stopped, but could not write it.
     """
 
     def __init__(
         self,
-        signals: Sequence[str] = ("SIGTERM", "SIGUSR1"),
+        signals: Sequence[str] = ("SIGTERM", "SIGUSR1", "SIGINT"),
         every_n_steps: int = 1,
         exit_code: int = 0,
         requeue: bool = True,
@@ -78,11 +81,12 @@ class StopOnSignal(Checkpoint):
         self._previous: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Looks for the checkpoint; takes SLURM's requeue signal from Lightning."""
+        """Looks for the checkpoint, which is to be whole; takes SLURM's requeue signal from Lightning."""
         if stage != "fit":
             return
         if not any(checkpoint.save_last is True for checkpoint in _model_checkpoints(trainer)):
             raise ValueError("trainer.callbacks: StopOnSignal needs a ModelCheckpoint with save_last: true")
+        write_whole(trainer)
         environment = _slurm(trainer)
         if environment is not None:
             environment.auto_requeue = False
@@ -92,7 +96,8 @@ class StopOnSignal(Checkpoint):
         self._received, self._asked = 0, trainer.global_step
         self._late, self._answer = trainer.strategy.root_device.type == "cuda", None
         if threading.current_thread() is threading.main_thread():
-            self._previous |= {number: signal.signal(number, self._note) for number in self.signals}
+            heard = [number for number in self.signals if not _ignored_by_shell(number)]
+            self._previous |= {number: signal.signal(number, self._note) for number in heard}
         if trainer.world_size > 1 and signal.SIGTERM in self.signals:
             loop = trainer.fit_loop.epoch_loop
             loop._broadcast_sigterm_tensor()  # of a signal that came before; Lightning hears of no later one
@@ -100,6 +105,10 @@ class StopOnSignal(Checkpoint):
 
     def _note(self, number: int, frame: Any) -> None:
         self._received = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # so the second ends the process, whatever it is waiting for
+            if rank_zero_only.rank == 0:
+                os.write(2, b"\nSIGINT: saves after this step and ends; a second one ends at once, without saving\n")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Where a step ended, stops if any rank was told to."""
@@ -170,6 +179,11 @@ class _Answer:
 
 def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _ignored_by_shell(number: signal.Signals) -> bool:
+    """Whether a shell that started the process in the background made it deaf to the terminal's Ctrl-C."""
+    return number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
 
 
 def _slurm(trainer: Trainer) -> SLURMEnvironment | None:

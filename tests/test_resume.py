@@ -13,7 +13,7 @@ import torch
 from test_cli import DEMO, ENVIRONMENT, ROOT, SMALL
 
 from vfm_vae.data.latents import RunningStatistics
-from vfm_vae.pretrained import write_tensors
+from vfm_vae.writing import write_tensors
 
 NUM_STEPS, BATCH, EPOCH = 9, 8, 6  # 52 images make six batches, so that the run ends within its second epoch
 

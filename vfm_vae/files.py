@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vfm_vae.data.transforms import CentreCrop, to_rgb
 from vfm_vae.metrics.reconstruction import from_uint8, to_uint8
+from vfm_vae.writing import write_picture
 
 
 def read_image(path: str | Path, size: int) -> Tensor:
@@ -38,4 +39,4 @@ def write_image(path: str | Path, images: Tensor) -> None:
         images: `[B, 3, H, W]`, nominally in [-1, 1].
     """
     row = torch.cat(list(to_uint8(images)), dim=2)  # [3, H, B·W]
-    Image.fromarray(row.permute(1, 2, 0).cpu().numpy()).save(path)
+    write_picture(path, row.permute(1, 2, 0).cpu().numpy())

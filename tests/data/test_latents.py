@@ -19,8 +19,8 @@ from vfm_vae.data.latents import (
     measure_shards,
 )
 from vfm_vae.data.sampling import Draw, EvaluationSampler, IndexedNoise, seed_of
-from vfm_vae.pretrained import write_tensors
 from vfm_vae.types import LatentBatch
+from vfm_vae.writing import write_tensors
 
 
 def write(folder, size=10, shard_size=4, moments=False, features=None):

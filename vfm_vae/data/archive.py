@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vfm_vae.writing import whole_file
+
 IMAGES, LABELS = "arr_0", "arr_1"
 
 
@@ -67,21 +69,24 @@ class ImageArchive:
         return shape
 
 
-def write_archive(path: Path, images: Iterable[np.ndarray], num_images: int, **arrays: np.ndarray) -> None:
-    """Writes an `.npz`, at once.
+def write_archive(
+    path: Path, images: Iterable[np.ndarray], num_images: int, option: str | None = None, **arrays: np.ndarray
+) -> None:
+    """Writes an `.npz`, as `whole_file` does.
 
     Args:
         path: the file.
         images: uint8 `[H, W, 3]` each, all of one size; becomes `arr_0`.
         num_images: how many they are.
+        option: what gave the path, for the message.
         **arrays: what else the file is to hold.
 
     Raises:
         ValueError: they are of several sizes, or not so many.
+        NotWritten: the file can't be written.
     """
-    partial = path.with_name(f"{path.name}.partial")
     count, shape = 0, None
-    with zipfile.ZipFile(partial, "w") as archive:
+    with whole_file(path, option=option) as whole, zipfile.ZipFile(whole, "w") as archive:
         with archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as file:
             for image in images:
                 if shape is None:
@@ -95,6 +100,5 @@ def write_archive(path: Path, images: Iterable[np.ndarray], num_images: int, **a
         for name, values in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asanyarray(values), allow_pickle=False)
-    if count != num_images:
-        raise ValueError(f"{num_images} images were announced, but there were {count}")
-    partial.replace(path)
+        if count != num_images:
+            raise ValueError(f"{num_images} images were announced, but there were {count}")

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -158,17 +157,3 @@ def kept(names: Sequence[str], exclude: Collection[str], place: str | Path) -> l
         left = f" but those that are left out ({len(exclude)})" if exclude else ""
         raise ValueError(f"root: no images under {str(place)!r}{left}; known endings are {' '.join(EXTENSIONS)}")
     return positions
-
-
-def write_at_once(file: Path, content: bytes, option: str) -> None:
-    """Writes a file of which nobody sees half, though several machines may write it.
-
-    Raises:
-        ValueError: it can't be written; the message names the option.
-    """
-    partial = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(file)
-    except OSError as error:
-        raise ValueError(f"{option}: can't write {str(file)!r} ({error}); give another place") from error

@@ -18,8 +18,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from vfm_vae.data.images import EXTENSIONS, ImageDataset, kept, write_at_once
+from vfm_vae.data.images import EXTENSIONS, ImageDataset, kept
 from vfm_vae.data.transforms import Transform
+from vfm_vae.writing import whole_file
 
 UNKNOWN = -1
 READ_AT_ONCE = 1 << 16  # holds the header of nearly every image, and half of most
@@ -270,9 +271,8 @@ def _save_index(file: Path, shards: dict[str, Shard]) -> None:
     }
     columns = ("names", "offsets", "sizes", "labels")
     arrays = {column: np.concatenate([getattr(s, column) for s in shards.values()]) for column in columns}
-    content = io.BytesIO()
-    np.savez(content, shards=np.array(json.dumps(described)), **arrays)
-    write_at_once(file, content.getvalue(), "cache_dir")
+    with whole_file(file, option="cache_dir") as content:
+        np.savez(content, shards=np.array(json.dumps(described)), **arrays)
 
 
 def _load_index(file: Path) -> dict[str, Shard]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vfm_vae.embedded import photos
 from vfm_vae.embedded.vit import WEIGHTS
+from vfm_vae.writing import write_picture
 
 SHOWN = ("astronaut", "camera", "cat", "china", "coffee", "flower", "motorcycle", "rocket")
 SCATTERED = ("astronaut", "china", "motorcycle", "retina")
@@ -149,7 +150,7 @@ def report(weights: Path = WEIGHTS, picture: Path | None = None) -> dict[str, fl
     for name, value in numbers.items():
         print(f"{name:20s} {value:.3f}")
     if picture is not None:
-        draw(train, val).save(picture)
+        write_picture(picture, np.asarray(draw(train, val)))
     return numbers
 
 

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vfm_vae.embedded import evaluate, photos
 from vfm_vae.embedded.vit import WEIGHTS
+from vfm_vae.writing import write_tensors
 
 PLACE_WEIGHT = 1.0
 CLASS_WEIGHT = 0.2
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="file for the picture of the features, PNG")
     arguments = parser.parse_args()
     vit = pretrain(arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.seed)
-    save_file({name: tensor.half().contiguous() for name, tensor in vit.state_dict().items()}, arguments.weights)
+    write_tensors(arguments.weights, {name: tensor.half() for name, tensor in vit.state_dict().items()})
     evaluate.report(arguments.weights, arguments.picture)
 
 

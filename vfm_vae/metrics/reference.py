@@ -2,24 +2,27 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from vfm_vae.data.archive import IMAGES, ImageArchive, write_archive
 from vfm_vae.data.folder import ImageFolderDataset
+from vfm_vae.data.identity import files_state
 from vfm_vae.data.transforms import CentreCrop
 from vfm_vae.metrics.distribution import Gaussian, Moments
 from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception, InceptionFeatures
 from vfm_vae.metrics.reconstruction import from_uint8
 from vfm_vae.vfm import FORMERLY, FrozenVFM
+from vfm_vae.writing import check_place
 
 NUM_IMAGES = 10_000  # of a reference, for precision and recall; as many as ADM's has
 SOURCE = "source"
@@ -106,27 +109,34 @@ class ReferenceImages:
 
     A file holds `mu`, `sigma` of Inception's pooled features and `mu_s`, `sigma_s` of its spatial ones over all
     images, and some of these as `arr_0`. From a folder `<class>/*` such a file is made once, after ADM's centre crop,
-    and used again as long as the files' names, size, network and how a VFM sees images are the same. Of the features of
-    a VFM the statistics of somebody's file say nothing: then they are taken over its `arr_0`.
+    and used again as long as these are the same: names, sizes and times of modification of the files, size of the
+    crops, network, and how a VFM sees images. Files of former versions, which do not say the times, are used again as
+    long as no image is newer than they are. Of the features of a VFM the statistics of somebody's file say nothing:
+    then they are taken over its `arr_0`.
 
     Args:
         path: of the file or the folder.
         image_size: side of a folder's crops in pixels.
         statistics: where to save what is measured of a folder; by default beside it, as
             `<folder>_<image_size>px_<network>.npz`.
+        remeasure: measure a folder again, whatever is saved.
 
     Raises:
-        ValueError: there is no such file or folder.
+        ValueError: there is no such file or folder; a file is to be measured again.
     """
 
-    def __init__(self, path: str, image_size: int = 256, statistics: str | None = None) -> None:
-        self.path, self.image_size = Path(path), image_size
+    def __init__(
+        self, path: str, image_size: int = 256, statistics: str | None = None, remeasure: bool = False
+    ) -> None:
+        self.path, self.image_size, self.remeasure = Path(path), image_size, remeasure
         self.statistics = Path(statistics) if statistics else None
         if self.path.is_dir():
             self._dataset: ImageFolderDataset | None = _dataset(self.path, image_size)
         elif self.path.is_file():
             self._dataset = None
-            ImageArchive(self.path)
+            _archive(self.path, "reference")
+            if remeasure:
+                raise ValueError(f"remeasure: {path!r} is a file, which has its statistics; it goes with a folder")
         else:
             raise ValueError(
                 f"reference: nothing at {path!r}; give a folder of images, <reference>/<class>/*, or an .npz with "
@@ -148,10 +158,11 @@ class ReferenceImages:
             batch_size: images at a time on each rank.
 
         Raises:
-            ValueError: the file lacks what is needed, or is of another Inception or a VFM, or can't be written.
+            ValueError: the file lacks what is needed, or is of another Inception or a VFM, or can't be written, which
+                is seen before anything is measured.
         """
         path = self.path if self._dataset is None else self._measured(network, batch_size)
-        archive = ImageArchive(path)
+        archive = _archive(path, "reference" if self._dataset is None else "statistics")
         source = _stored_source(archive)
         wanted = _features_source(network)
         is_of_network = source.items() >= wanted.items()
@@ -178,18 +189,35 @@ class ReferenceImages:
         """The file with a folder's statistics, made where it is missing or of something else."""
         name = f"{self.path.name}_{self.image_size}px_{name_of(network)}.npz"
         path = self.statistics or self.path.with_name(name)
-        source = _source(self._dataset, self.image_size, network)
-        # Rank zero says for all, so that none waits for another.
-        if not _agreed(path.is_file() and _stored_source(ImageArchive(path)) == source):
+        source = _by_rank_zero(lambda: self._to_measure(path, network))
+        if source is not None:
             pool, spatial = _measure(self._dataset, network, batch_size)
-            if _rank() == 0:
-                _save(path, self._dataset, source, pool, spatial)
-            _agreed(True)  # wait for the file
+            _by_rank_zero(lambda: _save(path, self._dataset, source, pool, spatial))
         if not path.is_file():
             raise ValueError(
                 f"statistics: rank {_rank()} does not see {str(path)!r}, which rank 0 has; give a path that all share"
             )
         return path
+
+    def _to_measure(self, path: Path, network: Inception | FrozenVFM) -> dict[str, Any] | None:
+        """What the file has to say of its statistics once they are measured; None where they are there already."""
+        files = files_state(self._dataset)
+        source = _source(self._dataset, self.image_size, network) | {"files": files.digest}
+        if path.is_file() and not self.remeasure:
+            archive = _archive(path, "statistics")
+            if SOURCE not in archive.names:
+                raise ValueError(
+                    f"statistics: {str(path)!r} was not measured here, and would be replaced; give another path"
+                )
+            stored = _stored_source(archive)
+            is_former = "files" not in stored and files.newest <= path.stat().st_mtime
+            if stored == source or (is_former and stored | {"files": files.digest} == source):
+                return None
+            differing = sorted(name for name in source if stored.get(name) != source[name])
+            rank_zero_info(f"{path} holds statistics of others ({', '.join(differing)}); {self.path} is measured again")
+        count, widths = min(NUM_IMAGES, len(self._dataset)), _widths(network)
+        check_place(path, count * self.image_size**2 * 3 + sum(width**2 * 8 for width in widths), "statistics")
+        return source
 
 
 def _dataset(folder: str | Path, image_size: int) -> ImageFolderDataset:
@@ -224,13 +252,25 @@ def _stored_source(archive: ImageArchive) -> dict[str, Any]:
     return source
 
 
+def _widths(network: Inception | FrozenVFM) -> tuple[int, ...]:
+    """Of pooled features, and of spatial ones where there are any."""
+    return (POOL_WIDTH, SPATIAL_WIDTH) if isinstance(network, Inception) else (network.width,)
+
+
+def _archive(path: Path, option: str) -> ImageArchive:
+    """A file whose option is named where it is none."""
+    try:
+        return ImageArchive(path)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+
+
 def _measure(
     dataset: ImageFolderDataset, network: Inception | FrozenVFM, batch_size: int
 ) -> tuple[Gaussian, Gaussian | None]:
     """Statistics over all images and ranks."""
     device = next(network.network.parameters()).device
-    widths = (POOL_WIDTH, SPATIAL_WIDTH) if isinstance(network, Inception) else (network.width,)
-    moments = [Moments(width).to(device) for width in widths]
+    moments = [Moments(width).to(device) for width in _widths(network)]
     for images, _, _ in _batches(dataset, range(_rank(), len(dataset), _num_ranks()), batch_size):
         features = extract(network, images.to(device))
         for running, values in zip(moments, features, strict=False):
@@ -248,11 +288,7 @@ def _save(
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     arrays = {name: values.cpu().numpy() for name, values in arrays.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_archive(path, images, count, **arrays, **{SOURCE: np.array(json.dumps(source))})
-    except OSError as error:
-        raise ValueError(f"statistics: can't write {str(path)!r} ({error}); give another path") from error
+    write_archive(path, images, count, "statistics", **arrays, **{SOURCE: np.array(json.dumps(source))})
 
 
 def _gaussian(archive: ImageArchive, mean: str, covariance: str, network: Inception | FrozenVFM) -> Gaussian:
@@ -289,9 +325,17 @@ def _num_ranks() -> int:
     return dist.get_world_size() if _is_distributed() else 1
 
 
-def _agreed(value: bool) -> bool:
-    """Rank zero's value, on every rank."""
-    values = [value]
+def _by_rank_zero(action: Callable[[], Any]) -> Any:
+    """What rank zero finds, on every rank; where it fails, all do, so that none waits for another."""
+    found: list[Any] = [None, None]
+    failure: ValueError | None = None
+    if _rank() == 0:
+        try:
+            found[0] = action()
+        except ValueError as error:
+            failure, found[1] = error, str(error)
     if _is_distributed():
-        dist.broadcast_object_list(values)
-    return values[0]
+        dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise ValueError(found[1]) from failure
+    return found[0]

@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
+from vfm_vae.writing import write_json
+
 _PACKAGES = {"vfm_vae": "vfm-vae", "torch": "torch", "lightning": "lightning", "timm": "timm"}
 _PACKAGES |= {name: name for name in ("torchmetrics", "torch-fidelity")}
 
@@ -64,10 +66,7 @@ def check_entries(path: Path, option: str) -> None:
 def write_entry(path: Path, name: str, entry: Mapping[str, Any]) -> None:
     """Puts an entry into a metrics file, at once; the others stay. Raises as `read_entries`."""
     entries = read_entries(path) | {name: entry}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(entries, indent=2) + "\n")
-    partial.replace(path)
+    write_json(path, entries)
 
 
 def summary_table(entries: Mapping[str, Any], title: str | None = None) -> Table:

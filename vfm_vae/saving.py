@@ -1,0 +1,165 @@
+"""Checkpoints of training as they are written: whole, read back, and on all ranks alike."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from fsspec.core import url_to_fs
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
+
+from vfm_vae.checkpoints import read_checkpoint
+from vfm_vae.writing import NotWritten, check_place, num_bytes, remove_leftovers, whole_file
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes checkpoints as `whole_file` does, and lets one take its place only when it was read back.
+
+    Lightning's own way builds a checkpoint in memory, writes it into TMPDIR, and copies it from there where that is
+    another disk. Addresses of other file systems, such as s3://…, are left to it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            NotWritten: if that is not possible, or what was written can't be read.
+        """
+        if storage_options is not None or (place := local_path(path)) is None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with whole_file(place, num_bytes(checkpoint)) as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            _read_back(Path(file.name), place, checkpoint.get("global_step"))
+
+
+class WholeCheckpoints(Callback):
+    """Sees to it that a run's checkpoints are whole: see `write_whole`. The command lines add it to every run.
+
+    Before its first step, training looks whether its checkpoints can be written, as far as can be known.
+
+    Raises:
+        NotWritten: if a folder of checkpoints can't be written to, or the disk has no space for one, on all ranks.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """From here on the trainer writes and reads so."""
+        write_whole(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at the places."""
+        check_places(trainer, pl_module)
+
+
+def check_places(trainer: Trainer, module: LightningModule) -> None:
+    """Sees whether a run can write its checkpoints, and takes away what killed processes left where they lie.
+
+    Raises:
+        NotWritten: if a folder can't be written to, or the disk has no space for one checkpoint, on all ranks.
+    """
+    if trainer.fast_dev_run:
+        return
+    size = expected_bytes(trainer, module)
+
+    def look() -> None:
+        for folder in _folders(trainer) if trainer.is_global_zero else ():
+            former = max((file.stat().st_size for file in folder.glob("*.ckpt")), default=0)
+            check_place(folder / "last.ckpt", max(size, former))
+            remove_leftovers(folder)
+
+    alike(trainer.strategy, look)
+
+
+def write_whole(trainer: Trainer) -> None:
+    """Lets a trainer write its checkpoints as `CheckpointFiles` does, and all ranks hear of a failure.
+
+    Reading, it says what is wrong with a damaged file, and which whole one lies beside it. Nothing is changed where the
+    trainer was given a CheckpointIO.
+    """
+    strategy = trainer.strategy
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = CheckpointFiles()
+        strategy.save_checkpoint = partial(_save, strategy, strategy.save_checkpoint)
+        strategy.load_checkpoint = partial(_load, strategy.load_checkpoint)
+
+
+def alike(strategy: Strategy, action: Callable[[], None]) -> None:
+    """Does something on all ranks, of which rank zero writes: if it can't, all raise alike, and none waits for it.
+
+    Raises:
+        NotWritten: if rank zero did.
+    """
+    failure: NotWritten | None = None
+    try:
+        action()
+    except NotWritten as error:
+        failure = error
+    message = strategy.broadcast(str(failure) if failure is not None else None)
+    if message is not None:
+        raise NotWritten(message) from failure
+
+
+def newest_whole(path: Path) -> Path | None:
+    """The newest of the checkpoints beside a damaged one that are whole; None if there is none."""
+    others = [other for other in path.parent.glob("*.ckpt") if other != path and other.is_file()]
+    for other in sorted(others, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            read_checkpoint(other, "", mmap=True)
+        except ValueError:
+            continue
+        return other
+    return None
+
+
+def local_path(address: str | Path) -> Path | None:
+    """Where a file lies on this machine; None for an address of another file system."""
+    return Path(url_to_fs(str(address))[1]) if _is_local_file_protocol(address) else None
+
+
+def expected_bytes(trainer: Trainer, module: LightningModule) -> int:
+    """What a checkpoint takes at least: the module's state, and both averages of optimisers of Adam's kind."""
+    parts = [list(module.state_dict().values())]
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+            parts += [group["params"] for group in optimizer.param_groups] * 2
+    return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part)
+
+
+def _folders(trainer: Trainer) -> set[Path]:
+    """Where a trainer's ModelCheckpoints write on this machine."""
+    checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    places = {local_path(found.dirpath) for found in checkpoints if found.save_top_k or found.save_last}
+    return {place for place in places if place is not None}
+
+
+def _read_back(written: Path, place: Path, step: int | None) -> None:
+    try:
+        found = read_checkpoint(written, "", mmap=True)
+    except ValueError as error:
+        raise NotWritten(f"can't write {str(place)!r}: what was written can't be read back ({error})") from error
+    if found.get("global_step") != step:
+        raise NotWritten(f"can't write {str(place)!r}: step {found.get('global_step')} was read back, not {step}")
+
+
+def _save(
+    strategy: Strategy, save: Callable[..., None], checkpoint: dict[str, Any], filepath: str | Path, **options: Any
+) -> None:
+    alike(strategy, lambda: save(checkpoint, filepath, **options))
+
+
+def _load(load: Callable[..., dict[str, Any]], path: str | Path, **options: Any) -> dict[str, Any]:
+    place = local_path(path)
+    if place is not None and place.is_file():
+        try:
+            read_checkpoint(place, "ckpt_path", mmap=True)
+        except ValueError as error:
+            whole = newest_whole(place)
+            beside = f"the newest whole one beside it is {str(whole)!r}" if whole else "no whole one lies beside it"
+            raise ValueError(f"{error}; {beside}") from error
+    return load(path, **options)
