@@ -162,8 +162,8 @@ class LatentDiffusion(nn.Module, Pretrained):
             Latents, and images where there is a tokenizer.
 
         Raises:
-            ValueError: if a label is no class, the seed is negative, the statistics of latents are not known, or what comes
-                out is not finite.
+            ValueError: if a label is no class, the seed is negative, the statistics of latents are not known, or what
+                comes out is not finite.
         """
         device = self.normalization.mean.device
         labels = torch.as_tensor(labels, dtype=torch.int64, device=device)

@@ -74,8 +74,8 @@ class ImageDataset(Dataset, ABC):
         if (self.labels < 0).any():
             first = int(np.argmax(self.labels < 0))
             raise ValueError(
-                f"root: {str(self.place / names[first])!r} has the label {self.labels[first]}, but classes are numbered "
-                "from 0 on; give it the label of its class, or leave it out of the data set"
+                f"root: {str(self.place / names[first])!r} has the label {self.labels[first]}, but classes are "
+                "numbered from 0 on; give it the label of its class, or leave it out of the data set"
             )
         self._damaged = torch.zeros(len(names), dtype=torch.bool).share_memory_()  # seen by all workers
 

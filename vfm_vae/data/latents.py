@@ -186,7 +186,8 @@ class LatentDataset(Dataset):
         features_source: what the cache says of the VFM that made them, see `FrozenVFM.source`.
 
     Raises:
-        ValueError: a shard can't be read, differs from the others or has a negative label; there are features beside mirrored views.
+        ValueError: a shard can't be read, differs from the others or has a negative label; there are features
+            beside mirrored views.
     """
 
     def __init__(self, folder: str | Path, train: bool, seed: int = 0) -> None:
@@ -262,7 +263,7 @@ def _look_into(path: Path) -> tuple[dict[str, tuple[int, ...]], np.ndarray]:
         ) from error
     if (labels < 0).any():
         raise ValueError(
-            f"root: {str(path)!r} holds the label {labels.min()}, but classes are numbered from 0 on; make the cache again "
-            "from data whose labels are"
+            f"root: {str(path)!r} holds the label {labels.min()}, but classes are numbered from 0 on; make the cache "
+            "again from data whose labels are"
         )
     return shapes, labels
