@@ -31,8 +31,10 @@ class DistributionCallback(EvaluationCallback):
         reference: real images: an `.npz` such as ADM's, or a folder, `<reference>/<class>/*`, which is measured once;
             null takes the images of the data that is validated.
         image_size: side in pixels of the centre crops of a folder's images.
-        statistics: where to save what is measured of a folder; null for a file beside it.
+        statistics: where to save what is measured of a folder; null for a file beside it. It is used again until a file
+            of the folder changes its name, size or time of modification.
         precision_recall: measure these two; null does so on Inception's features with a reference.
+        remeasure: measure a folder again, whatever is saved.
 
     Raises:
         ValueError: if the reference is missing; when training or validation starts, if the module has no
@@ -47,6 +49,7 @@ class DistributionCallback(EvaluationCallback):
         image_size: int = 256,
         statistics: str | None = None,
         precision_recall: bool | None = None,
+        remeasure: bool = False,
     ) -> None:
         super().__init__(num_images)
         at_least(1, image_size=image_size)
@@ -57,7 +60,7 @@ class DistributionCallback(EvaluationCallback):
         self.precision_recall = precision_recall
         if precision_recall is None:
             self.precision_recall = reference is not None and isinstance(network, Inception)
-        self._images = ReferenceImages(reference, image_size, statistics) if reference else None
+        self._images = ReferenceImages(reference, image_size, statistics, remeasure) if reference else None
         self._measured: Reference | None = None
         self._suite: DistributionSuite | None = None
 

@@ -4,16 +4,15 @@ What is taken over from a checkpoint that fits is taken here, too.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from ldm.alignment import REPA
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
+from vfm_vae.checkpoints import fill, read_checkpoint
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import LatentDataset, LatentStatistics
 from vfm_vae.tokenizer import FrozenTokenizer
@@ -149,14 +148,10 @@ def begin_from(
     Raises:
         ValueError: if there is no checkpoint, or it holds another model, or belongs to another tokenizer's latents.
     """
-    if not Path(source).is_file():
-        raise ValueError(f"init_from: there is no checkpoint {source!r}")
-    checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(source, "init_from")
     check_checkpoint(checkpoint, latent_source, normalization, "init_from")
-    try:
-        module.load_state_dict(checkpoint["state_dict"] | checkpoint.get("ema", {}).get("weights", {}))
-    except RuntimeError as error:
-        raise ValueError(f"init_from: {source!r} holds another model: {error}") from error
+    weights = checkpoint["state_dict"] | checkpoint.get("ema", {}).get("weights", {})
+    fill(module, weights, f"init_from: {source!r} holds another model")
     return latent_source or checkpoint["tokenizer"]
 
 

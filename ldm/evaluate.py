@@ -1,5 +1,6 @@
 """`python -m ldm test --samples <file or folder>`: anybody's samples against any reference, without a model."""
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from vfm_vae.checkpoints import seems_to_be
 from vfm_vae.cli import MATMUL_PRECISION, add_matmul_precision, set_matmul_precision
 from vfm_vae.data.archive import ImageArchive
 from vfm_vae.metrics.inception import Inception
@@ -31,6 +33,8 @@ from vfm_vae.metrics.summary import (
 from vfm_vae.options import at_least, positive
 from vfm_vae.vfm import FrozenVFM
 
+END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
+
 
 class SampleFiles:
     """Samples that were drawn before: an `.npz` with `arr_0`, or a folder of PNG files.
@@ -39,17 +43,19 @@ class SampleFiles:
         path: of either.
 
     Raises:
-        ValueError: there is no such file or folder, or it holds no images; when they are read, if a file is damaged or
-            of another size than the first.
+        ValueError: there is no such file or folder, or it holds no images, or files that are cut short or of another
+            size than the first; when they are read, if one is damaged within.
     """
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self._files: list[Path] = []
-        self._shape: tuple[int, ...] | None = None
+        self._size: tuple[int, int] | None = None
         if self.path.is_dir():
             self._files = sorted(self.path.glob("*.png"))
             self.num_images = len(self._files)
+            for file in self._files:
+                self._look_at(file)
         else:
             try:
                 self._archive = ImageArchive(self.path)
@@ -69,17 +75,38 @@ class SampleFiles:
             images = [self._read(file) for file in files]
             yield torch.stack(images), torch.arange(start, start + len(files))
 
+    def _look_at(self, file: Path) -> None:
+        """Sees that a file is an image, whole and of the others' size, by its first and last bytes alone."""
+        try:
+            with Image.open(file) as image:
+                size, is_png = image.size, image.format == "PNG"
+        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more at bad bytes
+            what = seems_to_be(file)
+            raise ValueError(f"samples: {str(file)!r} can't be read as an image: it is {what}") from error
+        if is_png and not _ends_with(file, END_OF_PNG):
+            raise ValueError(f"samples: {str(file)!r} is cut short ({file.stat().st_size} bytes); draw it again")
+        self._check_size(file, size)
+
+    def _check_size(self, file: Path, size: tuple[int, int]) -> None:
+        self._size = self._size or size
+        if size != self._size:
+            sizes = " pixels, but others ".join(f"{height}x{width}" for width, height in (size, self._size))
+            raise ValueError(f"samples: {str(file)!r} has {sizes}; all have to be of one size")
+
     def _read(self, file: Path) -> Tensor:
         try:
             with Image.open(file) as image:
                 pixels = np.array(image.convert("RGB"))
-        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more at bad bytes
+        except Exception as error:  # as above
             raise ValueError(f"samples: {str(file)!r} can't be read as an image ({error})") from error
-        self._shape = self._shape or pixels.shape
-        if pixels.shape != self._shape:
-            sizes = " pixels, but others ".join(f"{height}x{width}" for height, width, _ in (pixels.shape, self._shape))
-            raise ValueError(f"samples: {str(file)!r} has {sizes}; all have to be of one size")
+        self._check_size(file, (pixels.shape[1], pixels.shape[0]))
         return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _ends_with(file: Path, end: bytes) -> bool:
+    with open(file, "rb") as content:
+        content.seek(-len(end), os.SEEK_END)
+        return content.read() == end
 
 
 @torch.inference_mode()
@@ -122,6 +149,7 @@ def evaluate_samples(
     vfm_input_scale: float = 1.0,
     image_size: int = 256,
     statistics: str | None = None,
+    remeasure: bool = False,
     precision_recall: bool = True,
     batch_size: int = 64,
     device: str | None = None,
@@ -139,7 +167,9 @@ def evaluate_samples(
         vfm_input_scale: Factor by which images are resized before the VFM sees them, such as 0.875 for 256 px and
             patches of 14.
         image_size: Side in pixels of the centre crops of a reference folder's images.
-        statistics: Where to save what is measured of a reference folder; by default beside it.
+        statistics: Where to save what is measured of a reference folder; by default beside it. It is used again until
+            a file of the folder changes its name, size or time of modification.
+        remeasure: Measure the reference folder again, whatever is saved.
         precision_recall: Measure these two, which need the reference's images.
         batch_size: Images at a time.
         device: Where to compute, such as cuda:1; by default a GPU where there is one.
@@ -148,7 +178,7 @@ def evaluate_samples(
     """
     at_least(1, image_size=image_size, batch_size=batch_size)
     positive(vfm_input_scale=vfm_input_scale)
-    files, real = SampleFiles(samples), ReferenceImages(reference, image_size, statistics)
+    files, real = SampleFiles(samples), ReferenceImages(reference, image_size, statistics, remeasure)
     check_entries(Path(metrics_file), "metrics_file")
     network: Inception | FrozenVFM
     if vfm is None:
@@ -199,7 +229,10 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m ldm test", exit_on_error=False, description=evaluate_samples.__doc__.splitlines()[0]
     )
     add_matmul_precision(parser)
-    parser.add_function_arguments(evaluate_samples)
+    parser.add_function_arguments(evaluate_samples, skip={"remeasure"})
+    parser.add_argument(
+        "--remeasure", action="store_true", help="Measure the reference folder again, whatever is saved."
+    )
     options = parser.parse_args(sys.argv[2:] if arguments is None else arguments).as_dict()
     set_matmul_precision(options.pop(MATMUL_PRECISION))
     evaluate_samples(**options)

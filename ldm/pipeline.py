@@ -12,10 +12,11 @@ from ldm.guidance import Guidance
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
 from ldm.samplers import Euler, Sampler
+from vfm_vae.checkpoints import read_checkpoint
 from vfm_vae.data.sampling import IndexedNoise
 from vfm_vae.finite import check_finite
 from vfm_vae.options import at_least
-from vfm_vae.pretrained import Pretrained, build, describe, load, read_pretrained, remembers_arguments
+from vfm_vae.pretrained import Pretrained, describe, load, read_pretrained, remembers_arguments
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Samples
 from vfm_vae.vfm import Frozen
@@ -81,7 +82,7 @@ class LatentDiffusion(nn.Module, Pretrained):
                 another than that of its latents.
         """
         config, tensors = read_pretrained(name, cls, revision, token)
-        model = load(cls, name, config, tensors)
+        model = load(cls, config["model"], tensors, f"name: {str(name)!r}")
         model.latent_source = config["tokenizer"]
         return model.use_tokenizer(tokenizer)
 
@@ -100,18 +101,19 @@ class LatentDiffusion(nn.Module, Pretrained):
             ValueError: if the file is no diffusion model's checkpoint, or the tokenizer is another than that of its
                 latents.
         """
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        parts = stored.get("hyper_parameters", {})
-        if not isinstance(parts.get("model"), Mapping) or "tokenizer" not in stored:
+        stored = read_checkpoint(path, "checkpoint")
+        parts = stored.get("hyper_parameters")
+        if not isinstance(parts, Mapping) or not isinstance(parts.get("model"), Mapping) or "tokenizer" not in stored:
             raise ValueError(
                 f"checkpoint: {str(path)!r} is no diffusion model's; give one that `python -m ldm fit` wrote"
             )
         arguments = {name: parts.get(name) for name in ("model", "sampler", "guidance")}
-        model = build(cls, {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments})
+        description = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
         weights = stored["state_dict"] | stored.get("ema", {}).get("weights", {})
-        model.load_state_dict({name: weights[name] for name in model.state_dict()})
+        weights = {name: tensor for name, tensor in weights.items() if name.startswith(("model.", "normalization."))}
+        model = load(cls, description, weights, f"checkpoint: {str(path)!r}", "configuration")
         model.latent_source = stored["tokenizer"]
-        return model.eval().use_tokenizer(tokenizer)
+        return model.use_tokenizer(tokenizer)
 
     def use_tokenizer(self, tokenizer: str | Path | VFMVAE | None) -> "LatentDiffusion":
         """Sets what decodes, and returns the model.

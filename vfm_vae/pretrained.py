@@ -17,9 +17,10 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from jsonargparse import ArgumentError, ArgumentParser
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from vfm_vae.checkpoints import fill, read_weights, seems_to_be
+from vfm_vae.writing import put_tensors, whole_file
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -90,16 +91,21 @@ class Pretrained:
             folder: Gets `model.safetensors`, `config.json` and `README.md`; a former model in it is replaced.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).unlink(missing_ok=True)  # a folder without it is no model: so none is half one, half other
-        tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
-        write_tensors(folder / WEIGHTS, tensors)
         metadata = ModelCardData(library_name="vfm-vae", tags=["vfm-vae", "arxiv:2510.18457"])
-        (folder / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n\n{self.model_card()}")
-        config = {"format_version": FORMAT_VERSION, **self.pretrained_config()}
-        partial = folder / f"{CONFIG}.partial"
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        partial.replace(folder / CONFIG)
+        card = f"---\n{metadata.to_yaml()}\n---\n\n{self.model_card()}".encode()
+        config = (json.dumps({"format_version": FORMAT_VERSION, **self.pretrained_config()}, indent=2) + "\n").encode()
+        tensors = self.state_dict()
+        # All three are written before the first takes its place, the weights first.
+        with (
+            whole_file(folder / CONFIG, len(config)) as config_file,
+            whole_file(folder / CARD, len(card)) as card_file,
+            whole_file(folder / WEIGHTS, sum(tensor.nbytes for tensor in tensors.values())) as weights_file,
+        ):
+            config_file.write(config)
+            card_file.write(card)
+            put_tensors(weights_file, tensors)
+            if (folder / CONFIG).is_file() and (folder / CONFIG).read_bytes() != config:
+                (folder / CONFIG).unlink()  # a folder without it is no model: so none is half one, half other
 
     def push_to_hub(
         self,
@@ -126,16 +132,6 @@ class Pretrained:
             return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file, which appears under its name only when it is whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.touch()
-    mode = partial.stat().st_mode  # as the user's umask says; safetensors would leave the file to its owner alone
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
-    partial.chmod(mode)
-    partial.replace(path)
-
-
 def read_pretrained(
     name: str | Path, base: type, revision: str | None = None, token: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -158,31 +154,40 @@ def read_pretrained(
         raise ValueError(f"name: {str(name)!r} holds no {CONFIG}; give a folder that save_pretrained wrote")
     try:
         config = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-    except (json.JSONDecodeError, SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"name: the model in {str(name)!r} is damaged ({type(error).__name__}: {error})") from error
+    except ValueError as error:  # neither JSON nor text
+        seems = seems_to_be(folder / CONFIG)
+        raise ValueError(f"name: the {CONFIG} in {str(name)!r} is damaged ({error}): it is {seems}") from error
     check_config(name, config, base)
-    return config, tensors
+    tensors = read_weights(folder / WEIGHTS, "name")
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"name: the {WEIGHTS} in {str(name)!r} holds a {type(tensors).__name__}, and no tensors")
+    return config, dict(tensors)
 
 
-def load(base: type, name: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    """Builds what `read_pretrained` read, in eval mode.
+def load(
+    base: type, description: Mapping[str, Any], tensors: Mapping[str, Tensor], place: str, described: str = CONFIG
+) -> Any:
+    """Builds a model and gives it all of its weights.
+
+    Args:
+        base: Its class.
+        description: As `build` takes it.
+        tensors: Weights by name.
+        place: Names the option and what it gave, in messages.
+        described: What described the model.
+
+    Returns:
+        The model, in eval mode.
 
     Raises:
-        ValueError: if the description or the weights do not fit the classes.
+        ValueError: if the description does not fit the classes, or the weights do not fit the description.
     """
     try:
-        model = build(base, config["model"])
+        model = build(base, description)
     except ArgumentError as error:
         cause = " ".join(str(error).partition("Given value")[0].split())
-        raise ValueError(f"name: the {CONFIG} in {str(name)!r} does not fit: {cause}") from error
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        cause = " ".join(str(error).split())
-        raise ValueError(
-            f"name: the weights in {str(name)!r} are of another model than its {CONFIG}: {cause}"
-        ) from error
+        raise ValueError(f"{place}: its {described} does not fit: {cause}") from error
+    fill(model, tensors, f"{place}: the weights are of another model than its {described}")
     return model.eval()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vfm_vae.checkpoints import fill, read_checkpoint
 from vfm_vae.vfm import FrozenVFM, check_vfm
 
 
@@ -21,11 +22,15 @@ def read_stage(path: str, vfm: FrozenVFM) -> dict[str, Any]:
         The checkpoint: `state_dict`, `images_seen`, and `ema` where weights were averaged.
 
     Raises:
-        ValueError: if there is no such file, or it belongs to another VFM.
+        ValueError: if there is no such file, it is none of a tokenizer, or it belongs to another VFM.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ValueError(f"init_from: there is no checkpoint '{path}'; train the former stage first")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path, "init_from")
+    if "vfm" not in checkpoint:
+        raise ValueError(
+            f"init_from: '{path}' is no tokenizer's checkpoint; give one that `python -m vfm_vae fit` wrote"
+        )
     check_vfm(vfm, checkpoint)
     return checkpoint
 
@@ -47,10 +52,7 @@ def begin(module: nn.Module, checkpoint: Mapping[str, Any], path: str, fresh: Se
     for part in fresh:
         if not any(name.startswith(part) for name in weights):
             weights |= {name: tensor for name, tensor in module.state_dict().items() if name.startswith(part)}
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"init_from: '{path}' holds another model: {error}") from error
+    fill(module, weights, f"init_from: '{path}' holds another model")
     averages = checkpoint.get("ema", {}).get("weights", {})
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad and name in averages:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vfm_vae.checkpoints import read_checkpoint
 from vfm_vae.compilation import compile_regions
 from vfm_vae.modules.adapter import Adapter, AttentionProjection
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.modules.quantizer import QuantizedPosterior, VectorQuantizer
-from vfm_vae.pretrained import Pretrained, build, describe, load, read_pretrained, remembers_arguments
+from vfm_vae.pretrained import Pretrained, describe, load, read_pretrained, remembers_arguments
 from vfm_vae.types import Decoded
 from vfm_vae.vfm import FORMERLY, Frozen, FrozenVFM, check_vfm, sha256_of
 
@@ -92,7 +93,7 @@ class VFMVAE(nn.Module, Pretrained):
                 had or has other weights than it was trained on.
         """
         config, tensors = read_pretrained(name, cls, revision, token)
-        model = load(cls, name, config, tensors)
+        model = load(cls, config["model"], tensors, f"name: {str(name)!r}")
         model.absent_vfm = config["vfm"]
         return model.attach_vfm(vfm_weights) if vfm else model
 
@@ -111,20 +112,21 @@ class VFMVAE(nn.Module, Pretrained):
         Raises:
             ValueError: if the file is no tokenizer's checkpoint, or its VFM can't be had or is another.
         """
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        description = stored.get("hyper_parameters", {}).get("model")
-        if not isinstance(description, Mapping) or "vfm" not in stored:
+        stored = read_checkpoint(path, "checkpoint")
+        parts = stored.get("hyper_parameters")
+        description = parts.get("model") if isinstance(parts, Mapping) else None
+        arguments = dict(description.get("init_args") or {}) if isinstance(description, Mapping) else {}
+        if "vfm" not in arguments or "vfm" not in stored:
             raise ValueError(
                 f"checkpoint: {str(path)!r} does not describe a tokenizer; give one that `python -m vfm_vae fit` wrote"
             )
-        arguments = dict(description["init_args"])
         source = FrozenVFM.arguments_of(arguments.pop("vfm")) | stored["vfm"]
-        model = build(cls, {**description, "init_args": arguments})
-        weights = stored["state_dict"] | stored.get("ema", {}).get("weights", {})
-        prefix = "model."
-        model.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
+        weights, prefix = stored["state_dict"] | stored.get("ema", {}).get("weights", {}), "model."
+        weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        place = f"checkpoint: {str(path)!r}"
+        model = load(cls, {**description, "init_args": arguments}, weights, place, "configuration")
         model.absent_vfm = source
-        return model.eval().attach_vfm(vfm_weights) if vfm else model.eval()
+        return model.attach_vfm(vfm_weights) if vfm else model
 
     def attach_vfm(self, weights: str | None = None) -> "VFMVAE":
         """Loads the VFM that is known by name, and returns the model.

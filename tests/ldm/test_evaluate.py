@@ -95,7 +95,7 @@ def test_what_is_missing_is_named_before_anything_is_measured(samples, photos, t
         SampleFiles(str(tmp_path / "latents.npz"))
     arguments = ["--samples", str(samples / "samples"), "--reference", str(photos / "val")]
     options = {
-        "--inception=no": r"^inception: those of Inception.* from 'no' .*give its file as `inception`$",
+        "--inception=no": r"^inception: there is no file 'no'; give the file of Inception",
         "--vfm=vit_no": "^vfm: timm knows no model 'vit_no'",
     }
     for option, message in options.items():
@@ -173,3 +173,64 @@ def test_images_are_resized_for_patches_that_do_not_divide_them(samples, photos)
         evaluate_samples(*paths, metrics_file=str(file), vfm_input_scale=0.875, **options)
     entry = json.loads(file.read_text())["samples"]
     assert entry["settings"]["input_scale"] == 0.875 and entry["metrics"][f"test/fd_{name}"] > 0
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1200000000\n"
+
+# What a file among samples becomes, from its bytes → what is said of it.
+DAMAGE = {
+    "empty": (lambda _: b"", r"it is empty \(0 bytes\)"),
+    "pointer": (lambda _: POINTER, "it is a Git LFS pointer"),
+    "cut": (lambda content: content[: len(content) // 2], "cut short"),
+    "page": (lambda _: b"<html>no quota</html>", "it is an HTML page"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("name", ["samples.npz", "samples/00000025.png"])
+def test_damaged_samples_are_named_before_anything_is_measured(samples, photos, unmeasured, kind, name):
+    """Also the last of many: the reference would be measured, and all but one of the samples, for nothing."""
+    damage, said = DAMAGE[kind]
+    file = samples / name
+    file.write_bytes(damage(file.read_bytes()))
+    given = file if name.endswith(".npz") else file.parent
+    with pytest.raises(ValueError, match=rf"^samples: '.*{file.name}' .*{said}") as error:
+        evaluate_samples(str(given), str(photos / "val"), vfm=VFM)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_reference_is_named(samples, photos, unmeasured, kind):
+    damage, said = DAMAGE[kind]
+    (samples / "real.npz").write_bytes(damage((samples / "samples.npz").read_bytes()))
+    with pytest.raises(ValueError, match=rf"^reference: '.*real\.npz' is no \.npz file: .*{said}"):
+        evaluate_samples(str(samples / "samples"), str(samples / "real.npz"), vfm=VFM)
+
+
+def test_damage_within_an_archive_is_named(samples, pixels):
+    file = samples / "samples.npz"
+    content = bytearray(file.read_bytes())
+    content[5000] ^= 1  # a pixel
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"'.*samples\.npz' is damaged \(Bad CRC-32"):
+        list(SampleFiles(str(file)).batches(7))
+    np.savez(file, pixels)
+    header = file.read_bytes().replace(b"(26, 64,", b"(27, 64,")
+    file.write_bytes(header)
+    with pytest.raises(
+        ValueError, match=r"^samples: '.*samples\.npz' is damaged \('arr_0' has 319488 of the 331776 bytes"
+    ):
+        SampleFiles(str(file))
+
+
+def test_remeasure_insists(samples, photos):
+    paths = ["--samples", str(samples / "samples"), "--reference", str(photos / "val"), "--image_size=64"]
+    paths += [f"--vfm={VFM}", f"--metrics_file={samples / 'numbers.json'}", f"--statistics={samples / 'real.npz'}"]
+    main(paths)
+    before = (samples / "real.npz").stat().st_mtime_ns
+    main(paths)
+    assert (samples / "real.npz").stat().st_mtime_ns == before
+    main([*paths, "--remeasure"])
+    assert (samples / "real.npz").stat().st_mtime_ns > before
+    with pytest.raises(ValueError, match=r"^remeasure: '.*real\.npz' is a file, which has its statistics"):
+        main(["--samples", str(samples / "samples"), "--reference", str(samples / "real.npz"), "--remeasure"])

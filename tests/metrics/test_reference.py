@@ -1,11 +1,14 @@
 """References from folders and files: measured once, used again, refused where they don't fit."""
 
 import json
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vfm_vae.data.archive import write_archive
 from vfm_vae.data.folder import ImageFolderDataset
@@ -62,6 +65,78 @@ def test_a_folder_that_changed_is_measured_again(vfm, folder):
     assert not torch.equal(first.pool.mean, second.pool.mean)
     features = vfm(from_uint8(images_of(folder))).pooled.double()
     torch.testing.assert_close(second.pool.mean, features.mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def measurements(monkeypatch):
+    """How often a folder was measured."""
+    measure, calls = module._measure, []
+
+    def count(*args):
+        calls.append(args)
+        return measure(*args)
+
+    monkeypatch.setattr(module, "_measure", count)
+    return calls
+
+
+def replace(file, picture, times):
+    """Other pixels under the same name, in as many bytes; with former times, as `cp -p` leaves them."""
+    size = file.stat().st_size
+    Image.fromarray(picture).save(file, "JPEG", quality=20)
+    with open(file, "ab") as content:
+        content.write(b"\0" * (size - content.tell()))
+    assert file.stat().st_size == size
+    if times is not None:
+        os.utime(file, ns=times)
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_other_images_under_the_same_names_and_sizes_are_measured_again(vfm, folder, measurements, former):
+    """Once; `former` statistics, which do not say the files' times, are held to being newer than all of them."""
+    saved = folder.with_name(f"real_64px_{VFM}.npz")
+    first = ReferenceImages(str(folder), 64).load(vfm, with_features=False)
+    if former:
+        forget(saved, "files")
+    ReferenceImages(str(folder), 64).load(vfm, with_features=False)
+    assert len(measurements) == 1
+    file = sorted(folder.glob("*/*"))[0]
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns) if former else None
+    time.sleep(0.01)
+    replace(file, np.zeros((64, 64, 3), np.uint8), times)
+    second = ReferenceImages(str(folder), 64).load(vfm, with_features=False)
+    ReferenceImages(str(folder), 64).load(vfm, with_features=False)
+    assert len(measurements) == 2
+    assert not torch.equal(first.pool.mean, second.pool.mean)
+    features = vfm(from_uint8(images_of(folder))).pooled.double()
+    torch.testing.assert_close(second.pool.mean, features.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_remeasure_insists(vfm, folder, measurements):
+    for remeasure, times in ((False, 1), (False, 1), (True, 2), (True, 3)):
+        ReferenceImages(str(folder), 64, remeasure=remeasure).load(vfm, with_features=False)
+        assert len(measurements) == times
+    saved = folder.with_name(f"real_64px_{VFM}.npz")
+    saved.write_bytes(saved.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"^statistics: '.*' is no \.npz file: it is cut short"):
+        ReferenceImages(str(folder), 64).load(vfm, with_features=False)
+    ReferenceImages(str(folder), 64, remeasure=True).load(vfm, with_features=False)
+
+
+def test_what_can_not_be_stored_is_said_before_anything_is_measured(vfm, folder, measurements, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^statistics: can't write '.*here\.npz'"):
+        ReferenceImages(str(folder), 64, str(tmp_path / "file/here.npz")).load(vfm, with_features=False)
+    np.savez(tmp_path / "theirs.npz", mu=np.zeros(3))
+    theirs = (tmp_path / "theirs.npz").read_bytes()
+    with pytest.raises(ValueError, match=r"^statistics: '.*' was not measured here, and would be replaced"):
+        ReferenceImages(str(folder), 64, str(tmp_path / "theirs.npz")).load(vfm, with_features=False)
+    assert (tmp_path / "theirs.npz").read_bytes() == theirs
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(ValueError, match=r"^statistics: can't write '.*' \(.*; give another place"):
+        ReferenceImages(str(folder), 64).load(vfm, with_features=False)
+    assert not measurements
 
 
 def test_another_input_scale_has_statistics_of_its_own(vfm, folder):

@@ -1,13 +1,16 @@
 """Images in `.npz` files as ADM's evaluator reads and writes them, never whole in memory: 50 000 take 10 GB."""
 
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vfm_vae.checkpoints import few, seems_to_be
 from vfm_vae.writing import whole_file
 
 IMAGES, LABELS = "arr_0", "arr_1"
@@ -20,7 +23,7 @@ class ImageArchive:
         path: the file; nothing in it is unpickled.
 
     Raises:
-        ValueError: there is no such file, or it is no `.npz`.
+        ValueError: there is no such file, or it is no `.npz`; when it is read, if it is damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -28,13 +31,16 @@ class ImageArchive:
         if not self.path.is_file():
             raise ValueError(f"there is no file at {str(path)!r}")
         if not zipfile.is_zipfile(self.path):
-            raise ValueError(f"{str(path)!r} is no .npz file")
+            raise ValueError(f"{str(path)!r} is no .npz file: it is {seems_to_be(self.path)}")
         with zipfile.ZipFile(self.path) as archive:
-            self.names = {name.removesuffix(".npy") for name in archive.namelist()}
+            members = archive.namelist()
+        self.names = {name.removesuffix(".npy") for name in members if name.endswith(".npy")}
+        if not self.names:
+            raise ValueError(f"{str(path)!r} is no .npz file: it is a zip archive of {few(members)}")
 
     def array(self, name: str) -> np.ndarray:
         """One of the arrays, whole."""
-        with np.load(self.path, allow_pickle=False) as arrays:
+        with self._named(), np.load(self.path, allow_pickle=False) as arrays:
             return arrays[name]
 
     def num_images(self) -> int:
@@ -43,17 +49,32 @@ class ImageArchive:
         Raises:
             ValueError: `arr_0` is missing, or holds something else.
         """
-        with zipfile.ZipFile(self.path) as archive, archive.open(self._member()) as file:
-            return self._shape(file)[0]
+        with self._named(), zipfile.ZipFile(self.path) as archive, archive.open(self._member()) as file:
+            shape = self._shape(file)
+            held = archive.getinfo(self._member()).file_size - file.tell()
+            if held != np.prod(shape):
+                raise ValueError(f"{IMAGES!r} has {held} of the {np.prod(shape)} bytes of {shape}; make the file again")
+            return shape[0]
 
     def images(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The images in order, uint8 `[B, 3, H, W]`, and their positions, int64 `[B]`."""
-        with zipfile.ZipFile(self.path) as archive, archive.open(self._member()) as file:
+        with self._named(), zipfile.ZipFile(self.path) as archive, archive.open(self._member()) as file:
             count, *shape = self._shape(file)
             for start in range(0, count, batch_size):
                 size = min(batch_size, count - start)
                 pixels = np.frombuffer(file.read(size * int(np.prod(shape))), np.uint8).reshape(size, *shape)
                 yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2), torch.arange(start, start + size)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Says of damage in which file it is."""
+        try:
+            yield
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+            place = repr(str(self.path))
+            if place in str(error):
+                raise
+            raise ValueError(f"{place} is damaged ({error})") from error
 
     def _member(self) -> str:
         if IMAGES not in self.names:
