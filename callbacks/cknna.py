@@ -24,6 +24,7 @@ from vfm_vae.metrics.neighbours import Neighbours, nearest_neighbours
 from vfm_vae.metrics.reconstruction import from_uint8
 from vfm_vae.metrics.semantic import geometric, names_of, published_numbers, transformed
 from vfm_vae.options import at_least, within
+from vfm_vae.trial import is_trial
 from vfm_vae.types import AlignmentFeatures, Batch, EncodesImages, LatentBatch
 from vfm_vae.vfm import FrozenVFM
 
@@ -259,7 +260,7 @@ class CKNNACallback(EvaluationCallback):
         values = {name: float(value) for name, value in self.log_results(trainer).items()}
         if trainer.state.fn == "fit":
             self._history.append({"images_seen": _progress(trainer, pl_module), "values": values})
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and not is_trial(trainer):
                 self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:

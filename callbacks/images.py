@@ -7,20 +7,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.utils import make_grid
 
 from vfm_vae.metrics.reconstruction import from_uint8, to_uint8
 from vfm_vae.options import at_least, within
+from vfm_vae.trial import Output
 from vfm_vae.types import Batch, CountsImages, Decoded, DrawsSamples, Reconstructs
+from vfm_vae.writing import write_picture
 
 
-class ReconstructionImages(Callback):
+class ReconstructionImages(Output):
     """Shows fixed validation images as a grid, a row each: input | reconstruction | multi-scale images, large to small.
 
     Drawn with the weights in training as `train/reconstructions` when training starts, ends, and every so many images;
@@ -85,7 +86,7 @@ class ReconstructionImages(Callback):
         show(trainer, grid, self._directory / f"{kind}.png", f"{kind}/reconstructions")
 
 
-class SampleImages(Callback):
+class SampleImages(Output):
     """Shows samples after each validation as grids, a row for each class, a grid for each guidance scale.
 
     Drawn with the weights that validation uses, always from the same noise. Grids go to TensorBoard as
@@ -151,8 +152,7 @@ class SampleImages(Callback):
 def show(trainer: Trainer, grid: Tensor, file: Path, tag: str) -> None:
     """Writes a picture, uint8 `[3, height, width]`, to a file and to TensorBoard."""
     grid = grid.cpu()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file)
+    write_picture(file, grid.permute(1, 2, 0).numpy())
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(tag, grid, trainer.global_step)

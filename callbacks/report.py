@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 
 from callbacks.evaluation import EvaluationCallback
@@ -18,10 +18,11 @@ from vfm_vae.metrics.summary import (
     versions,
     write_entry,
 )
+from vfm_vae.trial import Output
 from vfm_vae.types import HasEvaluationSettings
 
 
-class Report(Callback):
+class Report(Output):
     """Writes the logged metrics to a JSON file after every validation and test, and prints them as a table at the end.
 
     The file maps names to entries, `{"strong": {"epoch": …, "step": …, "images_seen": …, "metrics": {…}, "versions":

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from safetensors import safe_open
@@ -22,11 +22,13 @@ from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, measure_shards
 from vfm_vae.finite import check_finite
 from vfm_vae.metrics.reconstruction import to_uint8
 from vfm_vae.options import at_least
-from vfm_vae.pretrained import write_tensors
+from vfm_vae.saving import alike
+from vfm_vae.trial import Output
 from vfm_vae.types import DrawsSamples, Encoded, MakesFeatures, MakesLatents, Samples
+from vfm_vae.writing import write_json, write_picture, write_tensors
 
 
-class ReconstructionWriter(Callback):
+class ReconstructionWriter(Output):
     """Writes predicted images as PNG, named by their position in the data set: `<directory>/00000042.png`.
 
     `predict_step` is to return `(images, index)`: `[B, 3, H, W]`, nominally in [-1, 1], and int64 `[B]`. Padding (a
@@ -51,7 +53,7 @@ class ReconstructionWriter(Callback):
         write_images(self.directory, *outputs)
 
 
-class LatentWriter(Callback):
+class LatentWriter(Output):
     """Writes the latents of images as a cache for diffusion models, `<directory>/<split>/`.
 
     Goes with `model.predict: latents` (or `moments`) and the splits of `data.predict`. Whole shards are written, each
@@ -175,7 +177,7 @@ class _ShardStream:
         self._pending = [{name: tensor[size:] for name, tensor in rows.items()}]
 
 
-class SampleWriter(Callback):
+class SampleWriter(Output):
     """Writes samples as `<directory>/00000042.png`, or latents in `.safetensors` where the module gives those.
 
     Numbers, labels and noise do not depend on ranks and batches, so an interrupted run is completed by any other.
@@ -251,12 +253,12 @@ def keep_settings(
     Raises:
         ValueError: it is not; on every rank, so that none waits for another.
     """
-    if trainer.is_global_zero and not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_text(json.dumps(settings, indent=2) + "\n")
-        partial.replace(file)
-    trainer.strategy.barrier()
+
+    def note() -> None:
+        if trainer.is_global_zero and not file.is_file():
+            write_json(file, settings)
+
+    alike(trainer.strategy, note)
     found = {**unsaid, **json.loads(file.read_text())}
     settings = {**unsaid, **json.loads(json.dumps(settings))}
     differing = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
@@ -268,10 +270,8 @@ def keep_settings(
 
 
 def write_images(directory: Path, images: Tensor, index: Tensor) -> None:
-    """Writes images `[B, 3, H, W]` in [-1, 1] as PNG named by `index: [B]`, but for padding; none is half written."""
+    """Writes images `[B, 3, H, W]` in [-1, 1] as PNG named by `index: [B]`, but for padding."""
     pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
     for number, picture in zip(index.tolist(), pixels, strict=True):
         if number >= 0:
-            partial = directory / f"{number:08d}.png.partial"
-            Image.fromarray(picture).save(partial, format="png")
-            partial.replace(partial.with_suffix(""))
+            write_picture(directory / f"{number:08d}.png", picture)

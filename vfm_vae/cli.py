@@ -1,6 +1,7 @@
 """The command lines' common part: LightningCLI with short errors and our defaults."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -10,12 +11,19 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+
+from vfm_vae.saving import WholeCheckpoints, alike, local_path
+from vfm_vae.trial import cut_short_by, without_output
+from vfm_vae.writing import write_text
 
 DEBUG = "VFM_VAE_DEBUG"
 PACKAGES = ("vfm_vae", "ldm", "callbacks")
 MATMUL_PRECISION = "matmul_precision"
+UNTRAINED = "untrained"
 
 
 class SaveTrainingConfig(SaveConfigCallback):
@@ -23,12 +31,25 @@ class SaveTrainingConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes `config.yaml` where training begins."""
-        if stage == "fit":
+        if stage != "fit":
+            return
+        folder = local_path(trainer.log_dir)  # asks all ranks
+        if folder is None:
             super().setup(trainer, pl_module, stage)
+            return
+
+        def write() -> None:
+            if trainer.is_global_zero:
+                write_text(folder / self.config_filename, self.parser.dump(self.config, skip_unset=False))
+
+        alike(trainer.strategy, write)
 
 
 class CLI(LightningCLI):
-    """LightningCLI that reads checkpoints without unpickling objects, and lets configs have the last word."""
+    """LightningCLI that reads checkpoints without unpickling objects, and lets configs have the last word.
+
+    Trial runs (`vfm_vae.trial`) leave nothing behind, and only who asks for it measures a model without a checkpoint.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is set before anything is built."""
@@ -41,10 +62,61 @@ class CLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults(weights_only=True)
+        if subcommand != "fit":
+            parser.add_argument(
+                f"--{UNTRAINED}", type=bool, default=False, help="Take a model without a checkpoint, as it is built."
+            )
         return parser
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the config alone; Lightning would put the checkpoint's hyper-parameters over it."""
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Takes away from a trial run what would write, and says so."""
+        self.cut_short_by = cut_short_by(config, self.subcommand or "fit")
+        if self.cut_short_by is None:
+            return super()._instantiate_trainer(config, callbacks)
+        rank_zero_info(
+            f"{self.cut_short_by}: a trial run, which reads no last checkpoint and writes nothing: no checkpoints, "
+            "numbers, pictures or samples; leave the option out for a run that counts"
+        )
+        self.save_config_callback = None
+        given = config["callbacks"] or []
+        config = without_output(config | {"callbacks": given if isinstance(given, list) else [given]})
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Decides which checkpoint is read: in a trial not the last, in an evaluation one, unless asked for none."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit":
+            if self.cut_short_by is not None and kwargs["ckpt_path"] == "last":
+                kwargs["ckpt_path"] = None
+        elif not self.config[subcommand][UNTRAINED]:
+            kwargs["ckpt_path"] = self._trained(subcommand, kwargs["ckpt_path"])
+        elif kwargs.pop("ckpt_path") not in (None, "last"):
+            raise ValueError(f"{UNTRAINED}: a model without a checkpoint was asked for; leave --ckpt_path out")
+        return kwargs
+
+    def _trained(self, subcommand: str, ckpt_path: str | None) -> str:
+        """The checkpoint that an evaluation reads.
+
+        Raises:
+            ValueError: if there is none: without one, Lightning would take the weights that a model is built with.
+        """
+        if self.cut_short_by is not None and ckpt_path == "last":
+            found, reason = None, "a trial run reads no last one"
+        else:
+            connector = self.trainer._checkpoint_connector
+            found = connector._parse_ckpt_path(
+                TrainerFn(subcommand), ckpt_path, model_provided=True, model_connected=False
+            )
+            reason = "there is no last one" if ckpt_path == "last" else "none is given"
+        if found is None:
+            raise ValueError(
+                f"ckpt_path: {reason}, so {subcommand} would take an untrained model; give --ckpt_path FILE, or "
+                f"--{UNTRAINED}=true if that is meant"
+            )
+        return str(found)
 
 
 def run(module: type[LightningModule], datamodule: type[LightningDataModule], test_epilog: str | None = None) -> None:
@@ -69,6 +141,7 @@ def run(module: type[LightningModule], datamodule: type[LightningDataModule], te
             save_config_callback=SaveTrainingConfig,
             # Rerunning a stage in its folder is how it is resumed.
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [WholeCheckpoints()]},
         )
 
 
@@ -96,7 +169,7 @@ def set_matmul_precision(precision: str) -> None:
 
 @contextmanager
 def short_errors() -> Iterator[None]:
-    """Ends mistakes in options and data with one line on stderr and exit code 2.
+    """Ends mistakes in options and data, and files that can't be written, with one line on stderr and exit code 2.
 
     The environment variable `VFM_VAE_DEBUG` brings the traceback back.
     """
@@ -107,6 +180,11 @@ def short_errors() -> Iterator[None]:
             raise
         print(f"error: {_one_line(_named_by_us(error))}\n({DEBUG}=1 shows the traceback)", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before Lightning is at work, which ends by itself
+        if os.environ.get(DEBUG):
+            raise
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _one_line(error: BaseException) -> str:

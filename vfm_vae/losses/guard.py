@@ -112,8 +112,8 @@ class NonFiniteGuard:
         """
         if self._in_a_row >= self.max_in_a_row:
             raise ValueError(
-                f"guard.max_in_a_row: the last {int(self._in_a_row)} steps were refused, since losses or gradients were "
-                "not finite or beyond the guard's limits: look at the data, or go on from the last checkpoint with a "
+                f"guard.max_in_a_row: the last {int(self._in_a_row)} steps were refused, their losses or gradients not "
+                "being finite or within the guard's limits: look at the data, or go on from the last checkpoint with a "
                 "lower learning rate"
             )
 
