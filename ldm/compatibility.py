@@ -40,6 +40,7 @@ def check_data(
     Raises:
         ValueError: if something does not fit.
     """
+    check_classes(data, denoiser)
     for dataset in filter(None, (data.train_set, data.val_set)):
         if isinstance(dataset, LatentDataset):
             check_latents(dataset, denoiser, latent_source)
@@ -69,30 +70,40 @@ def check_alignment(alignment: REPA | None, denoiser: Denoiser) -> None:
         )
 
 
-def check_classes(data: ImageNetDataModule, denoiser: Denoiser, begins: bool) -> None:
-    """Compares the data's classes, where they are known, with the denoiser's.
+def check_classes(data: ImageNetDataModule, denoiser: Denoiser) -> None:
+    """Sees that the denoiser knows the data's classes, where they are known.
+
+    Raises:
+        ValueError: if the data has more.
+    """
+    if (data.num_classes or 0) > denoiser.num_classes:
+        raise ValueError(f"{_classes(data, denoiser)}; give it {data.num_classes}, or other data")
+
+
+def check_untrained(data: ImageNetDataModule, denoiser: Denoiser, begins: bool) -> None:
+    """Sees that training data has the denoiser's classes: it draws samples of all of them.
 
     Args:
         data: Set up.
-        denoiser: Draws samples of all its classes.
-        begins: Whether nothing was trained so far: then no data will train what it knows no image of. Weights that
-            were trained before may know more classes than the data.
+        denoiser: About to train.
+        begins: Whether nothing was trained so far. Weights that were may know more classes: that is but warned of.
 
     Raises:
-        ValueError: if the data has more, or fewer where training begins.
+        ValueError: if training begins, and the data has fewer.
     """
-    found, known = data.num_classes, denoiser.num_classes
-    if found is None or found == known:
+    if data.num_classes is None or data.num_classes >= denoiser.num_classes:
         return
-    differ = f"model.num_classes: the data in {str(data.root)!r} has labels up to {found - 1}, but the denoiser knows"
-    if found > known:
-        raise ValueError(f"{differ} {known} classes; give it {found}, or other data")
     if begins:
         raise ValueError(
-            f"{differ} {known} classes, and samples of the others would be of nothing; give it {found}, or begin from "
-            "weights that know them (model.init_from)"
+            f"{_classes(data, denoiser)}, and samples of the others would be of nothing; give it {data.num_classes}, "
+            "or begin from weights that know them (model.init_from)"
         )
-    rank_zero_warn(f"{differ} {known} classes: samples of the others are what its weights knew before")
+    rank_zero_warn(f"{_classes(data, denoiser)}: samples of the others are what its weights knew before")
+
+
+def _classes(data: ImageNetDataModule, denoiser: Denoiser) -> str:
+    labels = f"the data in {str(data.root)!r} has labels up to {data.num_classes - 1}"
+    return f"model.num_classes: {labels}, but the denoiser knows {denoiser.num_classes} classes"
 
 
 def check_latents(dataset: LatentDataset, denoiser: Denoiser, expected: Mapping[str, Any] | None) -> None:

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ldm import path
 from ldm.alignment import REPA
-from ldm.compatibility import begin_from, check_alignment, check_checkpoint, check_classes, check_data
+from ldm.compatibility import begin_from, check_alignment, check_checkpoint, check_data, check_untrained
 from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
 from ldm.models.denoiser import Denoiser
@@ -369,8 +369,6 @@ class DiffusionModule(LightningModule):
         data = self.trainer.datamodule
         if stage == "predict" or data is None:
             return
-        begins = stage == "fit" and self.init_from is None and self.trainer.ckpt_path is None
-        check_classes(data, self.model, begins)
         self.latent_source = check_data(data, self.model, self.tokenizer, self.alignment, self.latent_source)
         if data.latent_statistics is not None and not self.normalization.is_known:
             self.normalization.take(data.latent_statistics)
@@ -378,7 +376,10 @@ class DiffusionModule(LightningModule):
             self.latent_source = begin_from(self.init_from, self, self.latent_source, self.normalization)
 
     def on_fit_start(self) -> None:
-        """Measures the latents' statistics where neither a cache nor a checkpoint brought any."""
+        """Looks whether all classes are trained; measures the latents' statistics where nothing brought any."""
+        if self.trainer.datamodule is not None:
+            begins = self.init_from is None and self.trainer.ckpt_path is None
+            check_untrained(self.trainer.datamodule, self.model, begins)
         if not self.normalization.is_known:
             self.normalization.take(self._measure_latents())
 

@@ -89,8 +89,8 @@ class CLI(LightningCLI):
         """Decides which checkpoint is read: in a trial not the last, in an evaluation one, unless asked for none."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit":
-            if self.cut_short_by is not None and kwargs["ckpt_path"] == "last":
-                kwargs["ckpt_path"] = None
+            # Set here, `setup` knows whether the run goes on; Lightning would say so after it.
+            self.trainer.ckpt_path = self._found(subcommand, kwargs.pop("ckpt_path"))
         elif not self.config[subcommand][UNTRAINED]:
             kwargs["ckpt_path"] = self._trained(subcommand, kwargs["ckpt_path"])
         elif kwargs.pop("ckpt_path") not in (None, "last"):
@@ -103,20 +103,23 @@ class CLI(LightningCLI):
         Raises:
             ValueError: if there is none: without one, Lightning would take the weights that a model is built with.
         """
-        if self.cut_short_by is not None and ckpt_path == "last":
-            found, reason = None, "a trial run reads no last one"
-        else:
-            connector = self.trainer._checkpoint_connector
-            found = connector._parse_ckpt_path(
-                TrainerFn(subcommand), ckpt_path, model_provided=True, model_connected=False
-            )
-            reason = "there is no last one" if ckpt_path == "last" else "none is given"
+        found = self._found(subcommand, ckpt_path)
         if found is None:
+            reason = "there is no last one" if ckpt_path == "last" else "none is given"
+            if self.cut_short_by is not None and ckpt_path == "last":
+                reason = "a trial run reads no last one"
             raise ValueError(
                 f"ckpt_path: {reason}, so {subcommand} would take an untrained model; give --ckpt_path FILE, or "
                 f"--{UNTRAINED}=true if that is meant"
             )
         return str(found)
+
+    def _found(self, subcommand: str, ckpt_path: str | None) -> str | None:
+        """What Lightning takes for a checkpoint's path; None where there is none, or a trial run reads it not."""
+        if self.cut_short_by is not None and ckpt_path == "last":
+            return None
+        connector = self.trainer._checkpoint_connector
+        return connector._parse_ckpt_path(TrainerFn(subcommand), ckpt_path, model_provided=True, model_connected=False)
 
 
 def run(module: type[LightningModule], datamodule: type[LightningDataModule], test_epilog: str | None = None) -> None:

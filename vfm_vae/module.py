@@ -402,6 +402,7 @@ class TokenizerModule(TwoPlayers):
             ValueError: if the weights belong to another VFM, or training is to go on without the optimisers' states.
         """
         check_vfm(self.model.vfm, checkpoint)
+        self._average = None  # a run that goes on has averages of its own
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting:
             check_optimizers(self._trained(), checkpoint)
