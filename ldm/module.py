@@ -358,8 +358,6 @@ class DiffusionModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Looks whether data, tokenizer and denoiser fit each other, before anything is computed; compiles."""
         check_trainer(self.trainer)
-        if stage == "fit" and self.trainer.precision == "16-mixed":
-            raise ValueError("trainer.precision: 16-mixed is not supported, use bf16-mixed")
         if self.trainer.gradient_clip_algorithm == "value":
             raise ValueError("trainer.gradient_clip_algorithm: only 'norm' is supported")
         if should_compile(self.torch_compile, self.trainer.strategy.root_device, self.model):

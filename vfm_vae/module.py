@@ -363,8 +363,6 @@ class TokenizerModule(TwoPlayers):
             if stage == "fit":
                 self.discriminator.compile_regions()
         if stage == "fit":
-            if self.trainer.precision == "16-mixed":
-                raise ValueError("trainer.precision: 16-mixed is not supported, use bf16-mixed")
             if self.trainer.precision == "bf16-mixed":
                 self.discriminator.backbone.hold_products_in(torch.bfloat16)
             if self.init_from is not None and self.trainer.ckpt_path is None:

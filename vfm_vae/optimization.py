@@ -6,13 +6,18 @@ from numbers import Real
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from vfm_vae.options import at_least, finite, positive
 
+PRECISIONS = ("bf16-mixed", "32-true")
+
 
 def check_trainer(trainer: Trainer) -> None:
-    """Sees that numbers which Lightning took unseen lie in their ranges.
+    """Sees that numbers which Lightning took unseen lie in their ranges, and that its precision is one of ours.
+
+    Weights are always in float32; training takes no float16, whose gradients would need scaling.
 
     Raises:
         ValueError: if one does not.
@@ -22,6 +27,9 @@ def check_trainer(trainer: Trainer) -> None:
         1: ("accumulate_grad_batches", "check_val_every_n_epoch"),
     }.items():
         at_least(minimum, **{f"trainer.{option}": getattr(trainer, option) for option in options})
+    precisions = PRECISIONS if trainer.state.fn == TrainerFn.FITTING else (*PRECISIONS, "16-mixed")
+    if trainer.precision not in precisions:
+        raise ValueError(f"trainer.precision: {trainer.precision} is not supported, use {' or '.join(precisions)}")
     at_least(-1, **{"trainer.num_sanity_val_steps": min(trainer.num_sanity_val_steps, 0)})  # -1 is infinity by now
     positive(**{"trainer.val_check_interval": getattr(trainer, "val_check_interval", None)})  # unless by the clock
 

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from ldm.module import DiffusionModule
@@ -48,6 +49,29 @@ def test_the_tokenizer_looks_at_them_too_and_lets_pass_what_means_something(tiny
     check_trainer(trainer(num_sanity_val_steps=-1, gradient_clip_val=0, log_every_n_steps=0))
     check_trainer(trainer(check_val_every_n_epoch=None, val_check_interval=7))
     check_trainer(trainer(val_check_interval="00:00:10:00"))
+
+
+@pytest.mark.parametrize("program", ["tokenizer", "diffusion"])
+@pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_precisions_of_weights_other_than_float32_are_refused(
+    program, stage, precision, tiny_module, data, diffusion, latents, trainer
+):
+    run = trainer(max_steps=1, precision=precision)
+    module, datamodule = (tiny_module(), data()) if program == "tokenizer" else (diffusion(), latents())
+    with pytest.raises(
+        ValueError, match=rf"^trainer\.precision: {precision} is not supported, use bf16-mixed or 32-true"
+    ):
+        getattr(run, stage)(module, datamodule=datamodule)
+
+
+def test_float16_is_for_evaluation_alone(trainer, monkeypatch):
+    run = trainer()
+    monkeypatch.setattr(type(run), "precision", "16-mixed")  # of GPUs: on CPUs Lightning takes bfloat16 instead
+    check_trainer(run)
+    run.state.fn = TrainerFn.FITTING
+    with pytest.raises(ValueError, match=r"^trainer\.precision: 16-mixed is not supported, use bf16-mixed or 32-true$"):
+        check_trainer(run)
 
 
 @pytest.mark.parametrize(
