@@ -89,6 +89,14 @@ def agree(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
         assert torch.linalg.norm(mine - reference) <= 1e-5 * torch.linalg.norm(reference)
 
 
+def test_sizes_that_are_equal_by_accident_are_not_compiled_for(graphs, accelerator):
+    norm = maps.GroupNorm(4, 8)
+    compile_regions([norm], "normalise", dynamic=True)
+    for batch, side in ((16, 4), (2, 4), (3, 8)):  # as many samples as pixels, and then not
+        norm(torch.randn(batch, 8, side, side).to(memory_format=torch.channels_last))
+    assert sum(graphs.values()) == 1
+
+
 def test_compiled_equals_eager_and_equal_layers_share_their_graphs(decoder, graphs, accelerator):
     eager, names = copy.deepcopy(decoder), list(decoder.state_dict())
     decoder.compile_regions()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch._functorch.config
+import torch.fx.experimental._config
 from torch import nn
 
 Compile = bool | Literal["auto"]
@@ -70,5 +71,6 @@ def compiled(function: Callable[..., Any], dynamic: bool | None) -> Callable[...
     config.optimize_ddp = False  # or DDP's buckets would cut regions up; they are small enough to send gradients early
     config.specialize_int = config.specialize_float = True  # numbers that are no sizes are constants of the kernels
     torch._functorch.config.donated_buffer = False  # the adaptive weight passes back through regions twice
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by accident may differ the next time
     # The norms' means over a few channels would be written out in all that use them.
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options={"unroll_reductions_threshold": 1})

@@ -277,8 +277,6 @@ def evaluation(bench: Bench) -> None:
 
 RUNS: dict[str, Callable[[Bench], None]] = {
     "lightningdit": partial(train, what="diffusion", batch_size=128, steps=20),
-    "tokenizer": partial(train, what="tokenizer", batch_size=64, steps=9, every_shape=True),
-    "tokenizer_16": partial(train, what="tokenizer", batch_size=16, steps=13),
     "lightningdit_warm": partial(train, what="diffusion", batch_size=128, steps=5),
     "reg": partial(train, what="reg", batch_size=128, steps=15),
     "reg_eager": partial(train_eagerly, what="reg", batch_size=128, small_batch_size=64),
@@ -287,6 +285,8 @@ RUNS: dict[str, Callable[[Bench], None]] = {
     "sampling": sampling,
     "cknna": cknna,
     "evaluation": evaluation,
+    "tokenizer": partial(train, what="tokenizer", batch_size=64, steps=9, every_shape=True),
+    "tokenizer_16": partial(train, what="tokenizer", batch_size=16, steps=13),
 }
 
 
