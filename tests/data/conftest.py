@@ -16,6 +16,11 @@ def write_tree(root, train=6, val=3, classes=("apple", "pear"), size=(20, 16)):
     return root
 
 
+@pytest.fixture(scope="session")
+def make_tree_in():
+    return write_tree
+
+
 @pytest.fixture
 def make_tree(tmp_path):
     return lambda **kwargs: write_tree(tmp_path / "images", **kwargs)

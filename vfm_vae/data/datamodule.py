@@ -11,14 +11,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vfm_vae.data.folder import ImageFolderDataset, list_classes
-from vfm_vae.data.images import ImageDataset, write_at_once
+from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.latents import LatentDataset, LatentStatistics, split_folder
-from vfm_vae.data.sampling import Draw, EvaluationSampler, GivenOrder, ResumableLoader, TrainingSampler
+from vfm_vae.data.resuming import ResumableLoader
+from vfm_vae.data.sampling import Draw, EvaluationSampler, GivenOrder, TrainingSampler
 from vfm_vae.data.shards import ImageShardDataset, find_shards, read_index
 from vfm_vae.data.transforms import CentreCrop, RandomCrop, ResizeAndCrop, Transform
+from vfm_vae.data.workers import outlive_signals
 from vfm_vae.embedded.photos import write_photos
 from vfm_vae.options import at_least, within
 from vfm_vae.types import Batch, LatentBatch
+from vfm_vae.writing import write_text
 
 Split = Literal["train", "val"]
 
@@ -175,18 +178,21 @@ class ImageNetDataModule(LightningDataModule):
         folder = self.root if any(self.root.glob("*.safetensors")) else self.root / "train"
         return LatentStatistics.read(folder) if folder.is_dir() else None
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented; on every rank the same number of full batches, which make whole steps.
 
         Raises:
             ValueError: if a validation would fall between the batches that make one step.
         """
         size, ranks = self._share("batch_size", self.batch_size)
+        loading = self._loading(self.train_set)
+        if self.trainer and self.trainer.overfit_batches:  # Lightning takes the first ones, in order, again and again
+            return DataLoader(self.train_set, batch_size=size, **loading)
         ranks["batches_per_step"] = _batches_per_step(self.trainer)
         if isinstance(self.train_set, ImageDataset):
             ranks |= {"shards": self.train_set.shards, "mixed_shards": self.mixed_shards}
         sampler = TrainingSampler(self.train_set, size, seed=self.seed, **ranks)
-        return ResumableLoader(self.train_set, batch_size=size, sampler=sampler, **self._loading(self.train_set))
+        return ResumableLoader(self.train_set, batch_size=size, sampler=sampler, trainer=self.trainer, **loading)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Every validation image once, in order; padding that makes ranks equal has index -1. Nothing without any."""
@@ -270,6 +276,7 @@ class ImageNetDataModule(LightningDataModule):
             "collate_fn": collate_latents if isinstance(dataset, LatentDataset) else collate,
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": num_workers > 0,
+            "worker_init_fn": outlive_signals,
             # Otherwise each new iterator would draw from the global generator, and noise would depend on it.
             "generator": torch.Generator(),
         }
@@ -284,7 +291,7 @@ class ImageNetDataModule(LightningDataModule):
 
     def _write_small_list(self) -> None:
         names = self._images("train", self.evaluation_transform).small(self.min_size)
-        write_at_once(self.small_list, "".join(f"{name}\n" for name in names).encode(), "small_list")
+        write_text(self.small_list, "".join(f"{name}\n" for name in names), "small_list")
 
 
 def _batches_per_step(trainer: Trainer | None) -> int:

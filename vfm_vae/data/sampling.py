@@ -1,18 +1,16 @@
-"""Which images a rank sees, in what order, and how a run that was stopped goes on within the epoch.
+"""Which images a rank sees, and in what order.
 
 All randomness of training is a function of (seed, epoch, index): neither workers nor ranks nor a restart change it.
 """
 
 import math
 from collections.abc import Iterator, Sequence, Sized
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
-
-from vfm_vae.types import Batch
+from torch.utils.data import DistributedSampler
 
 
 class Draw(NamedTuple):
@@ -32,9 +30,10 @@ class Draw(NamedTuple):
 class TrainingSampler(DistributedSampler):
     """Shuffles by (seed, epoch) and gives each rank its part of every batch; an incomplete last step is dropped.
 
-    The batches over all ranks do not depend on the number of ranks. Where images lie in shards, a few shards are mixed
-    at a time and others left alone, so that reading stays within those. It is a `DistributedSampler` so that Lightning
-    leaves it in place, whatever `use_distributed_sampler` says.
+    An epoch has one order, whatever the batch size, the accumulation and the number of ranks: each batch over all ranks
+    takes the images that come next. So a place in the epoch is a number of images. Where images lie in shards, a few
+    shards are mixed at a time and others left alone, so that reading stays within those. It is a `DistributedSampler`
+    so that Lightning leaves it in place, whatever `use_distributed_sampler` says.
 
     Args:
         dataset: what is sampled; only its length is used.
@@ -47,7 +46,9 @@ class TrainingSampler(DistributedSampler):
         batches_per_step: batches whose gradients make one step; an epoch holds whole steps.
 
     Attributes:
-        num_skipped: samples of this rank that the next iteration leaves out, because a former run has seen them.
+        num_batches: of a whole epoch.
+        start: images at the beginning of the epoch's order, over all ranks, that the next iteration leaves out, because
+            a former run has seen them.
 
     Raises:
         ValueError: the data set is smaller than what makes one step.
@@ -68,20 +69,32 @@ class TrainingSampler(DistributedSampler):
         super().__init__(dataset, num_replicas, rank, seed=seed)
         self.batch_size = batch_size
         self.shards, self.mixed_shards = shards, mixed_shards
-        step = batch_size * num_replicas * batches_per_step
-        self.num_batches = len(dataset) // step * batches_per_step
-        self.num_skipped = 0
+        self.batches_per_step = batches_per_step
+        self.num_batches = self.batches_behind(0)
+        self.start = 0
         if self.num_batches == 0:
+            step = batch_size * num_replicas * batches_per_step
             raise ValueError(
                 f"batch_size: a step takes {step} images, more than the {len(dataset)} of training; lower it"
             )
 
+    @property
+    def order(self) -> dict[str, int | None]:
+        """What an epoch's order depends on, beside the epoch."""
+        mixed_shards = None if self.shards is None else self.mixed_shards
+        return {"images": len(self.dataset), "seed": self.seed, "mixed_shards": mixed_shards}
+
+    def batches_behind(self, start: int) -> int:
+        """Batches that are left of an epoch behind so many images, over all ranks; they make whole steps."""
+        step = self.batch_size * self.num_replicas * self.batches_per_step
+        return (len(self.dataset) - start) // step * self.batches_per_step
+
     def __iter__(self) -> Iterator[Draw]:
-        """The draws of one epoch on this rank."""
-        order = self._order(np.random.default_rng((self.seed, self.epoch)))
-        batches = order[: self.num_batches * self.num_replicas * self.batch_size]
-        mine = batches.reshape(self.num_batches, self.num_replicas, self.batch_size)[:, self.rank].flatten()
-        return iter([Draw(index, self.epoch) for index in mine[self.num_skipped :].tolist()])
+        """The draws on this rank, of one epoch or of what is left of it."""
+        order = self._order(np.random.default_rng((self.seed, self.epoch)))[self.start :]
+        shape = self.batches_behind(self.start), self.num_replicas, self.batch_size
+        mine = order[: math.prod(shape)].reshape(shape)[:, self.rank].flatten()
+        return iter([Draw(index, self.epoch) for index in mine.tolist()])
 
     def _order(self, generator: np.random.Generator) -> np.ndarray:
         """The samples' positions in the order of an epoch, `[len(dataset)]`."""
@@ -123,42 +136,6 @@ class EvaluationSampler(DistributedSampler):
         """Samples on this rank, padding included: the same on every rank."""
         full, rest = divmod(len(self.dataset), self.batch_size * self.num_replicas)
         return full * self.batch_size + math.ceil(rest / self.num_replicas)
-
-
-class ResumableLoader(DataLoader):
-    """A `DataLoader` over a `TrainingSampler` whose state, the batches handed out, goes into Lightning's checkpoint.
-
-    Loading that state leaves those batches of the epoch out, unread. The workers start with the first batch rather
-    than with the iterator, because Lightning makes the iterator before it tells the sampler the epoch.
-
-    Args:
-        *args: as of `DataLoader`.
-        **kwargs: as of `DataLoader`.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._num_yielded = 0
-        self._resumed = False
-
-    def state_dict(self) -> dict[str, int]:
-        """Batches of the running epoch that were handed out, the same number on every rank."""
-        return {"num_batches": self._num_yielded}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Makes the next iteration begin where the state was taken; a whole epoch is the start of the next."""
-        self._num_yielded = state["num_batches"] % len(self)
-        self._resumed = True
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches of one epoch, or what is left of it."""
-        if not self._resumed:
-            self._num_yielded = 0
-        self._resumed = False
-        self.sampler.num_skipped = self._num_yielded * self.batch_size
-        for batch in super().__iter__():
-            self._num_yielded += 1
-            yield batch
 
 
 class GivenOrder(DistributedSampler):
