@@ -4,12 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from test_cli import DEMO, SMALL
 from torch.utils.data import DataLoader, Dataset
 from training import changed, repeat, weights
 
 from callbacks.ema import EMA
+from vfm_vae.cli import run as run_cli
+from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.discriminators.patchgan import PatchGAN
+from vfm_vae.module import TokenizerModule
 from vfm_vae.types import Batch
 
 FINE = ["decoder.blocks.3", "decoder.blocks.4"]
@@ -175,3 +180,39 @@ def test_a_run_that_would_train_other_parts_is_refused_in_one_line(tiny_module, 
     other = tiny_module(objective, train_only=["decoder.blocks.4"])
     with pytest.raises(ValueError, match=r"ckpt_path: the run trained \d+ tensors .* as its config.yaml has them"):
         trainer(max_steps=2).fit(other, repeat(batch), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+
+
+def test_a_stage_that_goes_on_keeps_its_own_averages(tiny_module, trainer, batch, former, tmp_path):
+    class Start(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.averages = {name: weight.clone() for name, weight in average.weights.items()}
+
+    begun = trainer(max_steps=2, callbacks=[EMA()])
+    begun.fit(tiny_module(init_from=str(former)), repeat(batch))
+    begun.save_checkpoint(path := tmp_path / "begun.ckpt")
+    average, start = EMA(), Start()
+    run = trainer(max_steps=3, callbacks=[average, start])
+    run.fit(tiny_module(init_from=str(former)), repeat(batch), ckpt_path=path, weights_only=True)
+    stored, others = (torch.load(file, weights_only=True)["ema"]["weights"] for file in (path, former))
+    assert start.averages.keys() == stored.keys()
+    assert all(torch.equal(start.averages[name], stored[name]) for name in stored)
+    assert any(not torch.equal(stored[name], others[name]) for name in stored)
+
+
+def test_a_stage_that_goes_on_needs_the_former_no_more(tmp_path, photos, monkeypatch):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "photos").symlink_to(photos)
+    monkeypatch.chdir(tmp_path)
+
+    def fit(name: str, max_images: int, *options: str) -> Path:
+        where = [f"--trainer.logger.init_args.name={name}", f"--model.max_images={max_images}", "--ckpt_path=last"]
+        arguments = ["fit", *DEMO, "-c", "small.yaml", *where, *options]
+        monkeypatch.setattr("sys.argv", ["vfm_vae", *arguments])
+        run_cli(TokenizerModule, ImageNetDataModule)
+        return tmp_path / f"runs/{name}/checkpoints/last.ckpt"
+
+    former = fit("former", 8)
+    begun = [f"--model.init_from={former}"]
+    assert torch.load(fit("stage", 16, *begun), weights_only=True)["images_seen"] == 16
+    former.unlink()
+    assert torch.load(fit("stage", 24, *begun), weights_only=True)["images_seen"] == 24

@@ -85,9 +85,11 @@ def test_without_statistics_nothing_is_saved_or_drawn(model, tmp_path):
         fresh.sample([0])
 
 
-def test_labels_that_are_no_classes_are_named(model):
-    with pytest.raises(ValueError, match=r"labels: the classes are 0 to 2, given \[0, 3\]"):
+def test_labels_that_are_no_classes_and_seeds_that_are_none_are_named(model):
+    with pytest.raises(ValueError, match=r"labels: the classes are 0 to 2, given \[3\]"):
         model.sample([0, 3])
+    with pytest.raises(ValueError, match="seed: must be at least 0, given -1"):
+        model.sample([0], seed=-1)
 
 
 def test_a_checkpoint_samples_what_its_module_does(diffusion, latents, trainer, tmp_path):

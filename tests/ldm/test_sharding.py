@@ -49,7 +49,7 @@ class Colours(Frozen):  # shows latents as they are
 
 def fit(name, strategy, max_steps):
     torch.manual_seed(0)
-    denoiser = LightningDiT(4, 4, 2, 2, 32, 2, num_classes=5, activation_checkpointing=compiled)
+    denoiser = LightningDiT(4, 4, 2, 2, 32, 2, num_classes=3, activation_checkpointing=compiled)
     for parameter in filter(lambda p: p.requires_grad, denoiser.parameters()):  # many begin at zero
         torch.nn.init.normal_(parameter, std=0.05)
     optimizer, decoder = partial(torch.optim.AdamW, lr=1e-3, fused=True), Colours(torch.nn.Identity())
