@@ -1,5 +1,6 @@
 """Runs that are told to stop: they save, end with a known code, and go on as if nothing had been."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,7 +18,8 @@ from torch.utils.data import Dataset
 
 from callbacks.ema import EMA
 from callbacks.preemption import StopOnSignal
-from vfm_vae.data.sampling import ResumableLoader, TrainingSampler
+from vfm_vae.data.resuming import ResumableLoader
+from vfm_vae.data.sampling import TrainingSampler
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -42,6 +44,7 @@ data:
   photos: {size: 64, train_per_class: 4, val_per_class: 2}
   batch_size: 8
   val_batch_size: 26
+  num_workers: 1
 trainer:
   limit_val_batches: 0
   logger:
@@ -85,7 +88,8 @@ def fit(folder: Path, name: str, *options: str) -> subprocess.Popen:
     ]
     command += [f"--trainer.logger.init_args.name={name}", *options]
     pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT | {"PYTHONPATH": str(folder)}, **pipes)
+    environment = ENVIRONMENT | {"PYTHONPATH": str(folder)}
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
 
 
 def end(process: subprocess.Popen, timeout: float = 100) -> int:
@@ -121,10 +125,10 @@ def test_the_command_line_saves_ends_and_goes_on(tmp_path: Path, photos: Path):
     (tmp_path / "run.yaml").write_text(SMALL)
     (tmp_path / "sender.py").write_text(SENDER)
     last = "checkpoints/last.ckpt"
-    stopped = {name: fit(tmp_path, name) for name in ("SIGTERM", "SIGUSR1")}
+    stopped = {name: fit(tmp_path, name) for name in ("SIGTERM", "SIGINT")}
     for name, process in stopped.items():
         wait_for(tmp_path / f"ready_{name}", process)
-        process.send_signal(signal.Signals[name])
+        os.killpg(process.pid, signal.Signals[name])  # as a terminal and SLURM do; what loads data gets it, too
         (tmp_path / f"sent_{name}").touch()
         assert end(process) == 0
         assert torch.load(tmp_path / "runs" / name / last, weights_only=True)["global_step"] == 3  # of 6 in the epoch
@@ -174,7 +178,10 @@ class Signal(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if batch_idx == 4 and trainer.global_rank == 1:
             (out / "sent").write_text(str(time.time()))
-            os.kill(os.getpid(), signal.Signals[name])
+            if name == "SIGINT":
+                os.killpg(0, signal.SIGINT)  # as a terminal does
+            else:
+                os.kill(os.getpid(), signal.Signals[name])
     def on_exception(self, trainer, module, exception):
         steps, code = trainer.global_step, exception.code
         (out / f"rank{trainer.global_rank}").write_text(f"{time.time()} {steps} {code} {len(asked)}")
@@ -194,12 +201,13 @@ trainer.fit(Module(), torch.utils.data.DataLoader(torch.randn(1000, 2)))
 
 
 # Told in step 5, they ask each other after steps 3, 6 and 9, and on GPUs read the answer when they next ask.
-@pytest.mark.parametrize(("when_read", "last_step"), [("soon", "6"), ("late", "9")])
-def test_a_signal_to_one_rank_stops_both(tmp_path: Path, when_read: str, last_step: str):
+@pytest.mark.parametrize(("name", "when_read", "last_step"), [("SIGINT", "soon", "6"), ("SIGTERM", "late", "9")])
+def test_a_signal_to_one_rank_or_to_all_stops_both(tmp_path: Path, name: str, when_read: str, last_step: str):
     (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path), "SIGTERM", when_read]
+    command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path), name, when_read]
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "start_new_session": True}
+    process = subprocess.Popen(command, env=environment, **pipes)
     code = end(process, timeout=60)
     sent = float((tmp_path / "sent").read_text())
     for rank in (0, 1):
@@ -285,7 +293,14 @@ def run(trainer, new_module, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "told", [{"step": 2}, {"step": 5}, {"validation": (5, 0)}, {"validation": (5, 1)}, {"step": 9}]
+    "told",
+    [
+        {"step": 2},
+        {"step": 5, "name": "SIGINT"},
+        {"validation": (5, 0)},
+        {"validation": (5, 1), "name": "SIGINT"},
+        {"step": 9},
+    ],
 )
 def test_stopped_anywhere_equals_uninterrupted(run, told):
     """In the middle of an epoch, where a validation is due, in it, and after it."""
@@ -314,10 +329,39 @@ def test_accumulated_gradients_are_not_lost(run):
 
 
 def test_handlers_return(run):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    for name, sender in (("whole", None), ("stopped", Raise(step=2, name="SIGUSR1"))):
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    for name, sender in (("whole", None), *((name, Raise(step=2, name=name)) for name in ("SIGUSR1", "SIGINT"))):
         run(name, sender)
-        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+        assert [signal.getsignal(number) for number in numbers] == before
+
+
+class Stuck(Callback):
+    """Is told to stop in a step that never ends."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(100)
+
+
+def test_a_second_interrupt_ends_at_once(run, tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=run, args=("stuck", Stuck()))
+    process.start()
+    process.join(30)
+    assert process.exitcode == -signal.SIGINT
+    assert not list((tmp_path / "stuck").glob("*"))
+
+
+def test_a_job_in_the_background_stays_deaf_to_the_terminal(run):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code, last, _ = run("whole", Raise(step=2, name="SIGINT"))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code is None and last["global_step"] == 12
 
 
 @pytest.mark.parametrize("works", [True, False])
