@@ -249,3 +249,10 @@ def test_missing_shards_are_named(root, tmp_path):
         list_shards(root, "test")
     with pytest.raises(ValueError, match=r"cache_dir: can't write '.*missing/index.npz'"):
         dataset(root, index=tmp_path / "missing" / "index.npz")
+
+
+def test_a_negative_label_names_its_image(root):
+    write(root / "imagenet1k-train-0002.tar", [{"__key__": "unknown", "jpg": jpeg(1), "cls": -1}])
+    message = r"^root: '.*imagenet1k-train-0002.tar/unknown.jpg' has the label -1, but classes are numbered from 0 on"
+    with pytest.raises(ValueError, match=message):
+        dataset(root)
