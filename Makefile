@@ -1,7 +1,6 @@
 # The developer's menu: `make` or `make help` lists it.
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
 DATA ?= data/imagenet
 GPUS ?= 1
 STAGE ?= patchgan
@@ -13,7 +12,16 @@ RECIPE ?=
 $(if $(filter-out $(RECIPES),$(RECIPE)),$(error RECIPE: one of $(RECIPES), or none; given $(RECIPE)))
 RUNS := runs$(if $(RECIPE),/$(RECIPE))
 PUBLISHED := $(if $(filter as_published,$(RECIPE)),_published)
-READY := $(VENV)/.ready
+
+# Paths may have spaces: a word of the shell, in which a leading ~ is still the home folder, and one of make itself.
+space := $(subst ,, )
+quoted = '$(subst ','\'',$(1))'
+path = $(if $(filter ~/%,$(firstword $(1))),$(patsubst '~/%,~/'%,$(quoted)),$(quoted))
+escaped = $(subst $(space),\ ,$(1))
+BIN := $(call path,$(VENV)/bin)
+READY := $(call escaped,$(VENV))/.ready
+# Refuses a variable that is none of some words, where a target takes it.
+one_of = $(if $(and $(filter 1,$(words $($(1)))),$(filter $(2),$($(1)))),,$(error $(1): one of $(2); given '$($(1))'))
 
 # glibc returns large blocks to the kernel, which zeroes their pages again in every step: a fifth of the time on CPU.
 TUNED := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
@@ -23,7 +31,8 @@ LDM := $(TUNED) $(BIN)/python -m ldm
 FIT := $(TOKENIZER) fit
 
 # A folder of tar shards or of images; no GPU, one, or several of one machine.
-IMAGENET := -c configs/data/$(if $(wildcard $(DATA)/*.tar $(DATA)/train/*.tar),imagenet_wds,imagenet).yaml --data.root $(DATA)
+SHARDS := $(foreach folder,. train,$(wildcard $(call escaped,$(DATA))/$(folder)/*.tar))
+IMAGENET := -c configs/data/$(if $(strip $(SHARDS)),imagenet_wds,imagenet).yaml --data.root $(call path,$(DATA))
 one_or_many = $(if $(filter 0,$(GPUS)),cpu,$(if $(filter 1,$(GPUS)),gpu,$(1)))
 TRAINER = -c configs/trainer/$(call one_or_many,ddp8).yaml $(DEVICES)
 TRAINER_LDM = -c configs/trainer/$(call one_or_many,ddp8_ldm).yaml $(DEVICES)
@@ -46,19 +55,23 @@ BATCH_LDM := --data.batch_size=$(shell expr 1024 / $(PARTS)) --trainer.accumulat
 FORMER_weak := strong
 FORMER_ssim := weak
 FORMER_patchgan := ssim
+STAGES := strong weak ssim patchgan
+OF_STAGE = $(call one_of,STAGE,$(STAGES))$(RUNS)/$(STAGE)
+RUN_CONFIGS := $(filter-out cknna lightningdit reg samples test%,$(basename $(notdir $(wildcard configs/ldm/*.yaml))))
+OF_RUN = $(call one_of,RUN,$(RUN_CONFIGS))$(RUNS)/ldm/$(RUN)
 former = $(if $(FORMER_$(1)),--model.init_from=$(RUNS)/$(FORMER_$(1))/checkpoints/last.ckpt)
 VARIANT = $(if $(RECIPE),-c configs/vfm_vae/$(RECIPE).yaml $(call former,$@))
 VARIANT_LATENTS := $(if $(RECIPE),--trainer.callbacks.directory=$(RUNS)/latents$(RUN_REG))
-VARIANT_LDM := $(if $(RECIPE),--data.root=$(RUNS)/latents$(RUN_REG) --trainer.logger.init_args.save_dir=$(RUNS)/ldm \
-  --model.tokenizer.init_args.checkpoint=$(RUNS)/$(STAGE)/checkpoints/last.ckpt)
+VARIANT_LDM = $(if $(RECIPE),--data.root=$(RUNS)/latents$(RUN_REG) --trainer.logger.init_args.save_dir=$(RUNS)/ldm \
+  --model.tokenizer.init_args.checkpoint=$(OF_STAGE)/checkpoints/last.ckpt)
 STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER) $(BATCH) $(VARIANT)
 
 # The demo's diffusion model: lightningdit, or reg.
 DENOISER ?= lightningdit
-REG := $(filter reg,$(DENOISER))
-DEMO_LDM := -c configs/demo/ldm.yaml $(if $(REG),-c configs/demo/reg.yaml)
-DEMO_NAME := $(if $(REG),reg,ldm)
-DEMO_GUIDED := $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
+REG = $(call one_of,DENOISER,lightningdit reg)$(filter reg,$(DENOISER))
+DEMO_LDM = -c configs/demo/ldm.yaml $(if $(REG),-c configs/demo/reg.yaml)
+DEMO_NAME = $(if $(REG),reg,ldm)
+DEMO_GUIDED = $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
 named = --trainer.logger.init_args.name=$(1) --trainer.callbacks.name=$(1)
 
 .DEFAULT_GOAL := help
@@ -68,9 +81,9 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 $(READY): setup.cfg pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(call path,$(VENV))
 	$(BIN)/pip install --quiet --editable .[dev]
-	@touch $@
+	@touch '$@'
 
 install: $(READY) ## make .venv with the package and what develops it
 
@@ -146,31 +159,31 @@ patchgan: install ## stage 4, PatchGAN fine-tuning, from the SSIM stage
 	$(STAGE_FIT)
 
 latents: install ## cache the latents of the data that STAGE was trained on, with features for RUN=reg…: make latents GPUS=8
-	$(TOKENIZER) predict -c $(RUNS)/$(STAGE)/config.yaml -c configs/vfm_vae/latents$(RUN_REG).yaml $(TRAINER) $(MEASURED) \
+	$(TOKENIZER) predict -c $(OF_STAGE)/config.yaml -c configs/vfm_vae/latents$(RUN_REG).yaml $(TRAINER) $(MEASURED) \
 	  --trainer.precision=32-true $(VARIANT_LATENTS) \
-	  --ckpt_path $(RUNS)/$(STAGE)/checkpoints/last.ckpt
+	  --ckpt_path $(OF_STAGE)/checkpoints/last.ckpt
 
 ldm: install ## train LightningDiT or REG on cached latents: make ldm RUN=epochs64|epochs80|epochs560|reg80|reg480|reg640 GPUS=8
 	$(LDM) fit $(if $(RUN_REG),-c configs/ldm/reg.yaml,-c configs/ldm/lightningdit.yaml -c configs/data/latents.yaml) \
-	  -c configs/ldm/$(RUN).yaml $(TRAINER_LDM) $(BATCH_LDM) $(VARIANT_LDM)
+	  -c configs/ldm/$(notdir $(OF_RUN)).yaml $(TRAINER_LDM) $(BATCH_LDM) $(VARIANT_LDM)
 
 samples: install ## draw 50 000 samples from a trained LightningDiT: make samples RUN=epochs64 GPUS=8
-	$(LDM) predict -c $(RUNS)/ldm/$(RUN)/config.yaml -c configs/ldm/samples.yaml $(TRAINER_LDM) $(MEASURED) \
+	$(LDM) predict -c $(OF_RUN)/config.yaml -c configs/ldm/samples.yaml $(TRAINER_LDM) $(MEASURED) \
 	  --trainer.precision=32-true \
-	  --ckpt_path $(RUNS)/ldm/$(RUN)/checkpoints/last.ckpt --trainer.callbacks.directory=$(RUNS)/ldm/$(RUN)/samples
+	  --ckpt_path $(OF_RUN)/checkpoints/last.ckpt --trainer.callbacks.directory=$(OF_RUN)/samples
 
 evaluate: evaluate-tokenizer evaluate-ldm ## measure tokenizer and diffusion model: make evaluate STAGE=patchgan RUN=epochs64 GPUS=8
 
 evaluate-tokenizer: install ## rFID and its kin, alignment, probes of a trained tokenizer
-	$(TOKENIZER) test -c $(RUNS)/$(STAGE)/config.yaml -c configs/vfm_vae/test$(PUBLISHED).yaml $(TRAINER) $(MEASURED) \
+	$(TOKENIZER) test -c $(OF_STAGE)/config.yaml -c configs/vfm_vae/test$(PUBLISHED).yaml $(TRAINER) $(MEASURED) \
 	  --trainer.precision=32-true \
-	  --ckpt_path $(RUNS)/$(STAGE)/checkpoints/last.ckpt
+	  --ckpt_path $(OF_STAGE)/checkpoints/last.ckpt
 
 evaluate-ldm: install ## gFID and its kin of a trained LightningDiT
-	$(LDM) test -c $(RUNS)/ldm/$(RUN)/config.yaml -c configs/ldm/test$(PUBLISHED).yaml $(TRAINER_LDM) $(MEASURED) \
+	$(LDM) test -c $(OF_RUN)/config.yaml -c configs/ldm/test$(PUBLISHED).yaml $(TRAINER_LDM) $(MEASURED) \
 	  --trainer.precision=32-true \
-	  --ckpt_path $(RUNS)/ldm/$(RUN)/checkpoints/last.ckpt
+	  --ckpt_path $(OF_RUN)/checkpoints/last.ckpt
 
 clean: ## remove caches and the demo's results, not other runs
 	rm -rf runs/demo build .pytest_cache .ruff_cache .import_linter_cache *.egg-info
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path ./$(call quoted,$(VENV)/*) -prune -exec rm -rf {} +
