@@ -16,6 +16,7 @@ from torchvision.utils import make_grid
 
 from vfm_vae.metrics.reconstruction import from_uint8, to_uint8
 from vfm_vae.options import at_least, within
+from vfm_vae.timeline import logged_step
 from vfm_vae.trial import Output
 from vfm_vae.types import Batch, CountsImages, Decoded, DrawsSamples, Reconstructs
 from vfm_vae.writing import write_picture
@@ -24,9 +25,10 @@ from vfm_vae.writing import write_picture
 class ReconstructionImages(Output):
     """Shows fixed validation images as a grid, a row each: input | reconstruction | multi-scale images, large to small.
 
-    Drawn with the weights in training as `train/reconstructions` when training starts, ends, and every so many images;
-    and with the weights that validation uses as `val/reconstructions` after each validation. Grids go to TensorBoard,
-    and the latest of each kind to `<log_dir>/images/{train,val}.png`. Rank zero does it alone.
+    Drawn with the weights in training as `train/reconstructions` when training starts, ends, and every so many images,
+    but not again where a run goes on; and with the weights that validation uses as `val/reconstructions` after each
+    validation. Grids go to TensorBoard, and the latest of each kind to `<log_dir>/images/{train,val}.png`. Rank zero
+    does it alone.
 
     Args:
         num_images: rows; the images are spread evenly over the validation set, and the same each time.
@@ -43,6 +45,7 @@ class ReconstructionImages(Output):
         self._directory = Path()
         self._batch: Batch | None = None
         self._due = 0  # images seen at which the next grid is drawn
+        self._drawn = 0  # step after which the last one was, also by the run that goes on
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learns where to write, on all ranks."""
@@ -55,7 +58,9 @@ class ReconstructionImages(Output):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws what there is to begin with."""
-        self._draw(trainer, pl_module, "train")
+        self._drawn = trainer.global_step
+        if not trainer.global_step:
+            self._draw(trainer, pl_module, "train")
         if self.every_n_images:
             self._due = (pl_module.images_seen // self.every_n_images + 1) * self.every_n_images
 
@@ -63,18 +68,20 @@ class ReconstructionImages(Output):
         """Draws when it is time."""
         if self.every_n_images and pl_module.images_seen >= self._due:
             self._draw(trainer, pl_module, "train")
+            self._drawn = trainer.global_step
             self._due = (pl_module.images_seen // self.every_n_images + 1) * self.every_n_images
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last state."""
-        self._draw(trainer, pl_module, "train")
+        if trainer.global_step > self._drawn:
+            self._draw(trainer, pl_module, "train", ended=True)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws with the weights that were validated."""
         if not trainer.sanity_checking:
             self._draw(trainer, pl_module, "val")
 
-    def _draw(self, trainer: Trainer, pl_module: LightningModule, kind: str) -> None:
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, kind: str, ended: bool = False) -> None:
         if not trainer.is_global_zero:
             return
         if self._batch is None:
@@ -83,7 +90,7 @@ class ReconstructionImages(Output):
         with _evaluating(pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
             decoded = pl_module.reconstruct(batch)
         grid = reconstruction_grid(from_uint8(batch.images), decoded)
-        show(trainer, grid, self._directory / f"{kind}.png", f"{kind}/reconstructions")
+        show(trainer, grid, self._directory / f"{kind}.png", f"{kind}/reconstructions", ended)
 
 
 class SampleImages(Output):
@@ -149,13 +156,13 @@ class SampleImages(Output):
             show(trainer, grid, self._directory / f"{name}.png", f"val/{name}")
 
 
-def show(trainer: Trainer, grid: Tensor, file: Path, tag: str) -> None:
-    """Writes a picture, uint8 `[3, height, width]`, to a file and to TensorBoard."""
+def show(trainer: Trainer, grid: Tensor, file: Path, tag: str, ended: bool = False) -> None:
+    """Writes a picture, uint8 `[3, height, width]`, to a file and to TensorBoard; `ended` as of `logged_step`."""
     grid = grid.cpu()
     write_picture(file, grid.permute(1, 2, 0).numpy())
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(tag, grid, trainer.global_step)
+            logger.experiment.add_image(tag, grid, logged_step(trainer, ended))
 
 
 def reconstruction_grid(images: Tensor, decoded: Decoded) -> Tensor:

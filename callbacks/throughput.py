@@ -52,7 +52,7 @@ class Throughput(Callback):
       sparsity for some.)
     - `train/time` (seconds), `train/batches` and `train/samples` (of rank zero) since the last that was counted.
 
-    An evaluation's speed is logged as well, as `validate/...`, `test/...` and `predict/...`, without operations. The
+    An evaluation's speed is logged at its end, as `validate/...`, `test/...` and `predict/...`, without operations. The
     host never waits for the device to measure, so a time is that at which a batch was launched.
 
     Args:
@@ -126,7 +126,8 @@ class Throughput(Callback):
             self._finish_counting(trainer, pl_module)
             return
         self._meters[RunningStage.TRAINING].note(self.batch_size_fn(batch), pl_module.flops_per_batch)
-        if not trainer.fit_loop._should_accumulate():
+        # The connector, as in Lightning's own monitors: `log_dict` would copy to the device in each batch, and wait.
+        if not trainer.fit_loop._should_accumulate() and trainer._logger_connector.should_update_logs:
             self._log(trainer)
 
     def _finish_counting(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,27 +148,27 @@ class Throughput(Callback):
         """Measures a batch of the evaluation."""
         if not trainer.sanity_checking:
             self._meters[trainer.state.stage].note(self.batch_size_fn(batch))
-            self._log(trainer, trainer._active_loop.batch_progress.total.ready)
-
-    on_test_start = on_predict_start = on_validation_start
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets the clock of training, if it ran, go on where it stood."""
+        """Logs the evaluation's speed; lets the clock of training, if it ran, go on where it stood."""
+        if not trainer.sanity_checking:
+            self._log(trainer)
         if RunningStage.TRAINING in self._meters:
             self._meters[RunningStage.TRAINING].resume()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_end = on_predict_end = on_validation_end
 
     def _begin(self, trainer: Trainer) -> None:
         rates = Rates(self.available_flops, trainer.world_size, self.window_size)
         self._meters[trainer.state.stage] = _Meter(rates)
 
-    def _log(self, trainer: Trainer, step: int | None = None) -> None:
-        # The connector, as in Lightning's own monitors: `log_dict` would copy to the device in each batch, and wait.
-        if trainer._logger_connector.should_update_logs:
-            stage = trainer.state.stage
-            rates = {f"{stage.value}/{name}": rate for name, rate in self._meters[stage].rates.compute().items()}
-            trainer._logger_connector.log_metrics(rates, step=step)
+    def _log(self, trainer: Trainer) -> None:
+        stage = trainer.state.stage
+        rates = {f"{stage.value}/{name}": rate for name, rate in self._meters[stage].rates.compute().items()}
+        trainer._logger_connector.log_metrics(rates)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Counts no longer."""

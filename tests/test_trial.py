@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import DEMO, SMALL
 from test_ldm_cli import LATENTS, LDM_DEMO, SMALL_LDM
 
@@ -183,7 +184,7 @@ def test_an_untrained_model_is_not_measured(refused, package: str, command: str,
 
 
 def test_who_asks_for_an_untrained_model_gets_it(finished: Command, refused):
-    options = ["-c", TOKENIZER, "--untrained=true"]
+    options = ["-c", TOKENIZER, "--untrained=true", "--trainer.logger=false"]
     report = ["--trainer.callbacks.path=untrained.json", "--trainer.callbacks.name=untrained"]
     finished("vfm_vae", "validate", *options, "--trainer.callbacks+=callbacks.report.Report", *report)
     assert '"checkpoint": null' in (finished.folder / "untrained.json").read_text()
@@ -194,3 +195,5 @@ def test_who_asks_for_an_untrained_model_gets_it(finished: Command, refused):
 def test_the_last_checkpoint_is_found_where_training_left_it(finished: Command, caplog):
     finished("vfm_vae", "validate", "-c", TOKENIZER)  # whose ckpt_path is `last`
     assert any("Loaded model weights" in message and "/last.ckpt" in message for message in caplog.messages)
+    events = EventAccumulator(str(finished.folder / "runs/small")).Reload()
+    assert {event.step for event in events.Scalars("val/psnr")} == {1, 2}  # as the checkpoint is, not 0

@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from vfm_vae.saving import WholeCheckpoints, alike, local_path
+from vfm_vae.timeline import Timeline
 from vfm_vae.trial import cut_short_by, without_output
 from vfm_vae.writing import write_text
 
@@ -144,7 +145,7 @@ def run(module: type[LightningModule], datamodule: type[LightningDataModule], te
             save_config_callback=SaveTrainingConfig,
             # Rerunning a stage in its folder is how it is resumed.
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [WholeCheckpoints()]},
+            trainer_defaults={"callbacks": [WholeCheckpoints(), Timeline()]},
         )
 
 

@@ -30,7 +30,7 @@ def test_drawn_at_start_end_every_so_many_images_and_after_validation(module, da
     callback = ReconstructionImages(num_images=3, every_n_images=10)
     trainer(callback, logger=logger, val_check_interval=3, num_sanity_val_steps=1).fit(module, data)
     # Batches of 4: 10 and 20 images are passed at steps 3 and 5.
-    assert events(tmp_path) == {"train/reconstructions": [0, 3, 5, 6], "val/reconstructions": [3, 6]}
+    assert events(tmp_path) == {"train/reconstructions": [0, 2, 4, 5], "val/reconstructions": [2, 5]}
     picture = np.asarray(Image.open(tmp_path / "images" / "val.png"))
     assert picture.shape == (3 * 10 + 2, 4 * 10 + 2, 3)
     for row, position in enumerate((0, 6, 12)):  # spread over the 13 validation images

@@ -1,0 +1,100 @@
+"""What TensorBoard and progress bars show of runs that were stopped and go on."""
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from callbacks.checkpoint import LastCheckpoint
+from callbacks.images import ReconstructionImages
+from callbacks.throughput import Throughput
+from vfm_vae.timeline import Timeline
+
+
+def shown(folder: Path) -> dict[str, list[int]]:
+    """The steps that TensorBoard shows of each curve and row of pictures, as often as it shows them."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    tags = events.Tags()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in tags["scalars"]}
+    return steps | {f"picture {tag}": [event.step for event in events.Images(tag)] for tag in tags["images"]}
+
+
+@pytest.fixture
+def fit(trainer, new_module, data, tmp_path):
+    """Trains in `runs/<name>`, where every start writes; saves every two steps, or where validations end."""
+
+    def run(
+        name: str, max_steps: int, ckpt_path: str | None = "last", accumulate: int = 1, at: str = "steps", **kwargs
+    ):
+        module = new_module(accumulate)
+        module.save_hyperparameters({"lr": 0.1})
+        logger = TensorBoardLogger(tmp_path, name, version="")
+        options = {"log_every_n_steps": 1, "check_val_every_n_epoch": None, "max_epochs": -1, "val_check_interval": 3}
+        when = {"every_n_train_steps": 2} if at == "steps" else {}
+        folder = tmp_path / name / "checkpoints"
+        saves = [ModelCheckpoint(folder, "{step}", save_top_k=-1, **when)]
+        if at == "end":
+            saves = [LastCheckpoint(every_n_steps=1000)]
+            saves[0].dirpath = str(folder)
+        callbacks = [Timeline(), Throughput(window_size=2), ReconstructionImages(2, every_n_images=8), *saves]
+        run = trainer(
+            *callbacks, logger=logger, max_steps=max_steps, enable_checkpointing=True, **options | kwargs
+        )  # fmt: skip
+        path = folder / f"step={ckpt_path}.ckpt" if isinstance(ckpt_path, int) else ckpt_path
+        run.fit(module, data, ckpt_path=path, weights_only=True)
+        return run
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "at", "step"),
+    [(1, "steps", 4), (1, "steps", 6), (1, "validations", 3), (1, "end", "last"), (2, "steps", 4)],
+)
+def test_every_step_is_shown_once_though_training_went_on_from_an_older_one(
+    fit, tmp_path: Path, accumulate: int, at: str, step: int | str
+):
+    options = {"accumulate": accumulate, "at": at}
+    fit("whole", 11, None, **options)
+    fit("resumed", 10 if at != "end" else 7, None, **options)
+    if at == "end":  # a longer one, killed before it saved
+        (tmp_path / "resumed/checkpoints/last.ckpt").rename(tmp_path / "last.ckpt")
+        fit("resumed", 10, str(tmp_path / "last.ckpt"), **options)
+        (tmp_path / "last.ckpt").rename(tmp_path / "resumed/checkpoints/last.ckpt")
+    fit("resumed", 11, step, **options)
+    whole, resumed = shown(tmp_path / "whole"), shown(tmp_path / "resumed")
+    assert whole.keys() == resumed.keys() and {"hp_metric", "val/loss", "picture val/reconstructions"} <= whole.keys()
+    once = {tag: steps for tag, steps in resumed.items() if tag != "epoch"}  # which comes with every group of numbers
+    assert all(len(set(steps)) == len(steps) for steps in once.values()), once
+    # Rates begin anew, and so does the first picture; everything else is as if training had never been stopped.
+    anew = ("train/device", "train/time", "train/batches", "train/samples", "picture train")
+    assert all(steps == whole[tag] for tag, steps in once.items() if not tag.startswith(anew)), (once, whole)
+
+
+def test_a_run_that_begins_again_hides_the_former_one(fit, tmp_path: Path):
+    fit("run", 9, None)
+    fit("run", 5, None)
+    assert shown(tmp_path / "run")["train/loss"] == list(range(5))
+    assert len(list((tmp_path / "run").glob("events*"))) == 2  # whose files keep it
+
+
+def test_an_evaluation_is_shown_where_its_checkpoint_is(fit, trainer, new_module, data, tmp_path: Path):
+    fit("run", 6, None)
+    before = shown(tmp_path / "run")["val/loss"]
+    evaluation = trainer(Timeline(), logger=TensorBoardLogger(tmp_path, "run", version=""))
+    path = tmp_path / "run/checkpoints/step=6.ckpt"
+    evaluation.test(new_module(), data, ckpt_path=path, weights_only=True, verbose=False)
+    steps = shown(tmp_path / "run")
+    assert steps["test/loss"] == [5] and steps["val/loss"] == before == [2, 5] and steps["hp_metric"] == [0]
+
+
+@pytest.mark.parametrize(("max_epochs", "said"), [(-1, "Epoch 3"), (None, "Epoch 3"), (7, "Epoch 3/6")])
+def test_a_progress_bar_counts_no_epochs_that_there_are_not(trainer, new_module, data, max_epochs, said):
+    bar = RichProgressBar()
+    run = trainer(Timeline(), bar, max_epochs=max_epochs, max_steps=1, enable_progress_bar=True)
+    run.fit(new_module(), data)
+    assert bar._get_train_description(3).strip() == said
+    assert len(bar._get_train_description(3)) >= len(bar.validation_description)

@@ -1,0 +1,78 @@
+"""Steps and epochs as they are shown: each once, though a run was stopped and went on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+
+class Timeline(Callback):
+    """Lets a run's displays show where it is. The command lines add it to every run.
+
+    Training that goes on from an older step, or begins again in the same folder, hides what TensorBoard shows of the
+    steps from there on (the files keep it), so that each is shown once. An evaluation's numbers are shown at the step
+    of its checkpoint, not at 0. A progress bar counts epochs without a total where training has no last one.
+    """
+
+    def __init__(self) -> None:
+        self._hidden = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tells progress bars, and keeps former hyper-parameters."""
+        self._hidden = False
+        for bar in trainer.callbacks:
+            if isinstance(bar, RichProgressBar) and trainer.max_epochs == -1:
+                bar._get_train_description = lambda epoch, bar=bar: without_total(bar, epoch)
+        for logger in tensorboards(trainer):
+            if has_former(logger):
+                logger._default_hp_metric = False  # a placeholder at step 0, which each start would add
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Learns the step of what is evaluated; training restores it itself."""
+        loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.state_dict", {})
+        if trainer.state.fn != "fit":
+            trainer.fit_loop.epoch_loop._batches_that_stepped = loop.get("_batches_that_stepped", 0)
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Before the first batch, hides what is to come: here Lightning knows the step that it will log next."""
+        if self._hidden or not trainer.is_global_zero:
+            return
+        self._hidden = True
+        for logger in tensorboards(trainer):
+            hide_from(logger, logged_step(trainer))
+
+
+def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    """The loggers of a trainer that write for TensorBoard."""
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def has_former(logger: TensorBoardLogger) -> bool:
+    """Whether TensorBoard finds what was written before, beside the file that Lightning has begun by now."""
+    return len(list(Path(logger.log_dir).glob("events.out.tfevents.*"))) > 1
+
+
+def hide_from(logger: TensorBoardLogger, step: int) -> None:
+    """Lets TensorBoard forget what it read so far of a step and of later ones."""
+    if has_former(logger):
+        start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+        logger.experiment._get_file_writer().add_event(start)
+
+
+def logged_step(trainer: Trainer, ended: bool = False) -> int:
+    """The step, counted from 0, at which Lightning logs the numbers of the batch at hand, and of its validation.
+
+    Args:
+        trainer: whose.
+        ended: whether training has, so that the counter is one further.
+    """
+    return max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - ended)
+
+
+def without_total(bar: RichProgressBar, epoch: int) -> str:
+    """How a progress bar describes an epoch of training that has no last one."""
+    return f"{f'Epoch {epoch}':{len(bar.validation_description)}}"
