@@ -12,7 +12,7 @@ from torch import nn
 from ldm.alignment import REPA
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
-from vfm_vae.checkpoints import fill, read_checkpoint
+from vfm_vae.checkpoints import few, fill, read_checkpoint
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import LatentDataset, LatentStatistics
 from vfm_vae.tokenizer import FrozenTokenizer
@@ -188,7 +188,10 @@ def check_checkpoint(
     check_tokenizer(checkpoint["tokenizer"], latent_source, f"{option}: data and tokenizer at hand are")
     # A strategy that shards the model has loaded its state by now, and taken it out.
     state = checkpoint.get("state_dict", normalization.state_dict(prefix="normalization."))
-    stored = LatentStatistics(*(state[f"normalization.{name}"] for name in ("mean", "std")))
+    names = [f"normalization.{name}" for name in LatentStatistics._fields]
+    if missing := set(names) - state.keys():
+        raise ValueError(f"{option}: the checkpoint is of another model: missing {few(missing)}")
+    stored = LatentStatistics(*(state[name] for name in names))
     check_statistics(stored, normalization, option)
 
 

@@ -24,6 +24,7 @@ from ldm.objective import block_features, denoising_errors, rehearse
 from ldm.pipeline import draw_latents
 from ldm.samplers import Euler, Sampler
 from ldm.skipping import SkippedSteps
+from vfm_vae.checkpoints import check_state
 from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.data.latents import LatentStatistics, RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
@@ -403,10 +404,11 @@ class DiffusionModule(LightningModule):
         """Takes them back.
 
         Raises:
-            ValueError: if the checkpoint belongs to another tokenizer's latents than the data or the tokenizer at hand,
-                or was aligned to another VFM.
+            ValueError: if the checkpoint is of another model, belongs to another tokenizer's latents than the data or the
+                tokenizer at hand, or was aligned to another VFM.
         """
         check_checkpoint(checkpoint, self.latent_source, self.normalization, "ckpt_path")
+        check_state(self, checkpoint, "ckpt_path")
         if self.alignment is not None:
             self.alignment.go_on_as(checkpoint.get("aligned_to"))
         self.images_seen = checkpoint["images_seen"]

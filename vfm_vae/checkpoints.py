@@ -205,6 +205,21 @@ def fill(module: nn.Module, tensors: Any, message: str) -> None:
     module.load_state_dict(dict(tensors))
 
 
+def check_state(module: nn.Module, checkpoint: Mapping[str, Any], option: str) -> None:
+    """Sees that the weights in a checkpoint are a module's, all of them; a sharded one has loaded them by itself.
+
+    Args:
+        module: Is to take them.
+        checkpoint: Of training.
+        option: Names the checkpoint.
+
+    Raises:
+        ValueError: if tensors are missing, left over, or of another shape.
+    """
+    if "state_dict" in checkpoint and (difference := misfit(checkpoint["state_dict"], module.state_dict())) is not None:
+        raise ValueError(f"{option}: the checkpoint is of another model: {difference}")
+
+
 def _kind(path: str | Path, option: str) -> str:
     """How a file is to be read: as `safetensors`, as torch's `zip`, or as a `pickle`, its former format."""
     if Path(path).is_file():

@@ -11,6 +11,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from vfm_vae.checkpoints import check_state
 from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.discriminators.patchgan import PatchGAN
@@ -397,7 +398,8 @@ class TokenizerModule(TwoPlayers):
         Evaluation asks nothing of discriminators, which published weights may lack.
 
         Raises:
-            ValueError: if the weights belong to another VFM, or training is to go on without the optimisers' states.
+            ValueError: if the weights are of another model or belong to another VFM, or training is to go on without the
+                optimisers' states.
         """
         check_vfm(self.model.vfm, checkpoint)
         self._average = None  # a run that goes on has averages of its own
@@ -407,6 +409,7 @@ class TokenizerModule(TwoPlayers):
         if not fitting:
             state = {n: w for n, w in checkpoint["state_dict"].items() if not n.startswith(OPPONENTS)}
             checkpoint["state_dict"] = state | {n: w for n, w in self.state_dict().items() if n.startswith(OPPONENTS)}
+        check_state(self, checkpoint, "ckpt_path")
         self.images_seen = checkpoint["images_seen"]
         self.guard.load_state_dict(checkpoint["guard"])
         self.objective.go_on(checkpoint.get("alignment", {}))

@@ -155,9 +155,10 @@ def _save(
 
 def _load(load: Callable[..., dict[str, Any]], path: str | Path, **options: Any) -> dict[str, Any]:
     place = local_path(path)
-    if place is not None and place.is_file():
+    if place is not None and not (place / "meta.pt").is_file():  # of a folder that all ranks have written together
         try:
-            read_checkpoint(place, "ckpt_path", mmap=True)
+            if "pytorch-lightning_version" not in read_checkpoint(place, "ckpt_path", mmap=True):
+                raise ValueError(f"ckpt_path: {str(place)!r} is no checkpoint of Lightning; give one that `fit` wrote")
         except ValueError as error:
             whole = newest_whole(place)
             beside = f"the newest whole one beside it is {str(whole)!r}" if whole else "no whole one lies beside it"
