@@ -404,8 +404,8 @@ class DiffusionModule(LightningModule):
         """Takes them back.
 
         Raises:
-            ValueError: if the checkpoint is of another model, belongs to another tokenizer's latents than the data or the
-                tokenizer at hand, or was aligned to another VFM.
+            ValueError: if the checkpoint is of another model, belongs to another tokenizer's latents than the data or
+                the tokenizer at hand, or was aligned to another VFM.
         """
         check_checkpoint(checkpoint, self.latent_source, self.normalization, "ckpt_path")
         check_state(self, checkpoint, "ckpt_path")
