@@ -1,4 +1,4 @@
-"""Runs that an option cuts short leave nothing behind; and what is measured was trained, unless one asks otherwise."""
+"""Commands leave nothing behind that would mislead: not of trial runs, of untrained models, or of broken weights."""
 
 import shutil
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -197,3 +198,61 @@ def test_the_last_checkpoint_is_found_where_training_left_it(finished: Command, 
     assert any("Loaded model weights" in message and "/last.ckpt" in message for message in caplog.messages)
     events = EventAccumulator(str(finished.folder / "runs/small")).Reload()
     assert {event.step for event in events.Scalars("val/psnr")} == {1, 2}  # as the checkpoint is, not 0
+
+
+@pytest.fixture(scope="module")
+def broken(finished: Command) -> dict[str, str]:
+    """Checkpoints of both programs with a weight that is nan, and which one, by the package."""
+    paths = {}
+    for package, name, weight in (("vfm_vae", "small", "model.decoder."), ("ldm", "ldm", "model.final.")):
+        path = f"runs/{name}/checkpoints/last.ckpt"
+        stored = torch.load(finished.folder / path, weights_only=True)
+        for weights in (stored["state_dict"], stored["ema"]["weights"]):
+            for key in weights:
+                if key.startswith(weight) and weights[key].is_floating_point():
+                    weights[key].view(-1)[0] = torch.nan
+        paths[package] = f"broken_{name}.ckpt"
+        torch.save(stored, finished.folder / paths[package])
+    return paths
+
+
+BROKEN = [
+    ("vfm_vae", "validate", [], "images"),
+    ("vfm_vae", "predict", ["--trainer.callbacks+=callbacks.writers.ReconstructionWriter"], "images"),
+    ("ldm", "validate", [], ""),
+    ("ldm", "predict", ["-c", "samples.yaml"], "samples"),
+    ("ldm", "predict", ["-c", "samples.yaml", "--model.predict=latents", "--trainer.callbacks.npz=false"], "samples"),
+]
+
+
+@pytest.mark.parametrize(("package", "command", "options", "what"), BROKEN)
+def test_broken_weights_give_one_line_and_no_numbers_or_files(
+    finished: Command, broken: dict[str, str], capsys, package: str, command: str, options: list[str], what: str
+):
+    folder = finished.folder / f"broken_{package}_{len(options)}"
+    place = [f"--trainer.callbacks.directory={folder}"] if command == "predict" else []
+    config = ["-c", TOKENIZER if package == "vfm_vae" else DIFFUSION, "--trainer.logger=false"]
+    before = (finished.folder / "metrics.json").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        finished(package, command, *config, *options, *place, "--ckpt_path", broken[package])
+    assert end.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {what}") and "either the weights are broken (give another --ckpt_path)" in line
+    assert (finished.folder / "metrics.json").read_bytes() == before
+    assert not [file for file in folder.glob("*") if file.name != "samples.json"]
+
+
+def test_latents_that_are_not_finite_fill_no_cache(finished: Command, capsys):
+    path = finished.folder / "runs/small/checkpoints/last.ckpt"
+    stored = torch.load(path, weights_only=True)
+    for weights in (stored["state_dict"], stored["ema"]["weights"]):
+        for key in weights:
+            if key.startswith("model.adapter."):
+                weights[key].mul_(1e3 if weights[key].is_floating_point() else 1)  # finite, but not in float16
+    torch.save(stored, finished.folder / "large.ckpt")
+    options = ["--trainer.callbacks.directory=large", "--trainer.callbacks.dtype=float16", "--ckpt_path=large.ckpt"]
+    with pytest.raises(SystemExit):
+        finished("vfm_vae", "predict", "-c", TOKENIZER, "-c", "latents.yaml", *options)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: latents in torch.float16: ") and "hold nan or inf" in line
+    assert not list((finished.folder / "large").rglob("*.safetensors"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from vfm_vae.finite import not_finite
+from vfm_vae.finite import check_finite, not_finite
 from vfm_vae.metrics.features import add_feature_states, float32_arithmetic, keep_features, kept_features
 from vfm_vae.metrics.neighbours import Search
 
@@ -308,6 +308,8 @@ class PrecisionRecall(Metric):
 
     def __init__(self, k: int = 3, reference: Tensor | None = None) -> None:
         super().__init__()
+        if reference is not None:
+            check_finite("reference: its features", reference)
         self.k = k
         self._reference = reference
         add_feature_states(self, "generated_")

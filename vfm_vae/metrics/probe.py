@@ -18,7 +18,8 @@ class LinearProbe:
         max_iterations: of L-BFGS.
 
     Raises:
-        ValueError: there are fewer than two classes, or features and labels don't belong together.
+        ValueError: there are fewer than two classes, features and labels don't belong together, or features hold nan
+            or inf.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, max_iterations: int = 500) -> None:
@@ -29,6 +30,7 @@ class LinearProbe:
         self.classes, targets = labels.unique(return_inverse=True)
         if len(self.classes) < 2:
             raise ValueError(f"labels: a probe tells classes apart, but there are {len(self.classes)}")
+        check_finite("features", features)
         features = features.detach().float()
         self._mean, std = features.mean(0), features.std(0)
         self._scale = torch.where(std > 0, std, 1)
