@@ -18,13 +18,13 @@ except ImportError as error:
 
 from ldm.compatibility import check_tokenizer
 from ldm.pipeline import LatentDiffusion
-from vfm_vae.diffusers import AutoencoderVFM, build_described, described, half_precision
+from vfm_vae.diffusers import AutoencoderVFM, WholeModel, build_described, described, half_precision
 from vfm_vae.finite import check_finite
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class LatentDiffusionModel(ModelMixin, ConfigMixin):
+class LatentDiffusionModel(WholeModel, ModelMixin, ConfigMixin):  # by which name pipelines look for it
     """A LatentDiffusion without its tokenizer, as a model of diffusers; made by `from_model` or `from_pretrained`.
 
     Args:

@@ -1,6 +1,7 @@
 """The tokenizer as a VAE of the library diffusers; needs the extra `diffusers`."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,11 +19,35 @@ try:
 except ImportError as error:
     raise ImportError(f"the library diffusers is needed ({error}): pip install 'vfm-vae[diffusers]'") from error
 
+from vfm_vae.checkpoints import few
 from vfm_vae.pretrained import CONFIG, FORMAT_VERSION, Pretrained, build, check_config
 from vfm_vae.tokenizer import VFMVAE
 
 
-class AutoencoderVFM(ModelMixin, AutoencoderMixin, ConfigMixin):
+class WholeModel(ModelMixin):
+    """A model that diffusers loads with all of its weights, or not at all; by itself, it leaves missing ones random."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As diffusers has it.
+
+        Raises:
+            ValueError: if weights are missing in the file, or left over.
+        """
+        place = str(pretrained_model_name_or_path)
+        model, found = super().from_pretrained(place, output_loading_info=True, **kwargs)
+        missing, left_over = found["missing_keys"], found["unexpected_keys"]
+        if missing or left_over:
+            raise ValueError(
+                f"the weights in {place!r} are of another model than its {CONFIG}: of {len(model.state_dict())} "
+                f"tensors {len(missing)} missing {few(missing)}, {len(left_over)} left over {few(left_over)}"
+            )
+        return (model, found) if output_loading_info else model
+
+
+class AutoencoderVFM(WholeModel, AutoencoderMixin, ConfigMixin):
     """A VFMVAE behind the interface of diffusers' `AutoencoderKL`; made by `from_tokenizer` or `from_pretrained`.
 
     Latents come as the tokenizer makes them, not normalised. Code that knows one factor for all channels trains on

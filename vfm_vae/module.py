@@ -398,8 +398,7 @@ class TokenizerModule(TwoPlayers):
         Evaluation asks nothing of discriminators, which published weights may lack.
 
         Raises:
-            ValueError: if the weights are of another model or another VFM, or training is to go on without the optimisers'
-                states.
+            ValueError: if the weights are of another model or VFM, or training is to go on and lacks optimisers.
         """
         check_vfm(self.model.vfm, checkpoint)
         self._average = None  # a run that goes on has averages of its own
