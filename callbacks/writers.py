@@ -25,7 +25,7 @@ from vfm_vae.options import at_least
 from vfm_vae.saving import alike
 from vfm_vae.trial import Output
 from vfm_vae.types import DrawsSamples, Encoded, MakesFeatures, MakesLatents, Samples
-from vfm_vae.writing import write_json, write_picture, write_tensors
+from vfm_vae.writing import check_place, write_json, write_picture, write_tensors
 
 
 class ReconstructionWriter(Output):
@@ -42,8 +42,8 @@ class ReconstructionWriter(Output):
         self.directory = Path(directory)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the directory."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Makes the directory; sees whether it can be written to."""
+        check_place(self.directory / "00000000.png", option="directory")
         trainer.predict_loop.return_predictions = False
 
     def on_predict_batch_end(
@@ -211,6 +211,8 @@ class SampleWriter(Output):
         trainer.predict_loop.return_predictions = False
         unsaid = {"rounding": "round"}  # as all were, before there was a choice
         keep_settings(trainer, self.directory / "samples.json", pl_module.evaluation_settings(), unsaid)
+        if self.npz:  # which is written when all samples are there
+            alike(trainer.strategy, lambda: check_place(self._archive, option="directory"))
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Samples, *args: Any) -> None:
         """Writes the batch."""
@@ -227,9 +229,13 @@ class SampleWriter(Output):
         files = [self.directory / f"{number:08d}.png" for number in range(num_samples)]
         if self.npz and trainer.is_global_zero and all(file.is_file() for file in files):
             labels = pl_module.sample_labels(torch.arange(num_samples))
-            path = self.directory.with_name(f"{self.directory.name}.npz")
-            write_archive(path, (np.asarray(Image.open(f)) for f in files), num_samples, arr_1=labels.cpu().numpy())
-            rank_zero_info(f"{path}: {num_samples} samples")
+            images = (np.asarray(Image.open(file)) for file in files)
+            write_archive(self._archive, images, num_samples, arr_1=labels.cpu().numpy())
+            rank_zero_info(f"{self._archive}: {num_samples} samples")
+
+    @property
+    def _archive(self) -> Path:
+        return self.directory.with_name(f"{self.directory.name}.npz")
 
     def _present(self) -> set[int]:
         numbers = {int(file.stem) for file in self.directory.glob("*.png") if file.stem.isdigit()}

@@ -1,7 +1,9 @@
 """A tokenizer small enough to train within a test, on the embedded VFM."""
 
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -33,9 +35,18 @@ def matmul_precision() -> Iterator[None]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leaves tests of GPUs out where there is none, whoever asks for all."""
+    """Leaves tests out that a machine cannot run, whoever asks for all: of GPUs, and of disks of their own."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("mounts") and not can_mount():
+        pytest.skip("needs a machine that permits `unshare --map-root-user --mount`")
+
+
+@cache
+def can_mount() -> bool:
+    """Whether a process may have a file system of its own."""
+    command = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "disk", "/tmp"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """Models as folders: what is saved comes back, bit by bit, and what does not fit is named."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,21 @@ def test_images_and_latents_come_back_bit_by_bit(model, folder):
         assert torch.equal(loaded.decode(z).image, model.decode(z).image)
     assert loaded.latent_identity() == model.latent_identity()
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("moment", ["while it is written", "as it takes its place"])
+def test_a_former_model_outlives_one_that_could_not_be_saved(model, folder, monkeypatch, moment):
+    former = {path.name: path.read_bytes() for path in folder.iterdir()}
+    name = "put_tensors" if moment == "while it is written" else "os.replace"
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pretrained if name == "put_tensors" else os, name.rpartition(".")[2], full)
+    next(model.adapter.parameters()).data += 1
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == former
 
 
 def test_the_vfm_is_named_and_not_stored(model, folder):

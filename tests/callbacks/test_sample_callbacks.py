@@ -194,6 +194,14 @@ def test_samples_as_png_and_npz(painter, photos, tmp_path):
     assert difference.abs().max() < 0.01
 
 
+def test_a_place_for_all_samples_is_seen_before_one_is_drawn(painter, photos, tmp_path):
+    (tmp_path / "samples.npz").mkdir()
+    with pytest.raises(ValueError, match=r"^directory: can't write '.*samples.npz' \(a folder lies there\)"):
+        writer = SampleWriter(str(tmp_path / "samples"), npz=True)
+        predict(painter, photos_data(photos, num_samples=12), writer, folder=tmp_path)
+    assert painter.drawn == 0
+
+
 def test_interrupted_sampling_goes_on(painter, photos, tmp_path):
     writer = SampleWriter(str(tmp_path / "samples"))
     data = {"num_samples": 12}

@@ -33,6 +33,13 @@ def test_every_image_is_written_once_by_its_index(module, padded_data, trainer, 
     assert (np.abs(written.astype(int) - expected[:5].permute(0, 2, 3, 1).numpy()) <= 1).all()
 
 
+def test_a_place_that_will_not_do_is_named_before_anything_is_computed(module, data, trainer, tmp_path):
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(ValueError, match=r"^directory: can't write '.*a/00000000.png' .*; give another place$"):
+        trainer(ReconstructionWriter(str(tmp_path / "a"))).predict(module, data)
+    assert not module.validated
+
+
 @pytest.fixture
 def predict(tiny_module, photos, trainer, tmp_path):
     """Writes a cache of the photographs, with features of a VFM that is given its arguments, or without."""
