@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vfm_vae.data.archive import write_archive
+from vfm_vae.data.identity import files_state
 from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, measure_shards
 from vfm_vae.finite import check_finite
 from vfm_vae.metrics.reconstruction import to_uint8
@@ -51,6 +52,10 @@ class ReconstructionWriter(Output):
     ) -> None:
         """Writes the batch."""
         write_images(self.directory, *outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Waits for all ranks: a command does not end well where one of them failed."""
+        trainer.strategy.barrier()
 
 
 class LatentWriter(Output):
@@ -108,11 +113,13 @@ class LatentWriter(Output):
         features = pl_module.features_source() if isinstance(pl_module, MakesFeatures) else None
         if features is not None:
             settings["features"] = dict(features)
-        for stream in self._streams:
+        for stream, dataset in zip(self._streams, trainer.datamodule.predict_sets.values(), strict=True):
             file = stream.plan.folder / IDENTITY
             if not file.is_file() and any(stream.plan.folder.glob("*.safetensors")):
                 raise ValueError(f"directory: {str(file.parent)!r} holds safetensors of unknown origin; choose another")
-            keep_settings(trainer, file, settings | {"num_images": stream.plan.num_images}, unsaid)
+            images = files_state(dataset).sizes if trainer.is_global_zero else None  # so of copies, too
+            images = {"images": trainer.strategy.broadcast(images)}
+            keep_settings(trainer, file, settings | images | {"num_images": stream.plan.num_images}, unsaid | images)
 
     def on_predict_batch_end(
         self,

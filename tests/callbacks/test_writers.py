@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -44,12 +45,12 @@ def test_a_place_that_will_not_do_is_named_before_anything_is_computed(module, d
 def predict(tiny_module, photos, trainer, tmp_path):
     """Writes a cache of the photographs, with features of a VFM that is given its arguments, or without."""
 
-    def run(folder, features=None, dtype="float32", **kwargs):
+    def run(folder, features=None, dtype="float32", root=photos, **kwargs):
         vfm = None if features is None else FrozenVFM(VFM, **features)
         module = tiny_module(predict="moments", features=vfm, **kwargs)
         writer = LatentWriter(str(tmp_path / folder), shard_size=20, dtype=dtype)
         images = {"image_size": 64, "val_batch_size": 8, "num_workers": 0, "predict": ["train", "val"]}
-        trainer(writer).predict(module, ImageNetDataModule(photos, **images))
+        trainer(writer).predict(module, ImageNetDataModule(root, **images))
         return module
 
     return run
@@ -82,6 +83,22 @@ def test_a_cache_holds_features_of_the_plain_images(predict, photos, tmp_path):
         "antialias": False,
         "fingerprint": module.features.fingerprint(),
     }
+
+
+def test_a_cache_goes_on_with_copies_of_its_images_and_with_no_others(predict, photos, tmp_path):
+    predict("z")
+    (tmp_path / "z/val/latents_shard00001.safetensors").unlink()
+    shutil.copytree(photos, tmp_path / "copy", copy_function=shutil.copyfile)  # with times of their own
+    predict("z", root=tmp_path / "copy")
+    assert (tmp_path / "z/val/latents_shard00001.safetensors").is_file()
+    file = sorted((tmp_path / "copy/val").glob("*/*"))[0]
+    Image.new("RGB", (64, 64)).save(file)
+    with pytest.raises(ValueError, match=r"'.*z/val' holds what was made otherwise: images was '\w{64}', now '\w{64}'"):
+        predict("z", root=tmp_path / "copy")
+    notes = tmp_path / "z/val/latents.json"
+    former = {name: value for name, value in json.loads(notes.read_text()).items() if name != "images"}
+    notes.write_text(json.dumps(former))
+    predict("z", root=tmp_path / "copy")  # of former versions, which do not say it
 
 
 def test_features_leave_latents_and_statistics_alone(predict, tmp_path):

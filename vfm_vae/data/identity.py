@@ -16,10 +16,12 @@ class FilesState(NamedTuple):
 
     Attributes:
         digest: SHA-256, in hexadecimal, over the files' names, sizes and times of modification.
+        sizes: the same over names and sizes alone, which stay when files are copied.
         newest: when the last one was modified, or put in its place, in seconds since 1970.
     """
 
     digest: str
+    sizes: str
     newest: float
 
 
@@ -41,10 +43,11 @@ def files_state(dataset: ImageDataset, num_threads: int = 8) -> FilesState:
     with ThreadPoolExecutor(num_threads) as threads:
         parts = list(threads.map(_stats, (paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK))))
     stats = [stat for part in parts for stat in part]
-    digest = hashlib.sha256()
+    digest, sizes = hashlib.sha256(), hashlib.sha256()
     for name, (size, modified, _) in zip(names, stats, strict=True):
+        sizes.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
         digest.update(f"{name}\0{size}\0{modified}\n".encode(errors="surrogateescape"))
-    return FilesState(digest.hexdigest(), max(newest for _, _, newest in stats))
+    return FilesState(digest.hexdigest(), sizes.hexdigest(), max(newest for _, _, newest in stats))
 
 
 def _stats(paths: Sequence[str]) -> list[tuple[int, int, float]]:
