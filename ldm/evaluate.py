@@ -19,6 +19,8 @@ from torch import Tensor
 from vfm_vae.checkpoints import seems_to_be
 from vfm_vae.cli import MATMUL_PRECISION, add_matmul_precision, set_matmul_precision
 from vfm_vae.data.archive import ImageArchive
+from vfm_vae.data.decoding import decode
+from vfm_vae.data.listing import list_images
 from vfm_vae.metrics.inception import Inception
 from vfm_vae.metrics.reference import ReferenceImages, name_of, network_settings
 from vfm_vae.metrics.suite import DistributionSuite
@@ -37,7 +39,7 @@ END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 class SampleFiles:
-    """Samples that were drawn before: an `.npz` with `arr_0`, or a folder of PNG files.
+    """Samples that were drawn before: an `.npz` with `arr_0`, or a folder of images.
 
     Args:
         path: of either.
@@ -52,7 +54,7 @@ class SampleFiles:
         self._files: list[Path] = []
         self._size: tuple[int, int] | None = None
         if self.path.is_dir():
-            self._files = sorted(self.path.glob("*.png"))
+            self._files = [self.path / name for name in list_images(self.path, "samples")]
             self.num_images = len(self._files)
             for file in self._files:
                 self._look_at(file)
@@ -61,7 +63,7 @@ class SampleFiles:
                 self._archive = ImageArchive(self.path)
                 self.num_images = self._archive.num_images()
             except ValueError as error:
-                raise ValueError(f"samples: {error}; give an .npz with 'arr_0' or a folder of .png files") from error
+                raise ValueError(f"samples: {error}; give an .npz with 'arr_0' or a folder of images") from error
         if not self.num_images:
             raise ValueError(f"samples: no images in {path!r}")
 
@@ -95,9 +97,8 @@ class SampleFiles:
 
     def _read(self, file: Path) -> Tensor:
         try:
-            with Image.open(file) as image:
-                pixels = np.array(image.convert("RGB"))
-        except Exception as error:  # as above
+            pixels = np.array(decode(file, exif_transpose=False))
+        except ValueError as error:
             raise ValueError(f"samples: {str(file)!r} can't be read as an image ({error})") from error
         self._check_size(file, (pixels.shape[1], pixels.shape[0]))
         return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -159,7 +160,7 @@ def evaluate_samples(
     """Measures samples that lie in files by the ADM protocol: gFID, sFID, Inception Score, precision and recall.
 
     Args:
-        samples: An .npz with `arr_0`, uint8 [N, H, W, 3], or a folder of .png files.
+        samples: An .npz with `arr_0`, uint8 [N, H, W, 3], or a folder of images.
         reference: An .npz such as ADM's VIRTUAL_imagenet256_labeled.npz, or a folder of images, <reference>/<class>/*.
         inception: File with Inception's weights, instead of torch-fidelity's usual place.
         vfm: Compare on this vision foundation model's features instead of Inception's; the numbers are no FID then.

@@ -30,5 +30,5 @@ def test_the_short_side_decides_the_crop(tmp_path):
 def test_what_is_no_image_is_named(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     for name in ("text.png", "nowhere.png", ""):
-        with pytest.raises(ValueError, match=r"path: there is no image at '.*'"):
+        with pytest.raises(ValueError, match=r"path: there is no image that can be read at '.*'"):
             read_image(tmp_path / name, 16)

@@ -3,16 +3,16 @@
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vfm_vae.data.transforms import CentreCrop, to_rgb
+from vfm_vae.data.decoding import decode
+from vfm_vae.data.transforms import CentreCrop
 from vfm_vae.metrics.reconstruction import from_uint8, to_uint8
 from vfm_vae.writing import write_picture
 
 
 def read_image(path: str | Path, size: int) -> Tensor:
-    """Reads an image file.
+    """Reads an image file, turned as its EXIF orientation says, on white where it is transparent.
 
     Args:
         path: Of anything that Pillow reads.
@@ -22,13 +22,13 @@ def read_image(path: str | Path, size: int) -> Tensor:
         float32 `[1, 3, size, size]` in [-1, 1].
 
     Raises:
-        ValueError: if there is no such file, or it is no image.
+        ValueError: if there is no such file, or it is damaged, no image, or one of too many pixels.
     """
     try:
-        with Image.open(path) as image:
-            return from_uint8(CentreCrop(size)(to_rgb(image))[None])
-    except (FileNotFoundError, IsADirectoryError, UnidentifiedImageError) as error:
-        raise ValueError(f"path: there is no image at {str(path)!r} ({type(error).__name__})") from error
+        image = decode(path)
+    except ValueError as error:
+        raise ValueError(f"path: there is no image that can be read at {str(path)!r} ({error})") from error
+    return from_uint8(CentreCrop(size)(image)[None])
 
 
 def write_image(path: str | Path, images: Tensor) -> None:

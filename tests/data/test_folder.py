@@ -138,5 +138,5 @@ def test_missing_folders_are_named(tree, tmp_path):
     with pytest.raises(ValueError, match=r"has no class folders; .* sort the images into one per class"):
         dataset(tmp_path / "flat", "val")
     (tmp_path / "flat" / "val" / "apple").mkdir()
-    with pytest.raises(ValueError, match=r"no images under .*; known endings are .jpg"):
+    with pytest.raises(ValueError, match=r"no images under .*; known endings are .jpeg"):
         dataset(tmp_path / "flat", "val")

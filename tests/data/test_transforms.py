@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vfm_vae.data.transforms import CentreCrop, RandomCrop, ResizeAndCrop, to_rgb, to_tensor
+from vfm_vae.data.decoding import to_rgb
+from vfm_vae.data.transforms import CentreCrop, RandomCrop, ResizeAndCrop, to_tensor
 
 
 def ramp(width, height):

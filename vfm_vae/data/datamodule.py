@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from vfm_vae.data.folder import ImageFolderDataset, list_classes
+from vfm_vae.data.folder import ImageFolderDataset, check_classes
 from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.latents import LatentDataset, LatentStatistics, split_folder
 from vfm_vae.data.resuming import ResumableLoader
@@ -41,9 +41,9 @@ class ImageNetDataModule(LightningDataModule):
         batch_size: training images per batch, over all ranks: each gets `batch_size / ranks`.
         val_batch_size: images per batch in validation, test and prediction, over all ranks; by default `batch_size`.
         num_workers: loading processes per rank.
-        source: `folder` reads folders at `root`; `shards` WebDataset's tars there, with `train` or `val` in their
-            names; `photos` folders, after writing the embedded data set to `root` if it is missing; `latents` a cache
-            that `python -m vfm_vae predict` or LightningDiT made.
+        source: `folder` reads folders at `root`; `shards` WebDataset's tars there, with the word `train` or `val` in
+            their names; `photos` folders, after writing the embedded data set to `root` if it is missing; `latents` a
+            cache that `python -m vfm_vae predict` or LightningDiT made.
         photos: arguments of `vfm_vae.embedded.photos.write_photos`, such as `size` and `train_per_class`.
         min_size: training images with a short side under this many pixels are left out.
         small_list: file that names the images under `min_size`, one `class/file.JPEG` (or `shard.tar/member.jpg`) a
@@ -57,6 +57,8 @@ class ImageNetDataModule(LightningDataModule):
             `resize`, bilinearly and then the middle, as in the published reconstruction numbers.
         min_crop: smallest side of the random square crop in training, as a fraction of the short side.
         resampling: filter that resizes training crops, `lanczos` or `bicubic`.
+        exif_transpose: whether images are turned as their EXIF orientation says, as photographs want it. Public code
+            reads ImageNet without, and so do its configs.
         max_bad_fraction: share of the images that may be damaged: those are left out, more stops the run.
         predict: splits that prediction sees, one after the other, as evaluation does.
         num_samples: instead, test and prediction ask a diffusion model for so many samples, which needs no data set.
@@ -88,6 +90,7 @@ class ImageNetDataModule(LightningDataModule):
         evaluation_crop: Literal["adm", "resize"] = "adm",
         min_crop: float = 0.5,
         resampling: Literal["lanczos", "bicubic"] = "lanczos",
+        exif_transpose: bool = True,
         max_bad_fraction: float = 0.01,
         predict: Sequence[Split] = ("val",),
         num_samples: int | None = None,
@@ -118,7 +121,7 @@ class ImageNetDataModule(LightningDataModule):
             self.train_transform = CentreCrop(image_size, flip=True)
         self.evaluation_crop = evaluation_crop
         self.evaluation_transform = (CentreCrop if evaluation_crop == "adm" else ResizeAndCrop)(image_size)
-        self.max_bad_fraction = max_bad_fraction
+        self.exif_transpose, self.max_bad_fraction = exif_transpose, max_bad_fraction
         self.predict, self.num_samples = tuple(predict), num_samples
         self.seed = seed
         self.train_set: ImageDataset | LatentDataset | None = None
@@ -227,8 +230,8 @@ class ImageNetDataModule(LightningDataModule):
             return LatentDataset(split_folder(self.root, "train"), train=True, seed=self.seed)
         small = self.small_list.read_text().splitlines() if self.min_size else ()
         dataset = self._images("train", self.train_transform, exclude=small)
-        if self.source != "shards" and list_classes(self.root, "val") != dataset.classes:
-            raise ValueError(f"root: {str(self.root)!r} has other class folders in 'val' than in 'train'")
+        if self.source != "shards":
+            check_classes(self.root, dataset.classes, "val")
         return dataset
 
     def _evaluated(self, split: str) -> ImageDataset | LatentDataset | None:
@@ -250,7 +253,7 @@ class ImageNetDataModule(LightningDataModule):
         return DataLoader(dataset, batch_size=size, sampler=sampler, **self._loading(dataset))
 
     def _images(self, split: str, transform: Transform, **kwargs: Any) -> ImageDataset:
-        kwargs |= {"seed": self.seed, "max_bad_fraction": self.max_bad_fraction}
+        kwargs |= {name: getattr(self, name) for name in ("seed", "exif_transpose", "max_bad_fraction")}
         if self.source == "shards":
             return ImageShardDataset(self.root, split, transform, index=self._shard_index(split), **kwargs)
         return ImageFolderDataset(self.root, split, transform, **kwargs)

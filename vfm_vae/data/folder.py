@@ -1,16 +1,18 @@
 """Images in a tree of folders, one per class: the layout of ImageNet."""
 
 import os
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vfm_vae.data.images import EXTENSIONS, ImageDataset, kept
+from vfm_vae.data.images import ImageDataset, kept
+from vfm_vae.data.listing import EXTENSIONS, find_images, in_short, is_hidden, say_left_out
 from vfm_vae.data.transforms import Transform
 
 
 class ImageFolderDataset(ImageDataset):
-    """Images of `<root>/<split>/<class>/`, with their classes numbered in alphabetical order.
+    """Images of `<root>/<split>/<class>/` and the folders in it, with their classes numbered in alphabetical order.
 
     Args:
         root: folder of the data set.
@@ -23,7 +25,8 @@ class ImageFolderDataset(ImageDataset):
         folder: of the split; the images' names are relative to it.
 
     Raises:
-        ValueError: the folder is missing or holds no classes or no images; when reading, too many images are damaged.
+        ValueError: the folder is missing, holds no classes or no images, or a class has none; when reading, too many
+            images are damaged.
     """
 
     def __init__(
@@ -54,16 +57,43 @@ def list_classes(root: str | Path, split: str) -> list[str]:
         raise ValueError(f"root: there is no folder {str(root)!r}; {layout}")
     if not folder.is_dir():
         raise ValueError(f"root: {str(root)!r} has no folder {split!r}; {layout}")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
     if not classes:
         raise ValueError(f"root: {str(folder)!r} has no class folders; {layout}: sort the images into one per class")
     return classes
 
 
+def check_classes(root: str | Path, classes: list[str], split: str) -> None:
+    """Sees that a split has the classes of training, whose numbers would be others otherwise.
+
+    Raises:
+        ValueError: if not; the message names some of those that differ.
+    """
+    others = list_classes(root, split)
+    differing = {"missing": sorted(set(classes) - set(others)), "beyond": sorted(set(others) - set(classes))}
+    if others != classes:
+        named = "; ".join(f"{how}: {in_short(names)}" for how, names in differing.items() if names)
+        raise ValueError(
+            f"root: {str(root)!r} has other class folders in {split!r} than in 'train' ({named}); make them the same, "
+            "since a class is a number by their order"
+        )
+
+
 def _list_images(folder: Path, classes: list[str]) -> tuple[list[str], list[int]]:
-    names, labels = [], []
+    names, labels, left_out = [], [], Counter()
     for label, class_name in enumerate(classes):
-        files = sorted(e.name for e in os.scandir(folder / class_name) if e.name.lower().endswith(EXTENSIONS))
+        files = find_images(folder / class_name, left_out)
         names += [f"{class_name}/{file}" for file in files]
         labels += [label] * len(files)
+    beside = sum(e.name.lower().endswith(EXTENSIONS) and not is_hidden(e.name) for e in os.scandir(folder))
+    if beside:
+        left_out["images in no class folder"] = beside
+    say_left_out(folder, left_out)
+    counts = Counter(labels)
+    empty = [name for label, name in enumerate(classes) if not counts[label]]
+    if names and empty:
+        raise ValueError(
+            f"root: {str(folder)!r} has class folders without images ({in_short(empty)}), whose endings would be "
+            f"{' '.join(EXTENSIONS)}; fill them or take them away"
+        )
     return names, labels

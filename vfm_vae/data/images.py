@@ -10,14 +10,15 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vfm_vae.data.decoding import decode
+from vfm_vae.data.listing import EXTENSIONS
 from vfm_vae.data.sampling import Draw
-from vfm_vae.data.transforms import Transform, to_rgb
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+from vfm_vae.data.transforms import Transform
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class ImageDataset(Dataset, ABC):
         labels: class indices, one for each name.
         transform: makes a tensor of an RGB image.
         seed: of the augmentation.
+        exif_transpose: whether images are turned as their EXIF orientation says.
         replace_damaged: whether another image takes the place of a damaged one (training), or marks it (evaluation).
         max_bad_fraction: share of the data set that may be damaged.
         num_lost: images that are known to be damaged, and are not among the names.
@@ -58,6 +60,7 @@ class ImageDataset(Dataset, ABC):
         transform: Transform,
         *,
         seed: int = 0,
+        exif_transpose: bool = True,
         replace_damaged: bool = True,
         max_bad_fraction: float = 0.01,
         num_lost: int = 0,
@@ -65,6 +68,7 @@ class ImageDataset(Dataset, ABC):
         self.place = Path(place)
         self.transform = transform
         self.seed = seed
+        self.exif_transpose = exif_transpose
         self.replace_damaged = replace_damaged
         self.max_bad_fraction = max_bad_fraction
         self.num_lost = num_lost
@@ -127,10 +131,9 @@ class ImageDataset(Dataset, ABC):
         if self._damaged[index]:
             return None
         try:
-            with self.open(index) as file, Image.open(file) as image:
-                image.load()
-                return to_rgb(image)
-        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more at bad bytes
+            with self.open(index) as file:
+                return decode(file, self.exif_transpose)
+        except (OSError, ValueError) as error:
             self._damaged[index] = True
             log.warning("damaged image left out: %s (%s)", self.place / self.name(index), error)
             self._check_damage(f"{self.name(index)!r} ({error})")
@@ -156,4 +159,6 @@ def kept(names: Sequence[str], exclude: Collection[str], place: str | Path) -> l
     if not positions:
         left = f" but those that are left out ({len(exclude)})" if exclude else ""
         raise ValueError(f"root: no images under {str(place)!r}{left}; known endings are {' '.join(EXTENSIONS)}")
+    if exclude and len(positions) == len(names):
+        rank_zero_warn(f"small_list: none of its {len(exclude)} names is that of an image under {str(place)!r}")
     return positions

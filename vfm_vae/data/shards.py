@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,15 @@ from typing import Any, BinaryIO, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
-from vfm_vae.data.images import EXTENSIONS, ImageDataset, kept
+from vfm_vae.data.images import ImageDataset, kept
+from vfm_vae.data.listing import EXTENSIONS, in_short, is_hidden
 from vfm_vae.data.transforms import Transform
 from vfm_vae.writing import whole_file
 
 UNKNOWN = -1
+SPLITS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}, "test": {"test", "testing"}}
 READ_AT_ONCE = 1 << 16  # holds the header of nearly every image, and half of most
 
 log = logging.getLogger(__name__)
@@ -59,7 +63,8 @@ class ImageShardDataset(ImageDataset):
     has lost is estimated from the others.
 
     Args:
-        root: folder of the shards, whose names contain `train` or `val`; or with folders `train` and `val` for them.
+        root: folder of the shards, which have the word `train` or `val` in their names (or `training`, `valid`,
+            `validation`); or with folders `train` and `val` for them.
         split: `train` or `val`.
         transform: makes a tensor of an RGB image.
         index: file that keeps the index; written where it is missing or older than the shards. None keeps none.
@@ -145,9 +150,34 @@ def _opened(path: str) -> BinaryIO:
 
 
 def find_shards(root: str | Path, split: str) -> list[Path]:
-    """The shards of a split, sorted by name; "val" is in "validation", too."""
+    """The shards of a split, sorted by name: those with its word in their names, and those in its folder.
+
+    Words are what letters make without a gap: `imagenet1k-train-0000.tar` has `imagenet`, `k` and `train`.
+
+    Raises:
+        ValueError: a name has the words of both splits.
+    """
     root = Path(root)
-    return sorted([*root.glob(f"*{split}*.tar"), *(root / split).glob("*.tar")], key=lambda path: path.name)
+    found, others = _tars(root / split), []
+    for path in _tars(root):
+        words = set(re.split("[^a-z]+", path.stem.lower()))
+        splits = [name for name, known in SPLITS.items() if words & known]
+        if len(splits) > 1:
+            raise ValueError(
+                f"root: {str(path)!r} has the words of several splits, {' and '.join(splits)}, in its name; rename it, "
+                "or put the shards into folders of the splits' names"
+            )
+        if splits == [split]:
+            found.append(path)
+        elif not splits:
+            others.append(path.name)
+    if others:
+        rank_zero_warn(f"left out in {str(root)!r}: shards with no split's word in their names, {in_short(others)}")
+    return sorted(found, key=lambda path: path.name)
+
+
+def _tars(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not is_hidden(path.name))
 
 
 def list_shards(root: str | Path, split: str) -> list[Path]:
@@ -162,7 +192,8 @@ def list_shards(root: str | Path, split: str) -> list[Path]:
         raise ValueError(f"root: there is no folder {str(root)!r}; {layout}")
     paths = find_shards(root, split)
     if not paths:
-        raise ValueError(f"root: {str(root)!r} has no shards with {split!r} in their names; {layout}")
+        words = " or ".join(sorted(SPLITS[split]))
+        raise ValueError(f"root: {str(root)!r} has no shards with the word {words} in their names; {layout}")
     return paths
 
 
@@ -204,14 +235,14 @@ def index_shard(path: Path) -> Shard:
     try:
         with tarfile.open(path, "r:") as tar:
             for key, members in _samples(tar):
-                images = [members[name] for name in sorted(members) if name in EXTENSIONS]
+                images = [members[ending] for ending in EXTENSIONS if ending in members]
                 try:
                     label = int(tar.extractfile(members[".cls"]).read())
                     rows.append((os.fsencode(images[0].name), images[0].offset_data, images[0].size, label))
                 except KeyError:
                     damage.append(f"sample {key!r} has no label (.cls)")
                 except IndexError:
-                    damage.append(f"sample {key!r} has no image ({' '.join(EXTENSIONS)})")
+                    damage.append(f"sample {key!r} has no image, only {in_short(sorted(members))}")
                 except ValueError as error:
                     damage.append(f"sample {key!r} has no whole number as its label ({error})")
             whole = _ends_well(path, tar.offset)
@@ -230,7 +261,7 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
     """Members that follow each other under one key, the name up to the first dot of its last part, by their endings."""
     key, members = None, {}
     for member in tar:
-        if not member.isfile():
+        if not member.isfile() or any(is_hidden(part) for part in member.name.split("/")):
             continue
         ending = member.name.rpartition("/")[2].partition(".")[2]
         if (found := member.name[: -len(ending) - 1]) != key:

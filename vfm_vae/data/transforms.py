@@ -1,4 +1,4 @@
-"""From decoded images to uint8 tensors: the training crop, the evaluation crop, and colour conversion."""
+"""From decoded images to uint8 tensors: the training crop and the evaluation crops."""
 
 from functools import cache
 from typing import Literal, Protocol
@@ -109,15 +109,6 @@ class ResizeAndCrop:
         """Returns uint8 `[3, image_size, image_size]`."""
         image = resize(image, self.image_size, InterpolationMode.BILINEAR)
         return to_tensor(center_crop(image, self.image_size))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts greyscale, CMYK, palette, transparent and 16-bit images to 8-bit RGB; alpha is dropped."""
-    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_tensor(image: Image.Image) -> Tensor:
