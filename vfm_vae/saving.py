@@ -101,8 +101,8 @@ def alike(strategy: Strategy, action: Callable[[], None]) -> None:
     except NotWritten as error:
         failure = error
     message = strategy.broadcast(str(failure) if failure is not None else None)
-    if message is not None:
-        raise NotWritten(message) from failure
+    if message is not None or failure is not None:
+        raise NotWritten(message or str(failure)) from failure
 
 
 def newest_whole(path: Path) -> Path | None:
