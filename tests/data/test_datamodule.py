@@ -5,6 +5,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from PIL import Image
 
 from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.types import Batch
 
 
@@ -201,7 +202,8 @@ def test_small_images_are_listed_once_and_left_out(tree):
     data = datamodule(tree, min_size=16)
     data.prepare_data()
     data.setup("fit")
-    assert (tree / "train_under_16px.txt").read_text() == "apple/003.JPEG\n"
+    title, *names = (tree / "train_under_16px.txt").read_text().splitlines()
+    assert title.startswith("# under 16 px, of 12 images: ") and names == ["apple/003.JPEG"]
     assert len(data.train_set) == 11
     assert len(data.val_set) == 6
 
@@ -210,6 +212,21 @@ def test_small_images_are_listed_once_and_left_out(tree):
     data.prepare_data()
     data.setup("fit")
     assert len(data.train_set) == 10
+
+
+def test_a_list_of_small_images_is_made_again_for_others(tree, monkeypatch):
+    for number, expected in enumerate([12, 12, 11], start=1):
+        data = datamodule(tree, min_size=16)
+        if number == 3:
+            (tree / "train/apple/003.JPEG").unlink()
+            Image.new("RGB", (300, 12)).save(tree / "train/apple/wide.JPEG")
+        data.prepare_data()
+        data.setup("fit")
+        assert len(data.train_set) == expected
+        if number == 1:
+            monkeypatch.setattr(ImageFolderDataset, "small", lambda *_: pytest.fail("looked through again"))
+        if number == 2:
+            monkeypatch.undo()
 
 
 def test_a_list_of_small_images_elsewhere(tree, tmp_path):

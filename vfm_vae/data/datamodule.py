@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vfm_vae.data.folder import ImageFolderDataset, check_classes
+from vfm_vae.data.identity import names_digest
 from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.latents import LatentDataset, LatentStatistics, split_folder
 from vfm_vae.data.resuming import ResumableLoader
@@ -24,6 +25,8 @@ from vfm_vae.types import Batch, LatentBatch
 from vfm_vae.writing import write_text
 
 Split = Literal["train", "val"]
+
+TITLE = "# under "  # of a list of small images
 
 
 class ImageNetDataModule(LightningDataModule):
@@ -47,8 +50,8 @@ class ImageNetDataModule(LightningDataModule):
         photos: arguments of `vfm_vae.embedded.photos.write_photos`, such as `size` and `train_per_class`.
         min_size: training images with a short side under this many pixels are left out.
         small_list: file that names the images under `min_size`, one `class/file.JPEG` (or `shard.tar/member.jpg`) a
-            line; made by looking at every image where it is missing. By default `train_under_<min_size>px.txt` in
-            `cache_dir`.
+            line; made by looking at every image where it is missing, or was made here of images of other names. By
+            default `train_under_<min_size>px.txt` in `cache_dir`.
         mixed_shards: how many tar shards are shuffled together at a time.
         cache_dir: folder for the list of small images and the index of tar shards; by default `root`.
         crop: how training images are cropped: `random`, for tokenizers, or `centre` as in evaluation and mirrored half
@@ -228,7 +231,8 @@ class ImageNetDataModule(LightningDataModule):
     def _training_set(self) -> ImageDataset | LatentDataset:
         if self.source == "latents":
             return LatentDataset(split_folder(self.root, "train"), train=True, seed=self.seed)
-        small = self.small_list.read_text().splitlines() if self.min_size else ()
+        lines = self.small_list.read_text().splitlines() if self.min_size else ()
+        small = [line for line in lines if not line.startswith(TITLE)]
         dataset = self._images("train", self.train_transform, exclude=small)
         if self.source != "shards":
             check_classes(self.root, dataset.classes, "val")
@@ -285,16 +289,25 @@ class ImageNetDataModule(LightningDataModule):
         }
 
     def _small_list_is_new(self) -> bool:
-        """Whether it is there; one that was made here must be as new as the index of the shards that it lists."""
+        """Whether it is there; one that was made here must be of these images, and as new as the index of shards."""
         if not self.small_list.is_file():
+            return False
+        with open(self.small_list) as file:
+            title = file.readline().strip()
+        if title.startswith(TITLE) and title != self._title(self._images("train", self.evaluation_transform)):
             return False
         index = self._shard_index("train")
         is_ours = self.small_list.parent == self.cache_dir and index.is_file()
         return not is_ours or self.small_list.stat().st_mtime >= index.stat().st_mtime
 
     def _write_small_list(self) -> None:
-        names = self._images("train", self.evaluation_transform).small(self.min_size)
-        write_text(self.small_list, "".join(f"{name}\n" for name in names), "small_list")
+        dataset = self._images("train", self.evaluation_transform)
+        lines = [self._title(dataset), *dataset.small(self.min_size)]
+        write_text(self.small_list, "".join(f"{line}\n" for line in lines), "small_list")
+
+    def _title(self, dataset: ImageDataset) -> str:
+        """Begins a list that is made here, and says of which images."""
+        return f"{TITLE}{self.min_size} px, of {len(dataset)} images: {names_digest(dataset)}"
 
 
 def _batches_per_step(trainer: Trainer | None) -> int:

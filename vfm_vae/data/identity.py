@@ -25,6 +25,11 @@ class FilesState(NamedTuple):
     newest: float
 
 
+def names_digest(dataset: ImageDataset) -> str:
+    """SHA-256, in hexadecimal, over the names of images, in their order."""
+    return hashlib.sha256("\n".join(dataset.name(index) for index in range(len(dataset))).encode()).hexdigest()
+
+
 def files_state(dataset: ImageDataset, num_threads: int = 8) -> FilesState:
     """The state of the files that hold a data set's images: theirs, or those of tar shards.
 

@@ -1,6 +1,5 @@
 """What samples are compared with: features and statistics of real images, from a folder or from a file."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from vfm_vae.data.archive import IMAGES, ImageArchive, write_archive
 from vfm_vae.data.folder import ImageFolderDataset
-from vfm_vae.data.identity import files_state
+from vfm_vae.data.identity import files_state, names_digest
 from vfm_vae.data.transforms import CentreCrop
 from vfm_vae.metrics.distribution import Gaussian, Moments
 from vfm_vae.metrics.features import FeatureStore
@@ -234,8 +233,8 @@ def _batches(dataset: ImageFolderDataset, indices: Sequence[int], batch_size: in
 
 def _source(dataset: ImageFolderDataset, image_size: int, network: Inception | FrozenVFM) -> dict[str, Any]:
     """What tells statistics from others'."""
-    names = hashlib.sha256("\n".join(dataset.name(i) for i in range(len(dataset))).encode()).hexdigest()
-    return _features_source(network) | {"image_size": image_size, "num_images": len(dataset), "names": names}
+    images = {"image_size": image_size, "num_images": len(dataset), "names": names_digest(dataset)}
+    return _features_source(network) | images
 
 
 def _features_source(network: Inception | FrozenVFM) -> dict[str, Any]:
