@@ -10,6 +10,8 @@ import pytest
 import torch
 import webdataset
 
+from vfm_vae.cli import short_errors
+
 ROOT = Path(__file__).parents[1]
 DEMO = ["-c", str(ROOT / "configs/demo/tokenizer.yaml")]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "VFM_VAE_DEBUG"} | {"OMP_NUM_THREADS": "1"}
@@ -136,6 +138,14 @@ MISTAKES = {
         ["--matmul_precision=low"],
         "\"matmul_precision\": Expected a typing.Literal['highest', 'high', 'medium']. Got value: low",
     ),
+    "no folder for the run": (
+        ["--trainer.logger.init_args.save_dir=typo.yaml"],
+        "typo.yaml/small/config.yaml' ([Errno 20] Not a directory: '",
+    ),
+    "no folder for checkpoints": (
+        ["--trainer.logger.init_args.save_dir=taken"],
+        "taken/small/checkpoints/last.ckpt' ([Errno 17] File exists: '",
+    ),
     "missing stage": (["--model.init_from=nowhere.ckpt"], "init_from: there is no checkpoint 'nowhere.ckpt'"),
 }
 
@@ -144,6 +154,8 @@ MISTAKES = {
 def test_a_mistake_ends_with_one_line(folder: Path, mistake: str):
     options, message = MISTAKES[mistake]
     (folder / "typo.yaml").write_text("model: {model: {init_args: {adapter: {init_args: {latent_chanels: 4}}}}}")
+    (folder / "taken/small").mkdir(parents=True)
+    (folder / "taken/small/checkpoints").touch()
     configs = [option for option in options if not option.startswith("--")]
     others = [option for option in options if option.startswith("--")]
     code, _, err = run(folder, *small("fit"), *configs, *others)
@@ -151,6 +163,12 @@ def test_a_mistake_ends_with_one_line(folder: Path, mistake: str):
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line
+
+
+def test_ctrl_c_before_training_is_no_traceback(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as ended, short_errors():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_help_shows_our_options_and_no_list_of_every_layer(folder: Path):

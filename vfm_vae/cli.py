@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from vfm_vae.saving import WholeCheckpoints, alike, local_path
 from vfm_vae.timeline import Timeline
 from vfm_vae.trial import cut_short_by, without_output
-from vfm_vae.writing import write_text
+from vfm_vae.writing import check_place, write_text
 
 DEBUG = "VFM_VAE_DEBUG"
 PACKAGES = ("vfm_vae", "ldm", "callbacks")
@@ -85,6 +85,12 @@ class CLI(LightningCLI):
         given = config["callbacks"] or []
         config = without_output(config | {"callbacks": given if isinstance(given, list) else [given]})
         return super()._instantiate_trainer(config, callbacks)
+
+    def before_fit(self) -> None:
+        """Sees whether the run's folder can be written to; loggers, which are the first to try, say it at length."""
+        folder = local_path(self.trainer.log_dir)
+        if folder is not None and self.cut_short_by is None:
+            check_place(folder / "config.yaml")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Decides which checkpoint is read: in a trial not the last, in an evaluation one, unless asked for none."""
