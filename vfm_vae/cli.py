@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from vfm_vae.options import within
 from vfm_vae.saving import WholeCheckpoints, alike, local_path
 from vfm_vae.timeline import Timeline
 from vfm_vae.trial import cut_short_by, without_output
@@ -25,6 +26,7 @@ DEBUG = "VFM_VAE_DEBUG"
 PACKAGES = ("vfm_vae", "ldm", "callbacks")
 MATMUL_PRECISION = "matmul_precision"
 UNTRAINED = "untrained"
+MAX_SEED = 2**32 - 1  # NumPy's
 
 
 class SaveTrainingConfig(SaveConfigCallback):
@@ -60,6 +62,11 @@ class CLI(LightningCLI):
         """Sets it."""
         set_matmul_precision(self.config[self.subcommand][MATMUL_PRECISION])
 
+    def _set_seed(self) -> None:
+        """As Lightning does; `true` draws one."""
+        within(0, MAX_SEED, seed_everything=self.config[self.subcommand]["seed_everything"])
+        super()._set_seed()
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults(weights_only=True)
@@ -76,7 +83,7 @@ class CLI(LightningCLI):
         """Takes away from a trial run what would write, and says so."""
         self.cut_short_by = cut_short_by(config, self.subcommand or "fit")
         if self.cut_short_by is None:
-            return super()._instantiate_trainer(config, callbacks)
+            return self._trainer(config, callbacks)
         rank_zero_info(
             f"{self.cut_short_by}: a trial run, which reads no last checkpoint and writes nothing: no checkpoints, "
             "numbers, pictures or samples; leave the option out for a run that counts"
@@ -84,7 +91,20 @@ class CLI(LightningCLI):
         self.save_config_callback = None
         given = config["callbacks"] or []
         config = without_output(config | {"callbacks": given if isinstance(given, list) else [given]})
-        return super()._instantiate_trainer(config, callbacks)
+        return self._trainer(config, callbacks)
+
+    def _trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """The trainer of some options.
+
+        Raises:
+            ValueError: if it takes one not; the message names the option, or those whose values Lightning speaks of.
+        """
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            named = [name for name in config if name in str(error)]
+            told = [name for name, value in config.items() if isinstance(value, str) and value in str(error)]
+            raise ValueError(f"{', '.join(f'trainer.{name}' for name in named or told) or 'trainer'}: {error}") from error
 
     def before_fit(self) -> None:
         """Sees whether the run's folder can be written to; loggers, which are the first to try, say it at length."""

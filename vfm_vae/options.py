@@ -19,7 +19,7 @@ def at_least(minimum: float, **options: Number) -> None:
     Raises:
         ValueError: if one is, or is not finite.
     """
-    _check(lambda number: number >= minimum, f"at least {minimum:g}", options)
+    _check(lambda number: number >= minimum, f"at least {minimum}", options)
 
 
 def positive(**options: Number) -> None:
@@ -29,7 +29,7 @@ def positive(**options: Number) -> None:
 
 def within(low: float, high: float, **options: Number) -> None:
     """Sees that numbers lie in [low, high]; options and errors as of `at_least`."""
-    _check(lambda number: low <= number <= high, f"in [{low:g}, {high:g}]", options)
+    _check(lambda number: low <= number <= high, f"in [{low}, {high}]", options)
 
 
 def finite(**options: Number) -> None:
