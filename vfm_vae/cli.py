@@ -104,7 +104,8 @@ class CLI(LightningCLI):
         except (MisconfigurationException, TypeError, ValueError) as error:
             named = [name for name in config if name in str(error)]
             told = [name for name, value in config.items() if isinstance(value, str) and value in str(error)]
-            raise ValueError(f"{', '.join(f'trainer.{name}' for name in named or told) or 'trainer'}: {error}") from error
+            options = ", ".join(f"trainer.{name}" for name in named or told)
+            raise ValueError(f"{options or 'trainer'}: {error}") from error
 
     def before_fit(self) -> None:
         """Sees whether the run's folder can be written to; loggers, which are the first to try, say it at length."""

@@ -220,6 +220,8 @@ def _check(vit: nn.Module, name: str, size: int, layers: Sequence[int], kernel_s
         raise ValueError(f"layers: {name} has layers 0 to {depth}, given {list(layers)}")
     if size % patch_size:
         raise ValueError(f"size: must be a multiple of the {patch_size}-pixel patches of {name}, given {size}")
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size: must be odd, so that there are as many tokens after as before, given {kernel_size}")
     if (size // patch_size) ** 2 < kernel_size // 2:
         raise ValueError(
             f"size: {size} gives {(size // patch_size) ** 2} tokens with {name}, too few for the circular convolution "

@@ -115,8 +115,8 @@ def projection(kind: Projection, in_channels: int, out_channels: int, num_layers
     small, large = sorted([in_channels, out_channels])
     if large % small:
         raise ValueError(
-            f"an attention projection from {in_channels} to {out_channels} channels needs one width to divide the "
-            "other; choose other channels or projection: conv"
+            f"layer_channels, latent_channels, decoded_channels: an attention projection from {in_channels} to "
+            f"{out_channels} channels needs one width to divide the other; choose others, or the projection 'conv'"
         )
     before, after = (num_layers - 1, 0) if encode else (0, num_layers - 1)
     widths = [in_channels] * (1 + before) + [out_channels] * (1 + after)
@@ -174,6 +174,11 @@ class Adapter(nn.Module):
         at_least(1, feature_channels=feature_channels, layer_channels=layer_channels, latent_channels=latent_channels)
         at_least(1, unshuffle=unshuffle, decoded_channels=decoded_channels, alignment_channels=alignment_channels)
         at_least(1, encode_layers=encode_layers, decode_layers=decode_layers)
+        if len(layer_channels) != len(feature_channels):
+            raise ValueError(
+                f"layer_channels: one number for each of the {len(feature_channels)} layers that are read, given "
+                f"{list(layer_channels)}"
+            )
         self.gaussian = gaussian
         self.feature_channels = list(feature_channels)
         self.latent_channels = latent_channels
