@@ -1,10 +1,8 @@
 """`python -m ldm test --samples <file or folder>`: anybody's samples against any reference, without a model."""
 
 import os
-import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from vfm_vae.metrics.summary import (
     versions,
     write_entry,
 )
-from vfm_vae.options import at_least, positive
+from vfm_vae.options import at_least, named_as, positive
 from vfm_vae.vfm import FrozenVFM
 
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
@@ -183,13 +181,13 @@ def evaluate_samples(
     check_entries(Path(metrics_file), "metrics_file")
     network: Inception | FrozenVFM
     if vfm is None:
-        with _named_as_options({"weights": "inception"}):
+        with named_as(weights="inception"):
             network = Inception(inception)
     else:
-        with _named_as_options({"name": "vfm", "weights": "vfm_weights"}):
+        with named_as(name="vfm", weights="vfm_weights"):
             network = FrozenVFM(vfm, input_scale=vfm_input_scale, weights=vfm_weights)
     network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with _named_as_options({"input_scale": "vfm_input_scale"}):
+    with named_as(input_scale="vfm_input_scale"):
         values = measure(files, real, network, precision_recall, batch_size)
     settings: dict[str, Any] = {
         "samples": samples,
@@ -204,19 +202,6 @@ def evaluate_samples(
     console.print(settings_table(settings))
     console.print(summary_table({name: entry}, title=metrics_file))
     write_entry(Path(metrics_file), name, entry)
-
-
-@contextmanager
-def _named_as_options(options: dict[str, str]) -> Iterator[None]:
-    """Lets errors name the options that are given here instead of the arguments that these become."""
-    try:
-        yield
-    except ValueError as error:
-        message = str(error)
-        for name, option in options.items():  # without an underscore a name may be but a word
-            pattern = rf"\b{name}\b" if "_" in name else rf"^{name}(?=:)|(?<=`){name}(?=`)"
-            message = re.sub(pattern, option, message)
-        raise ValueError(message) from error
 
 
 def asks_for_files(arguments: list[str]) -> bool:

@@ -4,7 +4,9 @@ NaN and infinity lie outside of all; None, an option that is left out, lies with
 """
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 Number = float | Sequence[float] | None
 
@@ -35,6 +37,23 @@ def within(low: float, high: float, **options: Number) -> None:
 def finite(**options: Number) -> None:
     """Sees that numbers are finite, whatever their sign; arguments and errors as of `at_least`."""
     _check(math.isfinite, "a finite number", options)
+
+
+@contextmanager
+def named_as(**options: str) -> Iterator[None]:
+    """Lets errors name options that are given here instead of the arguments that these become.
+
+    Args:
+        **options: Their names by the arguments'.
+    """
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for name, option in options.items():  # without an underscore a name may be but a word
+            pattern = rf"\b{name}\b" if "_" in name else rf"^{name}(?=:)|(?<=`){name}(?=`)"
+            message = re.sub(pattern, option, message)
+        raise ValueError(message) from error
 
 
 def _check(fits: Callable[[float], bool], wanted: str, options: dict[str, Number]) -> None:

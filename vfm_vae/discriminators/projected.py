@@ -12,7 +12,7 @@ from vfm_vae.compilation import compile_regions
 from vfm_vae.discriminators.augment import DifferentiableAugmentation
 from vfm_vae.discriminators.layers import LocalBatchNorm
 from vfm_vae.modules.resize import resize
-from vfm_vae.options import at_least, within
+from vfm_vae.options import at_least, named_as, within
 from vfm_vae.positions import resample_positions
 from vfm_vae.vfm import Frozen, Interpolation, create_vit
 
@@ -102,7 +102,8 @@ class ProjectedDiscriminator(nn.Module):
         at_least(1, size=size, kernel_size=kernel_size, virtual_batch_size=virtual_batch_size)
         at_least(0, layers=layers)
         within(0, 1, crop_probability=crop_probability)
-        vit = create_vit(backbone, weights=weights, pretrained=pretrained)
+        with named_as(name="backbone"):
+            vit = create_vit(backbone, weights=weights, pretrained=pretrained)
         _check(vit, backbone, size, layers, kernel_size)
         set_input_size(vit, size)
         self.backbone = Frozen(vit)
@@ -221,7 +222,7 @@ def _check(vit: nn.Module, name: str, size: int, layers: Sequence[int], kernel_s
     if size % patch_size:
         raise ValueError(f"size: must be a multiple of the {patch_size}-pixel patches of {name}, given {size}")
     if kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size: must be odd, so that there are as many tokens after as before, given {kernel_size}")
+        raise ValueError(f"kernel_size: must be odd, so that tokens stay as many, given {kernel_size}")
     if (size // patch_size) ** 2 < kernel_size // 2:
         raise ValueError(
             f"size: {size} gives {(size // patch_size) ** 2} tokens with {name}, too few for the circular convolution "
