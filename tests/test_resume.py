@@ -15,7 +15,9 @@ from test_cli import DEMO, ENVIRONMENT, ROOT, SMALL
 from vfm_vae.data.latents import RunningStatistics
 from vfm_vae.writing import write_tensors
 
-NUM_STEPS, BATCH, EPOCH = 9, 8, 6  # 52 images make six batches, so that the run ends within its second epoch
+IMAGES = 52
+NUM_STEPS, BATCH, EPOCH = 9, 8, 6  # so many images make six batches, so that the run ends within its second epoch
+SMALLER = 4  # a batch by which all images are seen
 
 # Every rank notes what it trains on, and every step is saved.
 WATCH = """
@@ -69,7 +71,7 @@ def folder(tmp_path: Path, photos: Path) -> Path:
     return tmp_path
 
 
-def command(source: str, ranks: int, name: str, num_steps: int) -> list[str]:
+def command(source: str, ranks: int, name: str, num_steps: int, size: int) -> list[str]:
     if source == "latents":
         start = ["ldm", "fit", "-c", str(ROOT / "configs/demo/ldm.yaml"), "-c", "small_ldm.yaml", "-c", "overlay.yaml"]
         start += [f"--trainer.max_steps={num_steps}"]
@@ -77,17 +79,19 @@ def command(source: str, ranks: int, name: str, num_steps: int) -> list[str]:
         start = ["vfm_vae", "fit", *DEMO, "-c", "small.yaml", "-c", "overlay.yaml"]
         root = {"folder": "photos", "shards": "photos/shards"}[source]
         start += [f"--data.source={source}", f"--data.root={root}", f"--model.max_images={num_steps * BATCH}"]
-    start += [f"--trainer.logger.init_args.name={name}", "--ckpt_path=last"]
+    start += [f"--trainer.logger.init_args.name={name}", "--ckpt_path=last", f"--data.batch_size={size}"]
     if ranks > 1:
         start += [f"--trainer.devices={ranks}", "--trainer.strategy=ddp_find_unused_parameters_true"]
     return [sys.executable, "-m", *start]
 
 
-def start(folder: Path, source: str, ranks: int, name: str, num_steps: int = NUM_STEPS) -> subprocess.Popen:
+def start(
+    folder: Path, source: str, ranks: int, name: str, num_steps: int = NUM_STEPS, size: int = BATCH
+) -> subprocess.Popen:
     environment = ENVIRONMENT | {"SEEN": name, "MASTER_ADDR": "127.0.0.1"}
     with open(folder / f"{name}.err", "w") as err:
         return subprocess.Popen(
-            command(source, ranks, name, num_steps), cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+            command(source, ranks, name, num_steps, size), cwd=folder, env=environment, stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=err, start_new_session=True,
         )  # fmt: skip
 
@@ -105,24 +109,29 @@ def seen(folder: Path, name: str, rank: int) -> dict[int, list[int]]:
     return {row[0]: row[1:] for row in rows}
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("source", ["folder", "shards", "latents"])
-def test_killed_and_resumed_equals_uninterrupted(folder: Path, source: str, ranks: int):
-    whole = start(folder, source, ranks, "whole")
-    assert whole.wait(timeout=240) == 0, (folder / "whole.err").read_text()[-2000:]
-
+def kill(folder: Path, source: str, ranks: int) -> int:
+    """Kills a run in its first epoch; forgets what it did since its checkpoint, and returns that one's images."""
     last = folder / "runs/killed/checkpoints/last.ckpt"
     killed = start(folder, source, ranks, "killed", num_steps=1000)
     wait_for(killed, last.exists)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     at = torch.load(last, weights_only=True)["images_seen"]
-    assert 0 < at < EPOCH * BATCH, (folder / "killed.err").read_text()[-2000:]  # in the middle of the first epoch
-    for rank in range(ranks):  # what was trained on after the checkpoint is lost with it
+    assert 0 < at < EPOCH * BATCH, (folder / "killed.err").read_text()[-2000:]
+    for rank in range(ranks):
         (folder / f"killed_{rank}.txt").write_text(
             "".join(f"{n} {' '.join(map(str, b))}\n" for n, b in seen(folder, "killed", rank).items() if n <= at)
         )
+    return at
 
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("source", ["folder", "shards", "latents"])
+def test_killed_and_resumed_equals_uninterrupted(folder: Path, source: str, ranks: int):
+    whole = start(folder, source, ranks, "whole")
+    assert whole.wait(timeout=240) == 0, (folder / "whole.err").read_text()[-2000:]
+
+    kill(folder, source, ranks)
     resumed = start(folder, source, ranks, "killed")
     assert resumed.wait(timeout=240) == 0, (folder / "killed.err").read_text()[-2000:]
     batches = [seen(folder, "whole", rank) for rank in range(ranks)]
@@ -138,3 +147,16 @@ def test_killed_and_resumed_equals_uninterrupted(folder: Path, source: str, rank
     assert theirs["images_seen"] == ours["images_seen"] == NUM_STEPS * BATCH
     for a, b in ((theirs["state_dict"], ours["state_dict"]), (theirs["ema"]["weights"], ours["ema"]["weights"])):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("ranks", "others"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_killed_and_resumed_on_other_ranks_sees_what_is_left(folder: Path, ranks: int, others: int):
+    at = kill(folder, "latents", ranks)
+    num_steps = at // BATCH + (IMAGES - at) // SMALLER + 2  # two of them in the second epoch
+    resumed = start(folder, "latents", others, "killed", num_steps, size=SMALLER)
+    assert resumed.wait(timeout=240) == 0, (folder / "killed.err").read_text()[-2000:]
+    batches = [seen(folder, "killed", rank).items() for rank in range(2)]
+    first_epoch = [number for rank in batches for images, numbers in rank if images <= IMAGES for number in numbers]
+    assert sorted(first_epoch) == list(range(IMAGES))
+    second_epoch = [number for rank in batches for images, numbers in rank if images > IMAGES for number in numbers]
+    assert len(set(second_epoch)) == len(second_epoch) == 2 * SMALLER
