@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,3 +186,10 @@ def test_two_ranks_write_the_features_that_one_writes(photos, tmp_path, monkeypa
     for index in range(26):
         for one, two in zip(ours[index][::3], theirs[index][::3], strict=True):
             torch.testing.assert_close(one, two, rtol=2**-7, atol=1e-4)
+
+
+def test_a_command_waits_for_the_rank_that_failed():
+    waited = []
+    trainer = SimpleNamespace(strategy=SimpleNamespace(barrier=lambda: waited.append(True)))
+    ReconstructionWriter("nowhere").on_predict_end(trainer, None)
+    assert waited
