@@ -32,9 +32,9 @@ TITLE = "# under "  # of a list of small images
 class ImageNetDataModule(LightningDataModule):
     """Images and labels: ImageNet's folders `<root>/{train,val}/<class>/*`, or tar shards; or the images' latents.
 
-    Yields `Batch` (uint8 images, labels, and positions in the data set), or `LatentBatch` from cached latents. Training
-    batches depend on the seed and the epoch alone, not on workers or the number of ranks, and a run resumed from a
-    checkpoint goes on with the next batch of its epoch. Validation sees the `val` images once, in order, and so does
+    Yields `Batch` (uint8 images, labels, and positions in the data set), or `LatentBatch` from cached latents. The order
+    of training depends on the seed and the epoch alone, not on workers, batch size or ranks, and a run resumed from a
+    checkpoint goes on with the next image of its epoch, also where batches or ranks have changed. Validation sees the `val` images once, in order, and so does
     test; prediction sees the splits that `predict` names. With `num_samples`, test and prediction see the numbers of
     the samples that are to be drawn instead.
 
