@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor
 
+from vfm_vae.checkpoints import open_tensors, read_json
 from vfm_vae.data.archive import write_archive
 from vfm_vae.data.identity import files_state
 from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, measure_shards
@@ -247,7 +247,7 @@ class SampleWriter(Output):
     def _present(self) -> set[int]:
         numbers = {int(file.stem) for file in self.directory.glob("*.png") if file.stem.isdigit()}
         for file in self.directory.glob("latents_*.safetensors"):
-            with safe_open(file, "pt") as stored:
+            with open_tensors(file, "directory") as stored:
                 numbers.update(stored.get_tensor("index").tolist())
         return numbers
 
@@ -272,7 +272,7 @@ def keep_settings(
             write_json(file, settings)
 
     alike(trainer.strategy, note)
-    found = {**unsaid, **json.loads(file.read_text())}
+    found = {**unsaid, **read_json(file, "directory")}
     settings = {**unsaid, **json.loads(json.dumps(settings))}
     differing = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
     if differing:

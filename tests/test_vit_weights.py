@@ -163,6 +163,21 @@ def test_a_folder_of_timms_own_kind_is_held_to_the_same(tmp_path):
         create_vit(name)
 
 
+def test_a_model_of_the_hub_is_held_to_the_same(monkeypatch):
+    """`hf-hub:`, whose files are whoever's."""
+    state = random_network(CLIP).state_dict()
+    config = timm.models.get_pretrained_cfg(CLIP).to_dict() | {"hf_hub_id": "owner/model", "source": "hf-hub"}
+    network = (config, CLIP.partition(".")[0], SIDES)
+    monkeypatch.setattr("timm.models._factory.load_model_config_from_hf", lambda *_, **__: network)
+    for tensors in (state, {"other": torch.ones(1)}):
+        monkeypatch.setattr("vfm_vae.vit_weights.load_state_dict_from_hf", lambda name, tensors=tensors, **_: tensors)
+        if tensors is state:
+            assert same(create_vit("hf-hub:owner/model").state_dict(), state)
+        else:
+            with pytest.raises(ValueError, match=r"does not hold the weights of 'hf-hub:owner/model'.* missing \["):
+                create_vit("hf-hub:owner/model")
+
+
 def test_every_user_of_such_a_network_refuses_alike(tmp_path):
     """The encoder, the discriminator's backbone; before, both went on with random weights, without a word."""
     path = str(saved({"something.else": torch.zeros(3)}, tmp_path / "other.pth"))

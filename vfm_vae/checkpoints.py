@@ -1,4 +1,4 @@
-"""Files of weights as they are read: checkpoints of torch and safetensors, told by their content, not by their names.
+"""Files as they are read: weights, of torch or safetensors, told by their content, not by their names; and JSON.
 
 Nothing is unpickled but tensors and plain data. What can't be read is said in one line: which option gave it, where it
 lies, and what it seems to be.
@@ -9,12 +9,13 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -94,6 +95,29 @@ def read_checkpoint(path: str | Path, option: str, mmap: bool = False) -> dict[s
         f"{option}: {str(path)!r} holds {what}, and is no checkpoint of training, which has a 'state_dict'; give one "
         "that `fit` wrote"
     )
+
+
+@contextmanager
+def open_tensors(path: str | Path, option: str) -> Iterator[Any]:
+    """Opens a safetensors file, of which parts are to be read; arguments and errors as of `read_weights`."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        _refuse(path, option, error)
+
+
+def read_json(path: str | Path, option: str) -> Any:
+    """Reads plain data.
+
+    Raises:
+        ValueError: if the file is no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:  # neither JSON nor text
+        what = seems_to_be(path)
+        raise ValueError(f"{option}: {str(path)!r} can't be read as JSON ({error}): it is {what}") from error
 
 
 def read_published_weights(weights: str | Path | None, url: str, owner: str) -> tuple[Any, str]:
@@ -246,7 +270,7 @@ def _refuse(path: str | Path, option: str, error: BaseException | None) -> NoRet
     what = seems_to_be(path)
     if what == "missing":
         raise ValueError(f"{option}: there is no file {str(path)!r}")
-    if error is None or what.startswith(("empty", "a safetensors file cut")):
+    if error is None or not what.startswith(("a zip archive", "a pickle", "a damaged")):  # which may be weights
         raise ValueError(f"{option}: {str(path)!r} can't be read as weights: it is {what}") from error
     cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     raise ValueError(f"{option}: {str(path)!r} can't be read as weights: it is damaged ({cause})") from error

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
-from vfm_vae.checkpoints import fill, read_weights, seems_to_be
+from vfm_vae.checkpoints import fill, read_json, read_weights
 from vfm_vae.writing import put_tensors, whole_file
 
 FORMAT_VERSION = 1
@@ -152,11 +152,7 @@ def read_pretrained(
     folder = _folder(name, revision, token)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"name: {str(name)!r} holds no {CONFIG}; give a folder that save_pretrained wrote")
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except ValueError as error:  # neither JSON nor text
-        seems = seems_to_be(folder / CONFIG)
-        raise ValueError(f"name: the {CONFIG} in {str(name)!r} is damaged ({error}): it is {seems}") from error
+    config = read_json(folder / CONFIG, "name")
     check_config(name, config, base)
     tensors = read_weights(folder / WEIGHTS, "name")
     if not isinstance(tensors, Mapping):

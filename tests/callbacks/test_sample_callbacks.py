@@ -283,6 +283,29 @@ def test_an_interrupted_cache_goes_on(photos, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "z").glob("*/*")} == before
 
 
+@pytest.mark.parametrize("name", ["latents_shard00001.safetensors", "latents.json"])
+def test_damage_within_a_cache_is_named_before_anything_is_encoded(photos, tmp_path, name, monkeypatch):
+    cache(photos, tmp_path / "z")
+    file = tmp_path / "z/val" / name
+    file.write_bytes(file.read_bytes()[:100])
+    (tmp_path / "z/train/latents_shard00000.safetensors").unlink()
+    monkeypatch.setattr(Encoder, "predict_step", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(ValueError, match=rf"^directory: '.*z/val/{name}' can't be read as .*: it is ") as error:
+        cache(photos, tmp_path / "z")
+    assert "\n" not in str(error.value)
+
+
+def test_samples_that_were_cut_are_named(photos, tmp_path):
+    data = photos_data(photos, num_samples=12)
+    predict(Painter(photos, predict="latents"), data, SampleWriter(str(tmp_path / "z")), folder=tmp_path)
+    file = next((tmp_path / "z").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(
+        ValueError, match=r"^directory: '.*' can't be read as weights: it is a safetensors file cut short"
+    ):
+        predict(Painter(photos, predict="latents"), data, SampleWriter(str(tmp_path / "z")), folder=tmp_path)
+
+
 def test_another_tokenizer_may_not_add_to_a_cache(photos, tmp_path):
     cache(photos, tmp_path / "z")
     module = Encoder()

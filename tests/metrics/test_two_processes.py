@@ -6,6 +6,8 @@ from torch import distributed, multiprocessing
 
 from vfm_vae.metrics.alignment import CKNNA
 from vfm_vae.metrics.distribution import FrechetDistance, Gaussian, InceptionScore, PrecisionRecall
+from vfm_vae.metrics.reference import ReferenceImages
+from vfm_vae.vfm import FrozenVFM
 
 NUM = 101
 
@@ -56,3 +58,28 @@ def test_two_processes_equal_one(tmp_path):
                 *((v.values() if isinstance(v, dict) else [v]) for v in (value, one[name])), strict=True
             ):
                 assert mine.item() == pytest.approx(theirs.item(), rel=1e-6), name
+
+
+def without_a_place(rank, path, photos):
+    """What each rank of two is told where the reference's statistics can't be stored, or changed and are cut."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{path}/other", rank=rank, world_size=2)
+    vfm = FrozenVFM("vit_photos_patch8_64")
+    told = []
+    for statistics in (f"{path}/file/here.npz", f"{path}/cut.npz", f"{path}/good.npz"):
+        try:
+            mean = ReferenceImages(f"{photos}/val", 64, statistics).load(vfm, with_features=False).pool.mean
+            told.append(mean.sum().item())
+        except ValueError as error:
+            told.append(str(error))
+    torch.save(told, f"{path}/{rank}.told")
+    distributed.destroy_process_group()
+
+
+def test_no_rank_waits_for_another_that_can_not_store_a_reference(tmp_path, photos):
+    (tmp_path / "file").touch()
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
+    multiprocessing.start_processes(without_a_place, args=(str(tmp_path), str(photos)), nprocs=2, start_method="fork")
+    one, two = (torch.load(tmp_path / f"{rank}.told") for rank in range(2))
+    assert one == two
+    assert one[0].startswith("statistics: can't write ") and "is cut short" in one[1] and isinstance(one[2], float)

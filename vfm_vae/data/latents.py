@@ -9,18 +9,17 @@ Beside `moments` there may be `features` `[n, 1 + N, D]` of a VFM that models ar
 tokens of the plain view, unscaled. `latents.json` then says which VFM's.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vfm_vae.checkpoints import read_weights, seems_to_be
+from vfm_vae.checkpoints import open_tensors, read_json, read_weights
 from vfm_vae.data.sampling import Draw, seed_of
 from vfm_vae.finite import not_finite
 from vfm_vae.writing import write_torch
@@ -118,7 +117,15 @@ class ShardPlan:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
 
     def missing(self, rank: int = 0, num_ranks: int = 1) -> list[int]:
-        """Shards that are still to be written by one rank."""
+        """Shards that are still to be written by one rank.
+
+        Raises:
+            ValueError: if one that is there can't be read.
+        """
+        for shard in range(len(self)):
+            if self.path(shard).is_file():
+                with open_tensors(self.path(shard), "directory"):
+                    pass
         return [shard for shard in range(len(self)) if not self.path(shard).is_file()][rank::num_ranks]
 
 
@@ -135,7 +142,7 @@ def measure_shards(plan: ShardPlan, rank: int = 0, num_ranks: int = 1, chunk: in
     name = "moments" if "moments" in shapes else "latents"
     running = RunningStatistics(shapes[name][0] // 2 if name == "moments" else shapes[name][0])
     for shard in range(rank, len(plan), num_ranks):
-        with safe_open(plan.path(shard), "pt") as file:
+        with open_tensors(plan.path(shard), "directory") as file:
             rows = file.get_slice(name)
             for start in range(0, rows.get_shape()[0], chunk):
                 values = rows[start : start + chunk]
@@ -210,7 +217,7 @@ class LatentDataset(Dataset):
         self._ends = np.cumsum([len(labels) for _, labels in shards])
         self._open: dict[int, Any] = {}
         identity = self.folder / IDENTITY
-        stored: dict[str, Any] = json.loads(identity.read_text()) if identity.is_file() else {}
+        stored: dict[str, Any] = read_json(identity, "root") if identity.is_file() else {}
         self.tokenizer = stored.get("tokenizer")
         self.features_shape: tuple[int, int] | None = self._shapes.get("features")
         self.features_source: Mapping[str, Any] | None = stored.get("features")
@@ -250,17 +257,12 @@ class LatentDataset(Dataset):
 
 def _look_into(path: Path) -> tuple[dict[str, tuple[int, ...]], np.ndarray]:
     """Shapes of the rows in a shard, by name, and its labels."""
-    try:
-        with safe_open(path, "pt") as file:
-            names = {"latents", "latents_flip", "moments", "features"} & set(file.keys())
-            if not names & {"latents", "moments"}:
-                raise ValueError(f"root: {str(path)!r} holds neither 'latents' nor 'moments'")
-            shapes = {name: tuple(file.get_slice(name).get_shape()[1:]) for name in names}
-            labels = file.get_tensor("labels").long().numpy()
-    except SafetensorError as error:
-        raise ValueError(
-            f"root: {str(path)!r} can't be read as a shard of latents ({error}): it is {seems_to_be(path)}"
-        ) from error
+    with open_tensors(path, "root") as file:
+        names = {"latents", "latents_flip", "moments", "features"} & set(file.keys())
+        if not names & {"latents", "moments"}:
+            raise ValueError(f"root: {str(path)!r} holds neither 'latents' nor 'moments'")
+        shapes = {name: tuple(file.get_slice(name).get_shape()[1:]) for name in names}
+        labels = file.get_tensor("labels").long().numpy()
     if (labels < 0).any():
         raise ValueError(
             f"root: {str(path)!r} holds the label {labels.min()}, but classes are numbered from 0 on; make the cache "

@@ -22,6 +22,8 @@ from PIL import Image
 from skimage import data
 from sklearn.datasets import load_sample_image
 
+from vfm_vae.checkpoints import read_json
+
 # The ten colour photographs that both wheels hold, and three grey ones; everything else in them is a drawing, a
 # microscope's test image, a texture without a subject or a download.
 PHOTOS: Mapping[str, Callable[[], np.ndarray]] = {
@@ -168,7 +170,7 @@ def _is_written(root: Path, settings: Mapping[str, int]) -> bool:
     manifest = root / MANIFEST
     if not manifest.is_file():
         raise ValueError(f"root={str(root)!r} is taken by something else than the photos; choose another folder")
-    found = json.loads(manifest.read_text())["settings"]
+    found = read_json(manifest, "root")["settings"]
     if found != settings:
         raise ValueError(
             f"root={str(root)!r} holds photos made with {found}, asked for are {settings}; "
