@@ -1,0 +1,51 @@
+"""A mistake in an option ends a command with one line that names the option, whoever finds it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli import DEMO, SMALL
+
+from vfm_vae.cli import run
+from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.module import TokenizerModule
+
+ADAPTER, DISCRIMINATOR = "--model.model.init_args.adapter.init_args", "--model.discriminator.init_args"
+MISTAKES = [
+    ("--seed_everything=-1", "seed_everything: must be in [0, 4294967295], given -1"),
+    ("--seed_everything=4294967296", "seed_everything: must be in [0, 4294967295], given 4294967296"),
+    ("--data.seed=-1", "seed: must be at least 0, given -1"),
+    ("--model.seed=-1", "seed: must be at least 0, given -1"),
+    ("--data.image_size=0", "image_size: must be at least 1, given 0"),
+    ("--data.image_size=63", "image_size: 63 does not fit this tokenizer"),
+    ("--data.val_batch_size=0", "val_batch_size: must be at least 1, given 0"),
+    ("--data.num_workers=-1", "num_workers: must be at least 0, given -1"),
+    ('--data.photos={"sise": 3}', "photos: one of 'size', 'train_per_class', 'val_per_class', 'seed', given 'sise'"),
+    ('--data.photos={"size": 0}', "photos.size: must be at least 1, given 0"),
+    ("--trainer.devices=-1", "trainer.devices: "),
+    ("--trainer.devices=x", "trainer.devices: "),
+    ("--trainer.max_time=abc", "trainer.max_time: "),
+    ("--trainer.strategy=foo", "trainer.strategy: "),
+    ("--trainer.num_nodes=0", "trainer.num_nodes: "),
+    ("--model.optimizer.init_args.lr=-1", "optimizer: Invalid learning rate: -1.0"),
+    (f"{ADAPTER}.latent_channels=x", 'Parser key "latent_channels": Expected a'),
+    (f"{ADAPTER}.layer_channels=[8,8]", "layer_channels: one number for each of the 3 layers that are read, given [8,"),
+    (f"{ADAPTER}.layer_channels=[7,7,7]", "layer_channels, latent_channels, decoded_channels: an attention projection"),
+    (f"{DISCRIMINATOR}.kernel_size=4", "kernel_size: must be odd, so that tokens stay as many, given 4"),
+    (f"{DISCRIMINATOR}.backbone=nothing", "backbone: timm knows no model 'nothing'"),
+    ("--model.discriminator=null", 'Parser key "model.discriminator": '),
+]
+
+
+@pytest.mark.parametrize(("option", "message"), MISTAKES)
+def test_a_failing_option_is_named(option: str, message: str, tmp_path: Path, photos: Path, monkeypatch, capsys):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "photos").symlink_to(photos)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VFM_VAE_DEBUG", raising=False)
+    monkeypatch.setattr(sys, "argv", ["vfm_vae", "fit", *DEMO, "-c", "small.yaml", "--trainer.accelerator=cpu", option])
+    with pytest.raises(SystemExit) as end:
+        run(TokenizerModule, ImageNetDataModule)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 2
+    assert line.startswith(f"error: {message}") or ("Parser" in message and message in line)
