@@ -96,6 +96,7 @@ class DiffusionModule(LightningModule):
         self.model = model
         self.optimizer = optimizer
         self.sampler, self.guidance = sampler or Euler(), guidance or Guidance()
+        within(1, model.in_channels, **{"guidance.channels": self.guidance.channels})
         self.tokenizer = tokenizer
         self.times: path.Times = times
         self.alignment = alignment
