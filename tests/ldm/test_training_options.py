@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from ldm.guidance import Guidance
 from ldm.module import DiffusionModule
 from vfm_vae.optimization import check_trainer
 
@@ -91,3 +92,9 @@ def test_optimisers_are_tried_when_a_module_is_made(options, message, tiny_modul
         DiffusionModule(diffusion().model, make)
     with pytest.raises(ValueError, match=f"^discriminator_{message}"):
         tiny_module(discriminator_optimizer=make)
+
+
+def test_guidance_is_of_channels_that_there_are(diffusion):
+    assert diffusion(guidance=Guidance(2.0, channels=4)).guidance.channels == 4
+    with pytest.raises(ValueError, match=r"^guidance\.channels: must be in \[1, 4\], given 5"):
+        diffusion(guidance=Guidance(2.0, channels=5))
