@@ -32,11 +32,11 @@ TITLE = "# under "  # of a list of small images
 class ImageNetDataModule(LightningDataModule):
     """Images and labels: ImageNet's folders `<root>/{train,val}/<class>/*`, or tar shards; or the images' latents.
 
-    Yields `Batch` (uint8 images, labels, and positions in the data set), or `LatentBatch` from cached latents. The order
-    of training depends on the seed and the epoch alone, not on workers, batch size or ranks, and a run resumed from a
-    checkpoint goes on with the next image of its epoch, also where batches or ranks have changed. Validation sees the `val` images once, in order, and so does
-    test; prediction sees the splits that `predict` names. With `num_samples`, test and prediction see the numbers of
-    the samples that are to be drawn instead.
+    Yields `Batch` (uint8 images, labels, and positions in the data set), or `LatentBatch` from cached latents. The
+    order of training depends on the seed and the epoch alone, not on workers, batch size or ranks, and a run resumed
+    from a checkpoint goes on with the next image of its epoch, also where batches or ranks have changed. Validation
+    sees the `val` images once, in order, and so does test; prediction sees the splits that `predict` names. With
+    `num_samples`, test and prediction see the numbers of the samples that are to be drawn instead.
 
     Args:
         root: folder of the data set; with `source: photos`, where it is written; with `source: latents`, of the cache.
