@@ -67,6 +67,21 @@ def roots(tmp_path_factory, make_tree_in):
     return roots
 
 
+class Manual(Model):
+    """Accumulates by itself, as tokenizers do."""
+
+    def __init__(self, accumulate):
+        super().__init__()
+        self.automatic_optimization, self.accumulate_grad_batches, self.whole = False, accumulate, []
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
+            self.optimizers().step()
+            self.whole.append(int(self.weight.grad))  # a gradient of one from each batch
+            self.optimizers().zero_grad()
+
+
 def datamodule(roots, source, batch_size, **kwargs):
     options = {"image_size": 8, "batch_size": batch_size, "num_workers": 0, "source": source, "mixed_shards": 2}
     data = ImageNetDataModule(str(roots[source]), **options | kwargs)
@@ -75,15 +90,16 @@ def datamodule(roots, source, batch_size, **kwargs):
     return data
 
 
-def fit(folder, data, accumulate=1, num_steps=-1, **kwargs):
+def fit(folder, data, accumulate=1, num_steps=-1, model=None, **kwargs):
     """Goes on from the folder's last checkpoint, if there is one; saves after every step, validates every third."""
     saves = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1, enable_version_counter=False)
     trainer = Trainer(
         default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False, max_steps=num_steps,
-        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[saves], accumulate_grad_batches=accumulate,
+        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[saves],
+        accumulate_grad_batches=accumulate if model is None else 1,
         **{"max_epochs": -1, "check_val_every_n_epoch": None, "val_check_interval": 3 * accumulate} | kwargs,
     )  # fmt: skip
-    model = Model()
+    model = model or Model()
     last = folder / "last.ckpt"
     trainer.fit(model, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
     return model
@@ -133,6 +149,19 @@ def test_other_batches_go_on_with_the_images_that_are_left(roots, tmp_path, sour
     assert after.images_seen == sum(len(epoch) for epoch in seen)
     validated = before.validated + after.validated
     assert validated == list(range(3, after.trainer.global_step + 1, 3))
+
+
+@pytest.mark.parametrize("num_steps", [2, 4])
+@pytest.mark.parametrize("change", ["accumulated", "accumulated no more"])
+def test_modules_that_accumulate_make_whole_steps(roots, tmp_path, change, num_steps):
+    (size, parts), (other_size, other_parts) = CHANGES[change]
+    data = datamodule(roots, "folder", size)
+    before = fit(tmp_path, data, parts, num_steps, Manual(parts))
+    after = fit(tmp_path, datamodule(roots, "folder", other_size), other_parts, 9, Manual(other_parts))
+    assert (before.whole, after.whole) == ([parts] * num_steps, [other_parts] * (9 - num_steps))
+    seen = [before.seen.get(epoch, []) + after.seen.get(epoch, []) for epoch in range(3)]
+    assert seen == expected(data, itertools.repeat(8), 3)
+    assert before.validated + after.validated == [3, 6, 9]
 
 
 def test_stopped_twice_with_three_sizes(roots, tmp_path):
