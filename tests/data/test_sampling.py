@@ -136,3 +136,10 @@ def test_a_state_survives_being_saved_again_before_the_first_batch():
     assert resumed.state_dict() == state
     iter(resumed)
     assert resumed.state_dict() == state
+
+
+def test_an_epoch_that_is_begun_again_is_whole():
+    again = loader(0)
+    next(iter(again))
+    whole = epoch_of(again, 0)
+    assert len(whole) == 5 and epoch_of(again, 0) == whole

@@ -34,6 +34,7 @@ class ResumableLoader(DataLoader):
         super().__init__(*args, **kwargs)
         self.trainer = trainer
         self._epoch, self._images = FORMER, 0
+        self._resumed = False  # whether the place is a former run's
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the data, the same on every rank; an epoch without a step left counts as seen whole."""
@@ -47,6 +48,7 @@ class ResumableLoader(DataLoader):
         Raises:
             ValueError: a former version counted batches, and of another size.
         """
+        self._resumed = True
         if "num_batches" in state:
             self._epoch, self._images = self._place_after(state["num_batches"])
             return
@@ -65,8 +67,8 @@ class ResumableLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:
         """The batches of one epoch, or what is left of it."""
         sampler = self.sampler
-        sampler.start = self._images if self._epoch == sampler.epoch else 0
-        self._epoch = sampler.epoch
+        sampler.start = self._images if self._resumed and self._epoch == sampler.epoch else 0
+        self._epoch, self._resumed = sampler.epoch, False
         count = sampler.batches_behind(sampler.start)
         for number, batch in enumerate(super().__iter__(), start=1):
             seen = sampler.start + number * self.batch_size * sampler.num_replicas
