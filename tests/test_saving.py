@@ -156,6 +156,11 @@ def test_a_disk_without_space_for_one_checkpoint_is_seen_before_the_first_step(
     assert fit(last(tmp_path), module=module).steps == 4
 
 
+def test_a_development_run_leaves_nothing(tmp_path: Path):
+    fit(last(tmp_path / "run"), fast_dev_run=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_killed_runs_left_is_taken_away(tmp_path: Path):
     (tmp_path / ".best-v1.ckpt.partial").write_bytes(bytes(99))
     fit(last(tmp_path))
