@@ -31,6 +31,7 @@ from ldm.module import DiffusionModule
 from ldm.samplers import Euler
 from vfm_vae.compilation import is_compiled
 from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.saving import WholeCheckpoints
 from vfm_vae.vfm import Frozen
 
 cache, out, compiled = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "compiled"
@@ -59,7 +60,7 @@ def fit(name, strategy, max_steps):
         max_steps=max_steps, max_epochs=-1, check_val_every_n_epoch=None, val_check_interval=2, num_sanity_val_steps=0,
         logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=out / name,
-        callbacks=[EMA(decay=0.9), SampleImages([0, 1], 2), ModelCheckpoint(
+        callbacks=[WholeCheckpoints(), EMA(decay=0.9), SampleImages([0, 1], 2), ModelCheckpoint(
             out / name, save_last=True, save_top_k=0, every_n_train_steps=1, enable_version_counter=False)],
     )
     data = ImageNetDataModule(cache, source="latents", batch_size=4, val_batch_size=2, num_workers=0)
