@@ -15,7 +15,7 @@ from ldm.samplers import Euler, Sampler
 from vfm_vae.checkpoints import read_checkpoint
 from vfm_vae.data.sampling import IndexedNoise
 from vfm_vae.finite import check_finite
-from vfm_vae.options import at_least
+from vfm_vae.options import at_least, named_as
 from vfm_vae.pretrained import Pretrained, describe, load, read_pretrained, remembers_arguments
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Samples
@@ -127,7 +127,8 @@ class LatentDiffusion(nn.Module, Pretrained):
         """
         if tokenizer is not None and not isinstance(tokenizer, VFMVAE):
             is_file = Path(tokenizer).is_file()
-            tokenizer = (VFMVAE.from_checkpoint if is_file else VFMVAE.from_pretrained)(tokenizer, vfm=False)
+            with named_as(name="tokenizer", checkpoint="tokenizer"):
+                tokenizer = (VFMVAE.from_checkpoint if is_file else VFMVAE.from_pretrained)(tokenizer, vfm=False)
         if tokenizer is not None and tokenizer.vfm_source() is not None:
             check_tokenizer(self.latent_source, tokenizer.latent_identity(), "tokenizer: it is")
         self.tokenizer = None if tokenizer is None else Frozen(tokenizer)

@@ -14,6 +14,7 @@ from vfm_vae.modules.adapter import Adapter, AttentionProjection
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.modules.quantizer import QuantizedPosterior, VectorQuantizer
+from vfm_vae.options import named_as
 from vfm_vae.pretrained import Pretrained, describe, load, read_pretrained, remembers_arguments
 from vfm_vae.types import Decoded
 from vfm_vae.vfm import FORMERLY, Frozen, FrozenVFM, check_vfm, sha256_of
@@ -325,12 +326,11 @@ class FrozenTokenizer(Frozen):
     network: VFMVAE
 
     def __init__(self, checkpoint: str, vfm_weights: str | None = None) -> None:
-        if Path(checkpoint).is_file():
-            network = VFMVAE.from_checkpoint(checkpoint, vfm_weights=vfm_weights)
-        elif Path(checkpoint).suffix == ".ckpt":
+        if not Path(checkpoint).exists() and Path(checkpoint).suffix == ".ckpt":
             raise ValueError(f"checkpoint: there is no tokenizer at {checkpoint!r}; train one first")
-        else:
-            network = VFMVAE.from_pretrained(checkpoint, vfm_weights=vfm_weights)
+        read = VFMVAE.from_checkpoint if Path(checkpoint).is_file() else VFMVAE.from_pretrained
+        with named_as(name="checkpoint", weights="vfm_weights"):
+            network = read(checkpoint, vfm_weights=vfm_weights)
         super().__init__(network)
         self.identity = network.latent_identity()
 

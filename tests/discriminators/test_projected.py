@@ -146,7 +146,7 @@ def test_local_batch_norm_normalises_groups_of_consecutive_samples():
         ({"layers": ()}, "layers: "),
         ({"size": 60}, "size: .*multiple of the 8-pixel"),
         ({"size": 8}, "size: 8 gives 1 tokens"),
-        ({"backbone": "vit_photos_patch9_64"}, "name: .*vit_photos_patch9_64"),
+        ({"backbone": "vit_photos_patch9_64"}, "backbone: .*vit_photos_patch9_64"),
     ],
 )
 def test_bad_arguments(arguments, message):

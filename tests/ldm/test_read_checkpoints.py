@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ldm.compatibility import begin_from
+from ldm.models.lightningdit import LightningDiT
 from ldm.normalization import LatentNormalization
 from ldm.pipeline import LatentDiffusion
 from vfm_vae.data.latents import LatentStatistics
@@ -72,6 +73,10 @@ READERS = {
     "init_from of diffusion": ("init_from", lambda path, _: begin_from(path, None, None, LatentNormalization(4))),
     "tokenizer of diffusion": ("checkpoint", lambda path, _: FrozenTokenizer(path)),
     "tokenizer": ("checkpoint", lambda path, _: VFMVAE.from_checkpoint(path)),
+    "tokenizer of a denoiser": (
+        "tokenizer",
+        lambda path, _: LatentDiffusion(LightningDiT(4, 4, 1, 1, 8, 2)).use_tokenizer(path),
+    ),
     "denoiser": ("checkpoint", lambda path, _: LatentDiffusion.from_checkpoint(path)),
 }
 
@@ -82,8 +87,10 @@ def test_a_checkpoint_to_begin_from(given, reader, tiny_module):
     option, read = READERS[reader]
     with pytest.raises(ValueError) as error:
         read(path, tiny_module().model.vfm)
-    if reader != "tokenizer of diffusion" or said not in (FILES["nothing"], FILES["folder"]):
+    if not reader.startswith("tokenizer of") or said not in (FILES["nothing"], FILES["folder"]):
         check(error, path, said, option)
+    else:  # where a folder or a name on the hub would do, too
+        assert str(error.value).startswith(f"{option}: ")
     assert ("\n" not in str(error.value) and repr(path) in str(error.value)) or said == "checkpoint"
 
 
