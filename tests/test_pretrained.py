@@ -60,7 +60,7 @@ def test_a_former_model_outlives_one_that_could_not_be_saved(model, folder, monk
 
     monkeypatch.setattr(pretrained if name == "put_tensors" else os, name.rpartition(".")[2], full)
     next(model.adapter.parameters()).data += 1
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"^can't write '.*model.safetensors' .No space left on device.; the"):
         model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == former
 

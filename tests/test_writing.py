@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,6 +163,19 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         second.write(b"second")
         first.write(b"first")
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_system_that_syncs_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sync = os.fsync
+
+    def files_alone(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    write_text(tmp_path / "file", "whole")
+    assert (tmp_path / "file").read_text() == "whole"
 
 
 def test_an_error_of_the_block_passes_and_leaves_nothing(tmp_path: Path):

@@ -36,7 +36,7 @@ class CheckpointFiles(TorchCheckpointIO):
         with whole_file(place, num_bytes(checkpoint)) as file:
             torch.save(checkpoint, file)
             file.flush()
-            _read_back(Path(file.name), place, checkpoint.get("global_step"))
+            _read_back(Path(file.name), checkpoint.get("global_step"))
 
 
 class WholeCheckpoints(Callback):
@@ -138,13 +138,13 @@ def _folders(trainer: Trainer) -> set[Path]:
     return {place for place in places if place is not None}
 
 
-def _read_back(written: Path, place: Path, step: int | None) -> None:
+def _read_back(written: Path, step: int | None) -> None:
     try:
         found = read_checkpoint(written, "", mmap=True)
     except ValueError as error:
-        raise NotWritten(f"can't write {str(place)!r}: what was written can't be read back ({error})") from error
+        raise OSError(f"what was written can't be read back: {str(error).removeprefix(': ')}") from error
     if found.get("global_step") != step:
-        raise NotWritten(f"can't write {str(place)!r}: step {found.get('global_step')} was read back, not {step}")
+        raise OSError(f"step {found.get('global_step')} was read back, not {step}")
 
 
 def _save(

@@ -5,6 +5,7 @@ happens meanwhile, a full disk or a kill, under its name lies the former file or
 until then. Several processes and machines may write beside one another, and the same file, too: the last one remains.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -69,7 +70,8 @@ def whole_file(path: str | Path, size: int = 0, option: str | None = None) -> It
         os.replace(file.name, path)
         _sync_folder(path.parent)
     except BaseException as error:
-        Path(file.name).unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that takes nothing any more
+            os.unlink(file.name)
         if (cause := _refusal(error)) is not None:
             raise _not_written(path, cause, option) from error
         raise
@@ -214,17 +216,20 @@ def _is_ours(file: BinaryIO) -> bool | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Brings a file's new name to the disk."""
+    """Brings a file's new name to the disk, where the file system knows how."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # as Linux says of folders that can't be synced
+            raise
     finally:
         os.close(descriptor)
 
 
 def _refusal(error: BaseException) -> OSError | None:
     """What the system said; torch, in whose writing that came up, only says which position it was at."""
-    if not isinstance(error, OSError | RuntimeError):
+    if isinstance(error, NotWritten) or not isinstance(error, OSError | RuntimeError):
         return None
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
