@@ -45,6 +45,9 @@ def fit(trainer, new_module, data, tmp_path):
         )  # fmt: skip
         path = folder / f"step={ckpt_path}.ckpt" if isinstance(ckpt_path, int) else ckpt_path
         run.fit(module, data, ckpt_path=path, weights_only=True)
+        # TensorBoard reads files by their names, which begin with the second: starts lie within one only here.
+        files = sorted((tmp_path / name).glob("events*"), key=lambda file: file.stat().st_ctime_ns)
+        files[-1].rename(files[-1].with_name(f"events.out.tfevents.{len(files):010d}"))
         return run
 
     return run
