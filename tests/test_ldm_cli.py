@@ -132,7 +132,7 @@ MISTAKES = {
     ),
     "no Inception": (
         ["--trainer.callbacks+=callbacks.fid.DistributionCallback", "--trainer.callbacks.network", INCEPTION],
-        "weights: those of Inception, for FID and its kin, could not be had from 'nowhere.pth'",
+        "weights: there is no file 'nowhere.pth'; give the file of Inception",
     ),
     "no reference": (
         [

@@ -67,7 +67,7 @@ trainer:
 """
 TOY_LDM = """
 model:
-  model: {init_args: {in_channels: 4, input_size: 4, depth: 2, width: 32, num_heads: 2}}
+  model: {init_args: {in_channels: 4, input_size: 4, depth: 2, width: 32, num_heads: 2, num_classes: 13}}
   sampler: {init_args: {steps: 4}}
 data: {batch_size: 8, val_batch_size: 26, num_workers: 0}
 trainer:
