@@ -136,6 +136,7 @@ bench: install ## measure what is claimed to be fast, as ratios within one run
 	$(BIN)/python tests/bench/guidance.py
 	$(BIN)/python tests/bench/cknna.py
 	$(BIN)/python tests/bench/evaluation.py
+	$(TUNED) $(BIN)/python tests/bench/busy.py
 
 bench-gpu: install ## measure training, sampling and evaluation at full size on one GPU, in six minutes; runs/bench_gpu.json
 	$(BIN)/python tests/bench/gpu.py
