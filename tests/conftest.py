@@ -1,6 +1,7 @@
 """A tokenizer small enough to train within a test, on the embedded VFM."""
 
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -23,6 +24,13 @@ from vfm_vae.types import Batch
 from vfm_vae.vfm import FrozenVFM
 
 VFM = "vit_photos_patch8_64"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def hear_ctrl_c() -> None:
+    """A shell makes what it runs in the background deaf to Ctrl-C, and tests and their processes with it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
