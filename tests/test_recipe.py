@@ -227,7 +227,7 @@ def test_data_may_lie_where_names_have_spaces(tmp_path: Path, name: str, layout:
 
 def test_the_environment_may_lie_there_too_and_a_tilde_is_home(tmp_path: Path):
     def printed(*arguments: str) -> str:
-        make = ["make", "-n", *arguments, f"HOME={tmp_path}"]
+        make = ["make", "-n", "--no-print-directory", *arguments, f"HOME={tmp_path}"]
         return subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     venv = tmp_path / "a venv"
