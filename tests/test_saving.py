@@ -140,6 +140,12 @@ def test_training_that_can_write_nowhere_says_so_before_its_first_step(tmp_path:
     assert module.steps == 0
 
 
+def test_sharded_checkpoints_and_links_to_nothing_are_in_nobodys_way(tmp_path: Path):
+    (tmp_path / "last.ckpt").mkdir()
+    (tmp_path / "best.ckpt").symlink_to(tmp_path / "gone.ckpt")
+    assert fit(WholeCheckpoints(), named(tmp_path)).steps == 4
+
+
 @pytest.mark.parametrize("former", [0, 5000])
 def test_a_disk_without_space_for_one_checkpoint_is_seen_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, former: int

@@ -108,8 +108,11 @@ class CLI(LightningCLI):
             raise ValueError(f"{options or 'trainer'}: {error}") from error
 
     def before_fit(self) -> None:
-        """Sees whether the run's folder can be written to; loggers, which are the first to try, say it at length."""
-        folder = local_path(self.trainer.log_dir)
+        """Sees whether the run's folder can be written to; loggers, which are the first to try, say it at length.
+
+        Ranks are not connected yet, so a logger that numbers its runs would have a folder for each of them.
+        """
+        folder = local_path(self.trainer.log_dir) if self.trainer.is_global_zero else None
         if folder is not None and self.cut_short_by is None:
             check_place(folder / "config.yaml")
 

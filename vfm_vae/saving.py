@@ -69,8 +69,9 @@ def check_places(trainer: Trainer, module: LightningModule) -> None:
 
     def look() -> None:
         for folder in _folders(trainer) if trainer.is_global_zero else ():
-            former = max((file.stat().st_size for file in folder.glob("*.ckpt")), default=0)
-            check_place(folder / "last.ckpt", max(size, former))
+            former = [file.stat().st_size for file in folder.glob("*.ckpt") if file.is_file()]
+            is_sharded = (folder / "last.ckpt").is_dir()
+            check_place(folder / ("shard" if is_sharded else "last.ckpt"), max(size, *former, 0))
             remove_leftovers(folder)
 
     alike(trainer.strategy, look)
@@ -117,9 +118,9 @@ def newest_whole(path: Path) -> Path | None:
     return None
 
 
-def local_path(address: str | Path) -> Path | None:
-    """Where a file lies on this machine; None for an address of another file system."""
-    return Path(url_to_fs(str(address))[1]) if _is_local_file_protocol(address) else None
+def local_path(address: str | Path | None) -> Path | None:
+    """Where a file lies on this machine; None for an address of another file system, or where there is none."""
+    return Path(url_to_fs(str(address))[1]) if address is not None and _is_local_file_protocol(address) else None
 
 
 def expected_bytes(trainer: Trainer, module: LightningModule) -> int:
