@@ -13,30 +13,13 @@ import webdataset
 from vfm_vae.cli import short_errors
 
 ROOT = Path(__file__).parents[1]
-DEMO = ["-c", str(ROOT / "configs/demo/tokenizer.yaml")]
+DEMO = ["-c", str(ROOT / "configs/demo/tokenizer.yaml"), "-c", str(ROOT / "tests/small.yaml")]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "VFM_VAE_DEBUG"} | {"OMP_NUM_THREADS": "1"}
 
-# The demo's tokenizer at a size that trains in seconds; files go to the working directory.
+# Files go to the working directory.
 SMALL = """
 ckpt_path: null
-model:
-  max_images: 48
-  model:
-    init_args:
-      adapter: {init_args: {layer_channels: [8, 8, 8], latent_channels: 4, decoded_channels: 16}}
-      decoder:
-        init_args:
-          latent_channels: 16
-          channels: [16, 16, 16, 16, 8]
-          route_channels: [16, 16]
-          attention_depths: []
-          num_res_blocks: 0
-          w_channels: 16
-data:
-  root: photos
-  photos: {size: 64, train_per_class: 4, val_per_class: 2}
-  batch_size: 8
-  val_batch_size: 26
+model: {max_images: 48}
 trainer:
   logger:
     class_path: lightning.pytorch.loggers.TensorBoardLogger

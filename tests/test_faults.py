@@ -14,26 +14,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# The demo's tokenizer at a size that trains in seconds.
+# Files go to the small disk.
 SMALL = """
-model:
-  max_images: 96
-  model:
-    init_args:
-      adapter: {init_args: {layer_channels: [8, 8, 8], latent_channels: 4, decoded_channels: 16}}
-      decoder:
-        init_args:
-          latent_channels: 16
-          channels: [16, 16, 16, 16, 8]
-          route_channels: [16, 16]
-          attention_depths: []
-          num_res_blocks: 0
-          w_channels: 16
-data:
-  root: %s
-  photos: {size: 64, train_per_class: 4, val_per_class: 2}
-  batch_size: 8
-  val_batch_size: 26
+model: {max_images: 96}
+data: {root: %s}
 trainer:
   limit_val_batches: 0
   logger:
@@ -100,14 +84,14 @@ STORY = """
 import json, os, subprocess, sys, torch
 from pathlib import Path
 
-demo, fault = sys.argv[1:]
+*configs, fault = sys.argv[1:]
 os.mkdir("disk")
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "disk", "disk"], check=True)
 last = Path("disk/run/checkpoints/last.ckpt")
 
 
 def fit(**environment):
-    command = [sys.executable, "-m", "vfm_vae", "fit", "-c", demo, "-c", "run.yaml"]
+    command = [sys.executable, "-m", "vfm_vae", "fit", *configs, "-c", "run.yaml"]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     step = torch.load(last, weights_only=True)["global_step"] if last.is_file() else None
     return {"code": done.returncode, "errors": done.stderr, "step": step}
@@ -137,7 +121,7 @@ def test_the_former_checkpoint_outlives_it(tmp_path: Path, photos: Path, fault: 
     (tmp_path / "story.py").write_text(STORY)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = ["unshare", "--map-root-user", "--mount", sys.executable, "story.py"]
-    command += [str(ROOT / "configs/demo/tokenizer.yaml"), fault]
+    command += ["-c", str(ROOT / "configs/demo/tokenizer.yaml"), "-c", str(ROOT / "tests/small.yaml"), fault]
     told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
     assert told.returncode == 0, told.stderr
     broken, after = json.loads(told.stdout)

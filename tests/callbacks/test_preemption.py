@@ -24,27 +24,10 @@ from vfm_vae.data.sampling import TrainingSampler
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
 
-# The demo's tokenizer at a size that trains in seconds, saving at the end of an epoch only.
+# Saves at the end of an epoch only.
 SMALL = """
-model:
-  max_images: 96
-  model:
-    init_args:
-      adapter: {init_args: {layer_channels: [8, 8, 8], latent_channels: 4, decoded_channels: 16}}
-      decoder:
-        init_args:
-          latent_channels: 16
-          channels: [16, 16, 16, 16, 8]
-          route_channels: [16, 16]
-          attention_depths: []
-          num_res_blocks: 0
-          w_channels: 16
-data:
-  root: photos
-  photos: {size: 64, train_per_class: 4, val_per_class: 2}
-  batch_size: 8
-  val_batch_size: 26
-  num_workers: 1
+model: {max_images: 96}
+data: {num_workers: 1}
 trainer:
   limit_val_batches: 0
   logger:
@@ -76,16 +59,8 @@ class Ready(Callback):
 
 
 def fit(folder: Path, name: str, *options: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "vfm_vae",
-        "fit",
-        "-c",
-        str(ROOT / "configs/demo/tokenizer.yaml"),
-        "-c",
-        "run.yaml",
-    ]
+    configs = [str(ROOT / "configs/demo/tokenizer.yaml"), str(ROOT / "tests/small.yaml"), "run.yaml"]
+    command = [sys.executable, "-m", "vfm_vae", "fit", *(f"--config={config}" for config in configs)]
     command += [f"--trainer.logger.init_args.name={name}", *options]
     pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
     environment = ENVIRONMENT | {"PYTHONPATH": str(folder)}
@@ -347,9 +322,14 @@ class Stuck(Callback):
 
 
 def test_a_second_interrupt_ends_at_once(run, tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=run, args=("stuck", Stuck()))
+    def train():
+        torch.set_num_threads(1)  # those that OpenMP has in this process are not there in a fork of it
+        run("stuck", Stuck())
+
+    process = multiprocessing.get_context("fork").Process(target=train)
     process.start()
     process.join(30)
+    process.kill()  # or the tests would wait for it at their end
     assert process.exitcode == -signal.SIGINT
     assert not list((tmp_path / "stuck").glob("*"))
 
