@@ -10,10 +10,21 @@ import torch
 from PIL import ExifTags, Image
 
 from vfm_vae.data.datamodule import ImageNetDataModule
-from vfm_vae.data.decoding import UPRIGHT, decode
+from vfm_vae.data.decoding import decode
 from vfm_vae.files import read_image
 
 CORNERS = np.array([[10, 60], [110, 160]], dtype=np.uint8)  # of an upright picture, wider than high
+
+# What a camera makes of an upright picture, by the orientation that it notes (EXIF 2.3, tag 0x0112).
+AS_SAVED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 def picture():
@@ -24,12 +35,7 @@ def turned(orientation):
     """As a camera saves it that was held otherwise: `orientation` says how to undo that."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    undone = next(n for n, way in UPRIGHT.items() if undoes(way, UPRIGHT[orientation]))
-    return picture().transpose(UPRIGHT[undone]), exif
-
-
-def undoes(one, other):
-    return np.array_equal(picture().transpose(one).transpose(other), picture())
+    return picture().transpose(AS_SAVED[orientation]), exif
 
 
 def corners(image):

@@ -4,18 +4,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
-
-# What undoes each orientation that a camera notes.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+from PIL import Image, ImageOps
 
 
 def decode(file: str | Path | BinaryIO, exif_transpose: bool = True) -> Image.Image:
@@ -34,11 +23,11 @@ def decode(file: str | Path | BinaryIO, exif_transpose: bool = True) -> Image.Im
     try:
         with Image.open(file) as image:
             image.load()
-            orientation = image.getexif().get(ExifTags.Base.Orientation) if exif_transpose else None
-            image = to_rgb(image)
+            if exif_transpose:
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more at bad bytes
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
