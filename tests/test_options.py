@@ -64,6 +64,7 @@ MEANT = {
         "says that all went well": ["exit_code"],
         "is strict at once, and with any value": ["grace_images", "floor"],
     },
+    math.inf: {"is no limit": ["jump", "adversarial_limit"]},
 }  # fmt: skip
 FRACTIONS = (
     "probability", "prior_probability", "crop_probability", "label_drop", "translation", "cutout", "max_bad_fraction",

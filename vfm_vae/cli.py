@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_warn
 
 from vfm_vae.options import within
 from vfm_vae.saving import WholeCheckpoints, alike, local_path
@@ -84,7 +84,7 @@ class CLI(LightningCLI):
         self.cut_short_by = cut_short_by(config, self.subcommand or "fit")
         if self.cut_short_by is None:
             return self._trainer(config, callbacks)
-        rank_zero_info(
+        rank_zero_warn(
             f"{self.cut_short_by}: a trial run, which reads no last checkpoint and writes nothing: no checkpoints, "
             "numbers, pictures or samples; leave the option out for a run that counts"
         )

@@ -24,6 +24,11 @@ def at_least(minimum: float, **options: Number) -> None:
     _check(lambda number: number >= minimum, f"at least {minimum}", options)
 
 
+def unless_infinite(number: float) -> float | None:
+    """A limit to be checked; infinity, which is none, counts as left out."""
+    return None if number == math.inf else number
+
+
 def positive(**options: Number) -> None:
     """Sees that numbers are above 0; arguments and errors as of `at_least`."""
     _check(lambda number: number > 0, "above 0", options)

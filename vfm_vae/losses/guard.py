@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from vfm_vae.options import at_least, positive
+from vfm_vae.options import at_least, positive, unless_infinite
 
 
 class NonFiniteGuard:
@@ -44,9 +44,9 @@ class NonFiniteGuard:
         grace_images: int = 50_000,
         max_in_a_row: int = 100,
     ) -> None:
-        at_least(1, jump=jump, max_in_a_row=max_in_a_row)
+        at_least(1, jump=unless_infinite(jump), max_in_a_row=max_in_a_row)
         at_least(0, floor=floor, grace_images=grace_images)
-        positive(adversarial_limit=adversarial_limit)
+        positive(adversarial_limit=unless_infinite(adversarial_limit))
         self.jump = jump
         self.floor = floor
         self.adversarial_limit = adversarial_limit
