@@ -18,10 +18,10 @@ from callbacks.images import show
 from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.transforms import CentreCrop
+from vfm_vae.images import from_uint8
 from vfm_vae.metrics.alignment import cknna_of_neighbours, prepare_features
 from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.neighbours import Neighbours, nearest_neighbours
-from vfm_vae.metrics.reconstruction import from_uint8
 from vfm_vae.metrics.semantic import geometric, names_of, published_numbers, transformed
 from vfm_vae.options import at_least, within
 from vfm_vae.trial import is_trial

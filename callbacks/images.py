@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.utils import make_grid
 
-from vfm_vae.metrics.reconstruction import from_uint8, to_uint8
+from vfm_vae.images import from_uint8, to_uint8
 from vfm_vae.options import at_least, within
 from vfm_vae.timeline import logged_step
 from vfm_vae.trial import Output

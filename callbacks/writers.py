@@ -21,7 +21,7 @@ from vfm_vae.data.archive import write_archive
 from vfm_vae.data.identity import files_state
 from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, measure_shards
 from vfm_vae.finite import check_finite
-from vfm_vae.metrics.reconstruction import to_uint8
+from vfm_vae.images import to_uint8
 from vfm_vae.options import at_least
 from vfm_vae.saving import alike
 from vfm_vae.trial import Output

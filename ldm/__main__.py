@@ -2,10 +2,10 @@
 
 import sys
 
-from ldm.evaluate import asks_for_files, main
 from ldm.module import DiffusionModule
 from vfm_vae.cli import run, short_errors
 from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.evaluate import asks_for_files, main
 
 if __name__ == "__main__":
     if asks_for_files(sys.argv[1:]):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm import path
 from ldm.models.denoiser import Denoiser, Prediction
-from vfm_vae.metrics.reconstruction import from_uint8
+from vfm_vae.images import from_uint8
 from vfm_vae.options import at_least
 from vfm_vae.types import Batch, LatentBatch
 from vfm_vae.vfm import FrozenVFM, check_vfm, vfm_identity

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from ldm.guidance import Guidance
 from ldm.models.denoiser import Denoiser
-from ldm.models.reg import SiT
+from ldm.models.sit import SiT
 from ldm.pipeline import LatentDiffusion
 from ldm.published import (
     denoiser_from_published,

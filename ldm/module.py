@@ -28,7 +28,8 @@ from vfm_vae.checkpoints import check_state
 from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.data.latents import LatentStatistics, RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
-from vfm_vae.metrics.reconstruction import MeanOverImages, Rounding, from_uint8, quantised
+from vfm_vae.images import Rounding, from_uint8, quantised
+from vfm_vae.metrics.reconstruction import MeanOverImages
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least, within
 from vfm_vae.tokenizer import FrozenTokenizer

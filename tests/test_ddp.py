@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 
 from callbacks.cknna import CKNNACallback
 from callbacks.ema import EMA
-from callbacks.fid import DistributionCallback
+from callbacks.distribution import DistributionCallback
 from callbacks.probe import LinearProbeCallback
 from callbacks.robustness import RobustnessCallback
 from vfm_vae.data.datamodule import ImageNetDataModule
@@ -117,13 +117,13 @@ from lightning.pytorch import Trainer
 
 from callbacks.cknna import CKNNACallback
 from callbacks.ema import EMA
-from callbacks.fid import DistributionCallback
+from callbacks.distribution import DistributionCallback
 from callbacks.probe import ClassAccuracyCallback, LinearProbeCallback
 from callbacks.writers import LatentWriter, SampleWriter
 from ldm.alignment import REG
 from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
-from ldm.models.reg import SiT
+from ldm.models.sit import SiT
 from ldm.module import DiffusionModule
 from ldm.samplers import Euler, EulerMaruyama
 from vfm_vae.data.datamodule import ImageNetDataModule

@@ -16,7 +16,7 @@ from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.data.sampling import IndexedNoise
 from vfm_vae.data.transforms import CentreCrop
-from vfm_vae.metrics.reconstruction import from_uint8
+from vfm_vae.images import from_uint8
 from vfm_vae.tokenizer import FrozenTokenizer
 
 LDM_DEMO = ["-c", str(ROOT / "configs/demo/ldm.yaml")]
@@ -35,7 +35,7 @@ trainer:
   callbacks:
   - class_path: callbacks.ema.EMA
     init_args: {decay: 0.9}
-  - class_path: callbacks.fid.DistributionCallback
+  - class_path: callbacks.distribution.DistributionCallback
     init_args:
       network: {class_path: vfm_vae.vfm.FrozenVFM, init_args: {name: vit_photos_patch8_64}}
       num_images: 10
@@ -131,12 +131,12 @@ MISTAKES = {
         "'foreign/other.ckpt' does not describe a tokenizer",
     ),
     "no Inception": (
-        ["--trainer.callbacks+=callbacks.fid.DistributionCallback", "--trainer.callbacks.network", INCEPTION],
+        ["--trainer.callbacks+=callbacks.distribution.DistributionCallback", "--trainer.callbacks.network", INCEPTION],
         "weights: there is no file 'nowhere.pth'; give the file of Inception",
     ),
     "no reference": (
         [
-            "--trainer.callbacks+=callbacks.fid.DistributionCallback",
+            "--trainer.callbacks+=callbacks.distribution.DistributionCallback",
             "--trainer.callbacks.network",
             EMBEDDED,
             "--trainer.callbacks.reference=nowhere.npz",

@@ -17,11 +17,11 @@ from lightning.pytorch import Callback
 
 import callbacks
 import ldm.models
-from ldm.evaluate import evaluate_samples
 from ldm.models.lightningdit import LightningDiT
 from ldm.module import DiffusionModule
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
+from vfm_vae.evaluate import evaluate_samples
 from vfm_vae.losses.objective import Objective
 from vfm_vae.module import TokenizerModule
 from vfm_vae.modules.adapter import Adapter

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ldm.alignment import REG
-from ldm.models.reg import SiT
+from ldm.models.sit import SiT
 from vfm_vae import positions
 from vfm_vae.convert import _vfm_source
 from vfm_vae.positions import resample_positions

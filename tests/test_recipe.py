@@ -60,7 +60,7 @@ TOY_TEST = """
 trainer:
   callbacks:
   - class_path: callbacks.ema.EMA
-  - class_path: callbacks.fid.DistributionCallback
+  - class_path: callbacks.distribution.DistributionCallback
     init_args: {network: {class_path: vfm_vae.vfm.FrozenVFM, init_args: {name: vit_photos_patch8_64}}}
   - class_path: callbacks.report.Report
     init_args: {name: test}
@@ -91,7 +91,7 @@ trainer:
   callbacks:
   - class_path: callbacks.ema.EMA
     init_args: {decay: 0.9}
-  - class_path: callbacks.fid.DistributionCallback
+  - class_path: callbacks.distribution.DistributionCallback
     init_args:
       network: {class_path: vfm_vae.vfm.FrozenVFM, init_args: {name: vit_photos_patch8_64}}
       reference: photos/train

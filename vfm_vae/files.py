@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vfm_vae.data.decoding import decode
 from vfm_vae.data.transforms import CentreCrop
-from vfm_vae.metrics.reconstruction import from_uint8, to_uint8
+from vfm_vae.images import from_uint8, to_uint8
 from vfm_vae.writing import write_picture
 
 

@@ -16,13 +16,13 @@ from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
-from vfm_vae.game import Game
+from vfm_vae.gan_losses import GANLosses
+from vfm_vae.images import Rounding, from_uint8, quantised, resize
 from vfm_vae.losses.alignment import settle
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.losses.objective import Objective
-from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics, Rounding, from_uint8, quantised
+from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics
 from vfm_vae.modules.equivariance import EquivarianceRegularizer, Transform
-from vfm_vae.modules.resize import resize
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least
 from vfm_vae.stages import begin, check_optimizers, freeze_all_but, read_stage
@@ -164,7 +164,7 @@ class TokenizerModule(TwoPlayers):
         step_ends = self.completes_step(batch_idx)
         if self.order == "simultaneous":
             made = self._reconstruct(batch.images, self._draw(batch.images, self.images_seen))
-            game = Game(self.discriminator, self.patchgan, made.target)
+            game = GANLosses(self.discriminator, self.patchgan, made.target)
             self._train_generator(made, game, step_ends)
             self._train_discriminators(made, game, step_ends)
         else:
@@ -176,12 +176,12 @@ class TokenizerModule(TwoPlayers):
         """The published order: the generator waits until the discriminators have learnt from all batches of a step."""
         with torch.no_grad():
             made = self._reconstruct(images, self._draw(images, self.images_seen, "discriminator"))
-        self._train_discriminators(made, Game(self.discriminator, self.patchgan, made.target), step_ends)
+        self._train_discriminators(made, GANLosses(self.discriminator, self.patchgan, made.target), step_ends)
         self._waiting.append((images, self.images_seen))
         while step_ends and self._waiting:
             images, images_seen = self._waiting.pop(0)
             made = self._reconstruct(images, self._draw(images, images_seen, "generator"))
-            self._train_generator(made, Game(self.discriminator, self.patchgan, made.target), not self._waiting)
+            self._train_generator(made, GANLosses(self.discriminator, self.patchgan, made.target), not self._waiting)
 
     def _draw(self, images: Tensor, images_seen: int, phase: str = "") -> Transform:
         """This rank's transform of a batch."""
@@ -198,7 +198,7 @@ class TokenizerModule(TwoPlayers):
         decoded = self.model.decode(transform.latent(z))
         return Reconstruction(features, posterior, z, decoded, transform.image(images, self.interpolation))
 
-    def _train_generator(self, made: Reconstruction, game: Game, step_ends: bool) -> None:
+    def _train_generator(self, made: Reconstruction, game: GANLosses, step_ends: bool) -> None:
         """Reconstruction, alignment and prior against the discriminators as they are."""
         decoded = made.decoded
         rec = self.objective.reconstruction(decoded, made.target, self.interpolation, self.images_seen)
@@ -209,7 +209,7 @@ class TokenizerModule(TwoPlayers):
         self.learn(self.GENERATOR, total + self.objective.total(latent | against), step_ends)
         self._remember("generator", rec | latent | against, scalars)
 
-    def _train_discriminators(self, made: Reconstruction, game: Game, step_ends: bool) -> None:
+    def _train_discriminators(self, made: Reconstruction, game: GANLosses, step_ends: bool) -> None:
         """Telling reconstructions, through which no gradient goes, from their targets."""
         terms = game.discriminator_terms(made.decoded.image)
         self.judge(adversarial=terms)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfm_vae import embedded  # noqa: F401  importing it registers the embedded model with timm
+from vfm_vae.images import Interpolation
 from vfm_vae.options import positive
 from vfm_vae.positions import Positions, antialias_positions_of, has_positions
 from vfm_vae.pretrained import remembers_arguments
 from vfm_vae.types import VFMFeatures
 from vfm_vae.vit_weights import load_vit, load_vit_from_source
 
-Interpolation = Literal["bilinear", "bicubic"]
 Precision = Literal["bfloat16", "float32"]
 
 FORMERLY: Mapping[str, Any] = {"antialias_positions": True, "precision": "bfloat16"}

@@ -21,9 +21,9 @@ from callbacks.robustness import RobustnessCallback
 from vfm_vae.data.datamodule import ImageNetDataModule, collate
 from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.transforms import CentreCrop
+from vfm_vae.images import from_uint8
 from vfm_vae.metrics.alignment import cknna, prepare_features
 from vfm_vae.metrics.probe import LinearProbe
-from vfm_vae.metrics.reconstruction import from_uint8
 from vfm_vae.metrics.semantic import geometric, names_of, transformed
 from vfm_vae.types import Batch, LatentBatch
 from vfm_vae.vfm import FrozenVFM

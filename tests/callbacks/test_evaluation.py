@@ -6,13 +6,13 @@ from lightning.pytorch.callbacks import Timer
 from torch.utils.data import default_collate
 
 from callbacks.cknna import CKNNACallback
-from callbacks.fid import DistributionCallback
+from callbacks.distribution import DistributionCallback
 from callbacks.probe import LinearProbeCallback
 from callbacks.robustness import RobustnessCallback
+from vfm_vae.images import from_uint8, quantised
 from vfm_vae.metrics.alignment import cknna, prepare_features
 from vfm_vae.metrics.distribution import frechet_distance
 from vfm_vae.metrics.inception import Inception, InceptionNetwork
-from vfm_vae.metrics.reconstruction import from_uint8, quantised
 from vfm_vae.types import Batch
 from vfm_vae.vfm import FrozenVFM
 

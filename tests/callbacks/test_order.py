@@ -12,12 +12,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from callbacks.fid import DistributionCallback
+from callbacks.distribution import DistributionCallback
 from vfm_vae.data.datamodule import ImageNetDataModule, collate
 from vfm_vae.data.sampling import EvaluationSampler
+from vfm_vae.images import from_uint8
 from vfm_vae.metrics.distribution import InceptionScore
 from vfm_vae.metrics.inception import Inception, InceptionFeatures, InceptionNetwork
-from vfm_vae.metrics.reconstruction import from_uint8
 
 CLASSES, EACH, SPLIT = 8, 10, 10
 LABELS = torch.arange(CLASSES).repeat_interleave(EACH)

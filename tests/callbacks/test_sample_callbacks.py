@@ -11,15 +11,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from safetensors.torch import load_file
 
-from callbacks.fid import DistributionCallback
+from callbacks.distribution import DistributionCallback
 from callbacks.images import SampleImages
 from callbacks.probe import ClassAccuracyCallback
 from callbacks.writers import LatentWriter, SampleWriter, keep_settings
 from vfm_vae.data.datamodule import ImageNetDataModule, collate_latents
 from vfm_vae.data.latents import LatentDataset
 from vfm_vae.data.sampling import IndexedNoise
+from vfm_vae.images import from_uint8, quantised
 from vfm_vae.metrics.distribution import frechet_distance
-from vfm_vae.metrics.reconstruction import from_uint8, quantised
 from vfm_vae.metrics.reference import folder_features
 from vfm_vae.types import Encoded, LatentBatch, Samples
 from vfm_vae.vfm import FrozenVFM

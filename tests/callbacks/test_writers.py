@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from callbacks.writers import LatentWriter, ReconstructionWriter
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import LatentDataset, LatentStatistics
-from vfm_vae.metrics.reconstruction import from_uint8, to_uint8
+from vfm_vae.images import from_uint8, to_uint8
 from vfm_vae.vfm import FrozenVFM
 
 VFM = "vit_photos_patch8_64"

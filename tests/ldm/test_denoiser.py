@@ -6,7 +6,7 @@ import torch
 from ldm import path
 from ldm.models.denoiser import Denoiser, Prediction
 from ldm.models.lightningdit import LightningDiT
-from ldm.models.reg import SiT
+from ldm.models.sit import SiT
 from vfm_vae.pretrained import build, describe
 
 SMALL = {"in_channels": 3, "input_size": 4, "depth": 2, "width": 16, "num_heads": 2, "num_classes": 5}

@@ -9,7 +9,7 @@ from PIL import Image
 
 from callbacks.writers import SampleWriter
 from vfm_vae.data.latents import LatentStatistics
-from vfm_vae.metrics.reconstruction import from_uint8, to_uint8
+from vfm_vae.images import from_uint8, to_uint8
 from vfm_vae.types import Batch
 from vfm_vae.vfm import Frozen
 

@@ -13,7 +13,7 @@ from callbacks.ema import EMA
 from ldm import convert
 from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
-from ldm.models.reg import SiT
+from ldm.models.sit import SiT
 from ldm.pipeline import LatentDiffusion
 from ldm.samplers import Euler
 from vfm_vae.data.latents import LatentStatistics

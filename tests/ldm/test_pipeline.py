@@ -8,7 +8,7 @@ import torch
 from callbacks.ema import EMA
 from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
-from ldm.models.reg import SiT
+from ldm.models.sit import SiT
 from ldm.pipeline import LatentDiffusion
 from ldm.samplers import Dopri5, Euler, EulerMaruyama, Heun
 from vfm_vae.data.latents import LatentStatistics

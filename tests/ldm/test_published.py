@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.models.lightningdit import LightningDiT
-from ldm.models.reg import SiT
+from ldm.models.sit import SiT
 from ldm.published import (
     denoiser_from_published,
     lightningdit_from_published,

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ldm.alignment import REG, REPA, alignment_error
 from ldm.models.lightningdit import LightningDiT
-from ldm.models.reg import SiT
+from ldm.models.sit import SiT
 from ldm.module import DiffusionModule
 from ldm.objective import denoising_errors
 from ldm.samplers import EulerMaruyama

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
+from vfm_vae.images import quantised, to_uint8
 from vfm_vae.metrics.alignment import CKNNA
 from vfm_vae.metrics.distribution import FrechetDistance, Gaussian, InceptionScore, Moments, PrecisionRecall
 from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.probe import LinearProbe
-from vfm_vae.metrics.reconstruction import PSNR, SSIM, MeanOverImages, PerceptualDistance, quantised, to_uint8
+from vfm_vae.metrics.reconstruction import PSNR, SSIM, MeanOverImages, PerceptualDistance
 
 SAID = r"nan or inf; either the weights are broken \(give another --ckpt_path\), or numbers overflowed"
 BROKEN = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

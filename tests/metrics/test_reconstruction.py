@@ -6,7 +6,8 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from vfm_vae.metrics.reconstruction import PSNR, SSIM, MeanOverImages, ReconstructionMetrics, quantised, to_uint8
+from vfm_vae.images import quantised, to_uint8
+from vfm_vae.metrics.reconstruction import PSNR, SSIM, MeanOverImages, ReconstructionMetrics
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from PIL import Image
 from vfm_vae.data.archive import write_archive
 from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.transforms import CentreCrop
+from vfm_vae.images import from_uint8
 from vfm_vae.metrics import reference as module
-from vfm_vae.metrics.reconstruction import from_uint8
 from vfm_vae.metrics.reference import ReferenceImages, extract, name_of
 from vfm_vae.metrics.suite import DistributionSuite
 from vfm_vae.vfm import FrozenVFM

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vfm_vae.metrics.reconstruction import from_uint8
+from vfm_vae.images import from_uint8
 from vfm_vae.metrics.semantic import (
     add_noise,
     draw_published,

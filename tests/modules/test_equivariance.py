@@ -4,8 +4,8 @@ from itertools import combinations
 import pytest
 import torch
 
+from vfm_vae.images import resize
 from vfm_vae.modules.equivariance import EquivarianceRegularizer, Transform
-from vfm_vae.modules.resize import resize
 
 
 def test_rotation_is_clockwise():

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vfm_vae.images import resize
 from vfm_vae.losses.alignment import vf_loss
 from vfm_vae.losses.reconstruction import SSIMLoss, l1, l2
 from vfm_vae.modules.equivariance import Transform
-from vfm_vae.modules.resize import resize
 
 REFERENCE = load_file(Path(__file__).parent / "data" / "losses.safetensors")
 MARGINS = {

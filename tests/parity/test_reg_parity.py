@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ldm import path
 from ldm.guidance import Guidance
 from ldm.models.denoiser import Prediction
-from ldm.models.reg import SIZES, SiT
+from ldm.models.sit import SIZES, SiT
 from ldm.published import published_name, reg_from_published, to_published
 from ldm.samplers import EulerMaruyama
 

@@ -11,10 +11,10 @@ from torch.nn.utils import spectral_norm
 from vfm_vae.compilation import compile_regions
 from vfm_vae.discriminators.augment import DifferentiableAugmentation
 from vfm_vae.discriminators.layers import LocalBatchNorm
-from vfm_vae.modules.resize import resize
+from vfm_vae.images import Interpolation, resize
 from vfm_vae.options import at_least, named_as, within
 from vfm_vae.positions import resample_positions
-from vfm_vae.vfm import Frozen, Interpolation, create_vit
+from vfm_vae.vfm import Frozen, create_vit
 
 
 class Residual(nn.Module):

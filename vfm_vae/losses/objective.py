@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from vfm_vae.images import Interpolation
 from vfm_vae.losses.alignment import adaptive_weight, pool_tokens, vf_loss
 from vfm_vae.losses.reconstruction import (
     LPIPSLoss,
@@ -18,7 +19,6 @@ from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.quantizer import QuantizedPosterior
 from vfm_vae.options import at_least
 from vfm_vae.types import Decoded, Posterior, VFMFeatures
-from vfm_vae.vfm import Interpolation
 
 
 class Objective(nn.Module):

@@ -16,9 +16,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.models import VGG16_Weights
 
 from vfm_vae.checkpoints import fill, read_published_weights, read_weights
+from vfm_vae.images import Interpolation, resize
 from vfm_vae.modules.maps import in_fast_layout
-from vfm_vae.modules.resize import resize
-from vfm_vae.vfm import Frozen, FrozenVFM, Interpolation
+from vfm_vae.vfm import Frozen, FrozenVFM
 
 
 def l1(images: Tensor, target: Tensor) -> Tensor:

@@ -1,55 +1,14 @@
 """How well images are reconstructed: means over images of what each one scores."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from vfm_vae.finite import check_finite, not_finite
-
-Rounding = Literal["round", "truncate"]
-
-
-def to_uint8(images: Tensor, rounding: Rounding = "round") -> Tensor:
-    """Images as a file would hold them: clamped and rounded.
-
-    Args:
-        images: `[B, 3, H, W]`, nominally in [-1, 1].
-        rounding: to the nearest, or down, which darkens by half a step.
-
-    Returns:
-        uint8 `[B, 3, H, W]` in 0..255.
-
-    Raises:
-        ValueError: if they hold nan, which would become black, or inf.
-    """
-    check_finite("images", images)
-    levels = (images.detach().float().clamp(-1, 1) + 1) * 127.5
-    return (levels.round() if rounding == "round" else levels).to(torch.uint8)
-
-
-def from_uint8(images: Tensor) -> Tensor:
-    """Images `[B, 3, H, W]` in 0..255, uint8 or float ones between the levels, as float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def quantised(images: Tensor, rounding: Rounding = "round") -> Tensor:
-    """Images in [-1, 1] that went through 8 bits: what every metric looks at. A second time changes nothing.
-
-    Args:
-        images: `[B, 3, H, W]`, nominally in [-1, 1].
-        rounding: as in `to_uint8`; it is for the first time.
-
-    Returns:
-        float32 `[B, 3, H, W]` in [-1, 1].
-
-    Raises:
-        ValueError: as `to_uint8`.
-    """
-    return from_uint8(to_uint8(images, rounding))
+from vfm_vae.finite import not_finite
+from vfm_vae.images import quantised, to_uint8
 
 
 class MeanOverImages(Metric):

@@ -16,10 +16,10 @@ from vfm_vae.data.archive import IMAGES, ImageArchive, write_archive
 from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.identity import files_state, names_digest
 from vfm_vae.data.transforms import CentreCrop
+from vfm_vae.images import from_uint8
 from vfm_vae.metrics.distribution import Gaussian, Moments
 from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception, InceptionFeatures
-from vfm_vae.metrics.reconstruction import from_uint8
 from vfm_vae.vfm import FORMERLY, FrozenVFM
 from vfm_vae.writing import check_place
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vfm_vae.modules.resize import resize
+from vfm_vae.images import Interpolation, resize
 from vfm_vae.options import at_least, positive, within
-from vfm_vae.vfm import Interpolation
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.models.lightningdit import LightningDiT
-from ldm.models.reg import SiT
+from ldm.models.sit import SiT
 
 SMALL = {"in_channels": 3, "input_size": 4, "depth": 2, "width": 16, "num_heads": 2, "num_classes": 5}
 

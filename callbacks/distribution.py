@@ -7,8 +7,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.evaluation import EvaluationCallback, first_loader
+from vfm_vae.images import to_uint8
 from vfm_vae.metrics.inception import Inception
-from vfm_vae.metrics.reconstruction import to_uint8
 from vfm_vae.metrics.reference import Reference, ReferenceImages, network_settings
 from vfm_vae.metrics.suite import DistributionSuite, suite_names
 from vfm_vae.options import at_least

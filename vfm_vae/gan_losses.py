@@ -17,7 +17,7 @@ from vfm_vae.losses.adversarial import (
 )
 
 
-class Game:
+class GANLosses:
     """A projected discriminator, and a PatchGAN where there is one, before the same real images.
 
     Args:

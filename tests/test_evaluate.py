@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.evaluate import SampleFiles, asks_for_files, evaluate_samples, main
 from vfm_vae.data.archive import ImageArchive, write_archive
 from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.transforms import CentreCrop
+from vfm_vae.evaluate import SampleFiles, asks_for_files, evaluate_samples, main
+from vfm_vae.images import from_uint8
 from vfm_vae.metrics.distribution import frechet_distance
-from vfm_vae.metrics.reconstruction import from_uint8
 from vfm_vae.vfm import FrozenVFM
 
 VFM = "vit_photos_patch8_64"
@@ -111,7 +111,7 @@ def test_the_precision_of_products_is_set_and_noted(samples, photos, monkeypatch
         assert torch.get_float32_matmul_precision() == precision
         return {}
 
-    monkeypatch.setattr("ldm.evaluate.measure", watch)
+    monkeypatch.setattr("vfm_vae.evaluate.measure", watch)
     paths = ["--samples", str(samples / "samples"), "--reference", str(photos / "val"), "--image_size=64"]
     main([*paths, f"--vfm={VFM}", f"--metrics_file={samples / 'numbers.json'}", *options])
     settings = json.loads((samples / "numbers.json").read_text())["samples"]["settings"]
@@ -120,7 +120,7 @@ def test_the_precision_of_products_is_set_and_noted(samples, photos, monkeypatch
 
 @pytest.fixture
 def unmeasured(monkeypatch):
-    monkeypatch.setattr("ldm.evaluate.measure", lambda *args: pytest.fail("measured for nothing"))
+    monkeypatch.setattr("vfm_vae.evaluate.measure", lambda *args: pytest.fail("measured for nothing"))
 
 
 def test_a_file_that_can_not_be_written_is_refused_before_anything_is_measured(samples, photos, unmeasured, tmp_path):
@@ -134,7 +134,7 @@ def test_numbers_are_shown_before_they_are_written(samples, photos, monkeypatch,
     def full(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr("ldm.evaluate.write_entry", full)
+    monkeypatch.setattr("vfm_vae.evaluate.write_entry", full)
     options = {"vfm": VFM, "image_size": 64, "statistics": str(samples / "real.npz"), "precision_recall": False}
     with pytest.raises(OSError, match="no space left"):
         evaluate_samples(str(samples / "samples"), str(photos / "val"), **options)
@@ -167,7 +167,7 @@ def test_images_are_resized_for_patches_that_do_not_divide_them(samples, photos)
     file = samples / "numbers.json"
     paths = str(samples / "samples"), str(photos / "val")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldm.evaluate.FrozenVFM", create)
+        patch.setattr("vfm_vae.evaluate.FrozenVFM", create)
         with pytest.raises(ValueError, match=r"patches of 14 pixels.*times vfm_input_scale must be multiples of 14"):
             evaluate_samples(*paths, metrics_file=str(file), **options)
         evaluate_samples(*paths, metrics_file=str(file), vfm_input_scale=0.875, **options)
