@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from callbacks.evaluation import EvaluationCallback, by_name, first_loader, rows_of, settings_of
 from callbacks.heatmap import block_heat_map
 from callbacks.images import show
+from vfm_vae.contracts import AlignmentFeatures, EncodesImages
 from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.transforms import CentreCrop
@@ -25,7 +26,7 @@ from vfm_vae.metrics.neighbours import Neighbours, nearest_neighbours
 from vfm_vae.metrics.semantic import geometric, names_of, published_numbers, transformed
 from vfm_vae.options import at_least, within
 from vfm_vae.trial import is_trial
-from vfm_vae.types import AlignmentFeatures, Batch, EncodesImages, LatentBatch
+from vfm_vae.types import Batch, LatentBatch
 from vfm_vae.vfm import FrozenVFM
 
 

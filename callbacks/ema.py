@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vfm_vae.contracts import CountsImages
 from vfm_vae.options import positive
-from vfm_vae.types import CountsImages
 
 
 class EMA(Callback):

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.utils import make_grid
 
+from vfm_vae.contracts import CountsImages, DrawsSamples, Reconstructs
 from vfm_vae.images import from_uint8, to_uint8
 from vfm_vae.options import at_least, within
 from vfm_vae.timeline import logged_step
 from vfm_vae.trial import Output
-from vfm_vae.types import Batch, CountsImages, Decoded, DrawsSamples, Reconstructs
+from vfm_vae.types import Batch, Decoded
 from vfm_vae.writing import write_picture
 
 

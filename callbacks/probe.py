@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.evaluation import EvaluationCallback, by_short_name, rows_of, settings_of
+from vfm_vae.contracts import AlignmentFeatures, DrawsSamples, EvaluationImages
 from vfm_vae.data.folder import list_classes
 from vfm_vae.images import from_uint8, quantised
 from vfm_vae.metrics.features import FeatureStore
@@ -17,7 +18,7 @@ from vfm_vae.metrics.probe import LinearProbe
 from vfm_vae.metrics.reconstruction import MeanOverImages
 from vfm_vae.metrics.reference import folder_features
 from vfm_vae.options import at_least, within
-from vfm_vae.types import AlignmentFeatures, Batch, DrawsSamples, EvaluationImages, LatentBatch
+from vfm_vae.types import Batch, LatentBatch
 from vfm_vae.vfm import FrozenVFM
 
 

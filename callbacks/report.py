@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 
 from callbacks.evaluation import EvaluationCallback
+from vfm_vae.contracts import HasEvaluationSettings
 from vfm_vae.data.transforms import CentreCrop, ResizeAndCrop
 from vfm_vae.metrics.summary import (
     check_entries,
@@ -19,7 +20,6 @@ from vfm_vae.metrics.summary import (
     write_entry,
 )
 from vfm_vae.trial import Output
-from vfm_vae.types import HasEvaluationSettings
 
 
 class Report(Output):

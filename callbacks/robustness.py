@@ -9,10 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.evaluation import EvaluationCallback, by_short_name, rows_of, settings_of
+from vfm_vae.contracts import EncodesImages
 from vfm_vae.images import from_uint8
 from vfm_vae.metrics.reconstruction import MeanOverImages
 from vfm_vae.metrics.semantic import is_identity, names_of, transformed
-from vfm_vae.types import Batch, EncodesImages
+from vfm_vae.types import Batch
 from vfm_vae.vfm import FrozenVFM
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vfm_vae.checkpoints import open_tensors, read_json
+from vfm_vae.contracts import DrawsSamples, MakesFeatures, MakesLatents
 from vfm_vae.data.archive import write_archive
 from vfm_vae.data.identity import files_state
 from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, measure_shards
@@ -25,7 +26,7 @@ from vfm_vae.images import to_uint8
 from vfm_vae.options import at_least
 from vfm_vae.saving import alike
 from vfm_vae.trial import Output
-from vfm_vae.types import DrawsSamples, Encoded, MakesFeatures, MakesLatents, Samples
+from vfm_vae.types import Encoded, Samples
 from vfm_vae.writing import check_place, write_json, write_picture, write_tensors
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vfm_vae.checkpoints import check_state
 from vfm_vae.compilation import Compile, should_compile
+from vfm_vae.contracts import WeightAverage
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
@@ -28,7 +29,7 @@ from vfm_vae.options import at_least
 from vfm_vae.stages import begin, check_optimizers, freeze_all_but, read_stage
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.two_players import TwoPlayers
-from vfm_vae.types import Batch, Decoded, Encoded, Posterior, VFMFeatures, WeightAverage
+from vfm_vae.types import Batch, Decoded, Encoded, Posterior, VFMFeatures
 from vfm_vae.vfm import FrozenVFM, check_vfm, sha256_of, vfm_identity
 
 OPPONENTS = ("discriminator.", "patchgan.")

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.ema import EMA
-from vfm_vae.types import WeightAverage
+from vfm_vae.contracts import WeightAverage
 
 NAMES = {"model.encode.weight", "model.encode.bias", "model.decode.weight", "model.decode.bias"}
 
