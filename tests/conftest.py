@@ -72,7 +72,7 @@ def tiny_model() -> Callable[..., VFMVAE]:
             alignment_channels=128,
         )
         decoder = Decoder(
-            latent_channels=16,
+            in_channels=16,
             channels=[16, 16, 16, 16, 8],
             route_channels=[16, 16, 16],
             attention_depths=[1],

@@ -92,7 +92,7 @@ REQUIRED: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "CKNNACallback": lambda: {"vfms": [vfm()]},
     "ClassAccuracyCallback": lambda: {"vfm": vfm(), "images": "photos"},
-    "Decoder": lambda: {"latent_channels": 16, "channels": [8] * 5, "route_channels": [8], "num_res_blocks": 0},
+    "Decoder": lambda: {"in_channels": 16, "channels": [8] * 5, "route_channels": [8], "num_res_blocks": 0},
     "DiffusionModule": lambda: {"model": LightningDiT(**SMALL), "optimizer": ADAM},
     "DistributionCallback": lambda: {"network": vfm()},
     "evaluate_samples": lambda: {"samples": "nothing", "reference": "nothing"},

@@ -33,7 +33,7 @@ model:
            alignment_channels: 128}
       decoder:
         init_args:
-          {latent_channels: 16, channels: [16, 16, 16, 16, 16, 8], route_channels: [16, 16, 16, 8],
+          {in_channels: 16, channels: [16, 16, 16, 16, 16, 8], route_channels: [16, 16, 16, 8],
            attention_depths: [1], num_res_blocks: 0, w_channels: 16}
   accumulate_grad_batches: 1
   discriminator: {init_args: {backbone: vit_photos_patch8_64, size: 64, layers: [0, 4]}}

@@ -54,7 +54,7 @@ def decoder() -> Decoder:
     """Four blocks of two widths, whose attention is not silent."""
     torch.manual_seed(0)
     decoder = Decoder(
-        latent_channels=32,
+        in_channels=32,
         channels=[64, 64, 64, 32],
         route_channels=[64, 64],
         attention_depths=[1, 1],

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vfm_vae.checkpoints import read_weights
 from vfm_vae.cli import short_errors
+from vfm_vae.description import describe
 from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import DiscriminatorHead
 from vfm_vae.losses.guard import NonFiniteGuard
@@ -21,7 +22,6 @@ from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.layers import UpsampleUnit
 from vfm_vae.modules.maps import Blur
 from vfm_vae.positions import antialias_positions_of
-from vfm_vae.pretrained import describe
 from vfm_vae.published import (
     Names,
     discriminator_names,
@@ -146,7 +146,7 @@ def _adapter(config: Mapping[str, Any]) -> Adapter:
 def _decoder(config: Mapping[str, Any], decoded_channels: int) -> Decoder:
     synthesis, num_blocks = config["synthesis_kwargs"], config["num_blocks"]
     return Decoder(
-        latent_channels=decoded_channels,
+        in_channels=decoded_channels,
         channels=[
             min(synthesis["channel_max"], synthesis["channel_base"] // (256 // 2 ** (num_blocks - 1 - i)))
             for i in range(num_blocks)

@@ -10,7 +10,7 @@ from vfm_vae.modules.modulated import ModulatedConvNeXt
 def decoder() -> Decoder:
     torch.manual_seed(0)
     return Decoder(
-        latent_channels=8,
+        in_channels=8,
         channels=[16, 16, 16, 8],
         route_channels=[16, 8, 8],
         attention_depths=[1],
@@ -58,7 +58,7 @@ def test_blocks_start_where_their_number_and_compression_say(num_blocks, compres
 
 
 def test_the_first_block_takes_a_quarter_of_the_latent_if_nothing_else_is_said():
-    arguments = {"latent_channels": 8, "channels": [8] * 4, "route_channels": [8] * 4, "attention_depths": []}
+    arguments = {"in_channels": 8, "channels": [8] * 4, "route_channels": [8] * 4, "attention_depths": []}
     told, silent = Decoder(**arguments, w_channels=8, compression=4), Decoder(**arguments, w_channels=8)
     told.load_state_dict(silent.state_dict())
     latent = torch.randn(1, 8, 4, 8)
@@ -127,7 +127,7 @@ def test_truncation_draws_towards_the_average():
 
 
 def test_legacy_noise_is_off_by_default_and_silent_at_the_start():
-    arguments = {"latent_channels": 8, "channels": [8, 8], "route_channels": [8], "attention_depths": []}
+    arguments = {"in_channels": 8, "channels": [8, 8], "route_channels": [8], "attention_depths": []}
     assert not [name for name in Decoder(**arguments, w_channels=8).state_dict() if "noise" in name]
     noisy = Decoder(**arguments, w_channels=8, legacy_noise=True)
     latent = torch.randn(1, 8, 8, 8)
@@ -151,7 +151,7 @@ def test_legacy_noise_is_off_by_default_and_silent_at_the_start():
     ],
 )
 def test_options_that_do_not_fit(arguments, message):
-    defaults = {"latent_channels": 8, "route_channels": [8], "attention_depths": [], "w_channels": 8}
+    defaults = {"in_channels": 8, "route_channels": [8], "attention_depths": [], "w_channels": 8}
     with pytest.raises(ValueError, match=message):
         Decoder(**defaults | arguments)
 

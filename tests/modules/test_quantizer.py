@@ -29,7 +29,7 @@ ADAPTER = {
     "gaussian": False,
 }
 DECODER = {
-    "latent_channels": 16,
+    "in_channels": 16,
     "channels": [16, 16, 16, 16, 8],
     "route_channels": [16, 16, 16],
     "attention_depths": [1],
@@ -165,7 +165,7 @@ def test_neither_evaluation_nor_a_broken_batch_leaves_a_trace():
 def test_what_a_discrete_latent_says_of_a_distribution():
     posterior = quantizer()(torch.randn(3, 8, 2, 5))
     torch.testing.assert_close(posterior.kl(), torch.full((3,), 2 * 5 * 2 * math.log(16)))
-    with pytest.raises(ValueError, match="predict: moments are a Gaussian latent's"):
+    with pytest.raises(ValueError, match="predict: this tokenizer has a quantizer"):
         posterior.moments()
 
 
@@ -188,8 +188,8 @@ def test_codewords_start_in_a_small_cube():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vocabulary_size": 33}, "vocabulary_size: 33 does not divide by 2 codebooks"),
-        ({"width": 7}, "width: 7 does not divide by 2 codebooks"),
+        ({"vocabulary_size": 33}, "vocabulary_size: 33 is no multiple of num_codebooks=2"),
+        ({"width": 7}, "width: 7 is no multiple of num_codebooks=2"),
     ],
 )
 def test_options_that_do_not_divide(options, message):
@@ -199,15 +199,15 @@ def test_options_that_do_not_divide(options, message):
 
 def test_latents_and_indices_that_do_not_fit():
     module = quantizer()
-    with pytest.raises(ValueError, match="width: the quantizer takes 8 channels, 4 were given"):
+    with pytest.raises(ValueError, match="width: the quantizer takes 8 channels, but was given 4"):
         module(torch.zeros(1, 4, 2, 2))
     indices = torch.zeros(1, 2, 6, dtype=torch.int64)
     with pytest.raises(ValueError, match="indices: expected \\[B, 2, h, w\\], got \\[1, 1, 6\\]"):
         module.decode_indices(indices[:, :1], (2, 3))
     for grid in (None, (2, 2)):
-        with pytest.raises(ValueError, match="are no rows and columns of indices \\[1, 2, 6\\]"):
+        with pytest.raises(ValueError, match="indices \\[1, 2, 6\\] do not fill rows and columns"):
             module.decode_indices(indices, grid)
-    with pytest.raises(ValueError, match=r"a codebook has codewords 0\.\.15, got 0\.\.16"):
+    with pytest.raises(ValueError, match=r"must be in 0\.\.15, got 0\.\.16"):
         module.decode_indices(torch.tensor([[[0], [16]]]), (1, 1))
 
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfm_vae.compilation import compile_regions
+from vfm_vae.description import Described
 from vfm_vae.modules.layers import EqualizedLinear, SelfAttentionLayer, UpsampleUnit, activation
 from vfm_vae.modules.maps import Blur, GroupNorm, PixelShuffle, PixelUnshuffle, Pointwise
 from vfm_vae.modules.modulated import ModulatedConvNeXt, ToRGB
 from vfm_vae.options import at_least
-from vfm_vae.pretrained import remembers_arguments
 from vfm_vae.types import Decoded
 
 # The published decoder is coarse in its first blocks and takes larger kernels after.
@@ -25,14 +25,14 @@ class Mapping(nn.Module):
     """Pools the latent to the global latent w that styles every modulated layer.
 
     Args:
-        latent_channels: Channels of the decoded latent.
+        in_channels: Channels of the decoded latent.
         w_channels: Width of w.
         pooled_size: Sides to which the latent is average-pooled.
     """
 
-    def __init__(self, latent_channels: int, w_channels: int, pooled_size: int = 1):
+    def __init__(self, in_channels: int, w_channels: int, pooled_size: int = 1):
         super().__init__()
-        pooled = latent_channels * pooled_size**2
+        pooled = in_channels * pooled_size**2
         self.pooled_size = pooled_size
         self.hidden = EqualizedLinear(pooled, pooled, lr_multiplier=0.01)
         self.out = EqualizedLinear(pooled, w_channels, lr_multiplier=0.01)
@@ -43,9 +43,9 @@ class Mapping(nn.Module):
         x = F.adaptive_avg_pool2d(latent.float(), self.pooled_size).flatten(1)
         x = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
         w = self.out(F.leaky_relu(self.hidden(x), 0.2)).float()
-        if self.training and self.out.weight.requires_grad:  # what is frozen keeps its average, too
+        if self.training and self.out.weight.requires_grad:  # a frozen decoder keeps its average, too
             mean = w.detach().mean(dim=0)
-            mean = torch.where(mean.isfinite(), mean, self.average)  # a step that is skipped must leave no trace
+            mean = torch.where(mean.isfinite(), mean, self.average)  # a step that gets skipped must leave no trace
             self.average.lerp_(mean, 1 - 0.995)
         return w if truncation == 1.0 else self.average.lerp(w, truncation)
 
@@ -54,16 +54,16 @@ class LatentRoute(nn.Sequential):
     """Brings the latent to a block's input: unshuffled or pooled for coarse blocks, shuffled for fine ones.
 
     Args:
-        latent_channels: Channels of the decoded latent.
+        in_channels: Channels of the decoded latent.
         out_channels: Channels handed to the block.
         scale: log2 of the block's input sides over the latent's: -2, -1, 0, 1, …
         act: Name of the activation.
         downsampling: How coarse blocks get it: neighbours in channels of their own, or their average.
     """
 
-    def __init__(self, latent_channels: int, out_channels: int, scale: int, act: str, downsampling: Downsampling):
+    def __init__(self, in_channels: int, out_channels: int, scale: int, act: str, downsampling: Downsampling):
         shrinking, pooled = 2 ** max(-scale, 0), downsampling == "pooling" and scale < 0
-        channels = latent_channels if pooled else latent_channels * shrinking**2
+        channels = in_channels if pooled else in_channels * shrinking**2
         widened = out_channels * 4 ** max(scale, 0)
         super().__init__(
             nn.AvgPool2d(shrinking) if pooled else PixelUnshuffle(shrinking),
@@ -144,14 +144,14 @@ class DecoderBlock(nn.Module):
         return x, feature_sum, self.to_rgb(feature_sum, w)
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, Described):
     """Decodes a latent by multi-scale fusion and progressive resolution (VFM-VAE, section 3.3).
 
     Of n blocks, block i takes sides of `latent · compression · 2^(i - n)` and doubles them, so that the image has
     `compression` times the sides of the latent.
 
     Args:
-        latent_channels: Channels of the decoded latent, as the adapter hands it over.
+        in_channels: Channels of the latent as the adapter hands it over, which widens it before.
         channels: Channels of every block, coarse to fine; their number is the number of blocks.
         route_channels: Channels in which the first blocks get the latent; the first block has no other input.
         attention_depths: Self-attention layers of the first blocks.
@@ -175,10 +175,9 @@ class Decoder(nn.Module):
         ValueError: if a number lies outside its range, or options do not fit each other.
     """
 
-    @remembers_arguments
     def __init__(
         self,
-        latent_channels: int = 512,
+        in_channels: int = 512,
         channels: Sequence[int] = (512, 512, 512, 512, 256, 128),
         route_channels: Sequence[int] = (512, 256, 128, 128),
         attention_depths: Sequence[int] = (2, 2, 2),
@@ -197,7 +196,7 @@ class Decoder(nn.Module):
         route_downsampling: Downsampling = "unshuffle",
     ):
         super().__init__()
-        at_least(1, latent_channels=latent_channels, channels=channels, route_channels=route_channels)
+        at_least(1, in_channels=in_channels, channels=channels, route_channels=route_channels)
         at_least(1, w_channels=w_channels, pooled_size=pooled_size, compression=compression)
         at_least(1, attention_heads=attention_heads, attention_widening=attention_widening)
         at_least(0, attention_depths=attention_depths, num_res_blocks=num_res_blocks)
@@ -215,9 +214,9 @@ class Decoder(nn.Module):
             raise ValueError(f"route_downsampling: choose 'unshuffle' or 'pooling', given {route_downsampling!r}")
         routes = [*route_channels, *[0] * (num_blocks - len(route_channels))]
         depths = [*attention_depths, *[0] * (num_blocks - len(attention_depths))]
-        self.mapping = Mapping(latent_channels, w_channels, pooled_size)
+        self.mapping = Mapping(in_channels, w_channels, pooled_size)
         self.routes = nn.ModuleList(
-            LatentRoute(latent_channels, c, self.first_scale + i, route_activation, route_downsampling)
+            LatentRoute(in_channels, c, self.first_scale + i, route_activation, route_downsampling)
             for i, c in enumerate(route_channels)
         )
         self.blocks = nn.ModuleList()
