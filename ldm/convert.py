@@ -21,7 +21,7 @@ from ldm.samplers import Euler, EulerMaruyama, Sampler
 from vfm_vae.checkpoints import read_weights
 from vfm_vae.cli import short_errors
 from vfm_vae.data.latents import LatentStatistics
-from vfm_vae.pretrained import describe
+from vfm_vae.description import describe
 from vfm_vae.published import pick, read_yaml, remove_training, write_training
 
 __all__ = ["denoiser_from_published", "lightningdit_from_published", "reg_from_published", "to_published"]

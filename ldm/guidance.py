@@ -6,14 +6,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vfm_vae.description import Described
 from vfm_vae.options import at_least, within
-from vfm_vae.pretrained import remembers_arguments
 
 ConditionalField = Callable[[Tensor, Tensor, Tensor], Tensor]
 VelocityField = Callable[[Tensor, Tensor], Tensor]
 
 
-class Guidance:
+class Guidance(Described):
     """Draws predictions away from what the model says without a label, `u + scale · (c − u)`.
 
     Outside the interval (Kynkäänniemi et al. 2024, arXiv 2404.07724) and at scale 1 only `c` is computed.
@@ -30,7 +30,6 @@ class Guidance:
         ValueError: if an option lies outside its range.
     """
 
-    @remembers_arguments
     def __init__(
         self,
         scale: float = 1.0,

@@ -14,9 +14,10 @@ from ldm.normalization import LatentNormalization
 from ldm.samplers import Euler, Sampler
 from vfm_vae.checkpoints import read_checkpoint
 from vfm_vae.data.sampling import IndexedNoise
+from vfm_vae.description import describe
 from vfm_vae.finite import check_finite
 from vfm_vae.options import at_least, named_as
-from vfm_vae.pretrained import Pretrained, describe, load, read_pretrained, remembers_arguments
+from vfm_vae.pretrained import Pretrained, load, read_pretrained
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Samples
 from vfm_vae.vfm import Frozen
@@ -49,7 +50,6 @@ class LatentDiffusion(nn.Module, Pretrained):
         latent_source: Which tokenizer's latents these are, see `VFMVAE.latent_identity`; None where it is not known.
     """
 
-    @remembers_arguments
     def __init__(self, model: Denoiser, sampler: Sampler | None = None, guidance: Guidance | None = None):
         super().__init__()
         self.model = model

@@ -14,9 +14,9 @@ from torchdiffeq import odeint
 
 from ldm.guidance import VelocityField
 from ldm.path import score
+from vfm_vae.description import Described
 from vfm_vae.finite import not_finite
 from vfm_vae.options import at_least, positive
-from vfm_vae.pretrained import remembers_arguments
 
 Noise = Callable[[], Tensor]
 
@@ -38,7 +38,7 @@ def time_grid(steps: int, shift: float = 1.0) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-class Sampler(ABC):
+class Sampler(Described, ABC):
     """Integrates a velocity field from noise at t = 0 to data at t = 1."""
 
     @abstractmethod
@@ -66,7 +66,6 @@ class GridSampler(Sampler):
         ValueError: if an option lies outside its range.
     """
 
-    @remembers_arguments
     def __init__(self, steps: int = 250, shift: float = 1.0):
         at_least(2, steps=steps)
         positive(shift=shift)
@@ -123,7 +122,6 @@ class Dopri5(Sampler):
         rtol: Relative tolerance of a step.
     """
 
-    @remembers_arguments
     def __init__(self, atol: float = 1e-6, rtol: float = 1e-3):
         positive(atol=atol, rtol=rtol)
         self.atol, self.rtol = atol, rtol
@@ -155,7 +153,6 @@ class EulerMaruyama(Sampler):
         ValueError: if an option lies outside its range.
     """
 
-    @remembers_arguments
     def __init__(self, steps: int = 250, last: float = 0.04):
         at_least(2, steps=steps)
         if not 0 < last < 1:

@@ -230,8 +230,3 @@ def test_the_hub_gives_back_what_it_was_given(model, tmp_path, monkeypatch):
     assert model.push_to_hub("model", private=True, token="secret") == "https://hub/me/model/Upload model"
     loaded = VFMVAE.from_pretrained("me/model", revision="v1", token="secret")
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
-
-
-def test_a_class_that_does_not_remember_is_named():
-    with pytest.raises(ValueError, match="Linear does not say what it was made of"):
-        pretrained.describe(torch.nn.Linear(1, 1))

@@ -4,12 +4,10 @@
 kind of model needs. Nothing in a folder is unpickled, and only classes of this project are built from one.
 """
 
-import inspect
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from functools import wraps
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,42 +18,12 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from vfm_vae.checkpoints import fill, read_json, read_weights
+from vfm_vae.description import Described
 from vfm_vae.writing import put_tensors, whole_file
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PACKAGES = ("vfm_vae", "ldm")
-
-
-def remembers_arguments(init: Callable[..., None]) -> Callable[..., None]:
-    """Decorates an `__init__` so that the object keeps what it was made of, as `arguments`, by name."""
-    signature = inspect.signature(init)
-
-    @wraps(init)
-    def init_and_remember(self: Any, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        init(self, *args, **kwargs)
-        self.arguments = dict(list(bound.arguments.items())[1:])
-
-    return init_and_remember
-
-
-def describe(part: Any) -> dict[str, Any]:
-    """An object as configs have it: `class_path` and `init_args`, of which those that remember theirs are described.
-
-    Raises:
-        ValueError: if it does not remember its arguments.
-    """
-    if not hasattr(part, "arguments"):
-        raise ValueError(
-            f"{type(part).__name__} does not say what it was made of: decorate its __init__ with "
-            "vfm_vae.pretrained.remembers_arguments"
-        )
-    arguments = {
-        name: describe(value) if hasattr(value, "arguments") else value for name, value in part.arguments.items()
-    }
-    return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": arguments}
 
 
 def build(base: type, description: Mapping[str, Any]) -> Any:
@@ -73,7 +41,7 @@ def build(base: type, description: Mapping[str, Any]) -> Any:
     return parser.instantiate_classes(parser.parse_object({"model": json.loads(json.dumps(description))})).model
 
 
-class Pretrained:
+class Pretrained(Described):
     """A model that is saved, loaded and shared as a folder; mixed into an `nn.Module`."""
 
     @abstractmethod

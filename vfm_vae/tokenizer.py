@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from vfm_vae.checkpoints import read_checkpoint
 from vfm_vae.compilation import compile_regions
+from vfm_vae.description import describe
 from vfm_vae.modules.adapter import Adapter, AttentionProjection
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.modules.quantizer import QuantizedPosterior, VectorQuantizer
 from vfm_vae.options import named_as
-from vfm_vae.pretrained import Pretrained, describe, load, read_pretrained, remembers_arguments
+from vfm_vae.pretrained import Pretrained, load, read_pretrained
 from vfm_vae.types import Decoded
 from vfm_vae.vfm import FORMERLY, Frozen, FrozenVFM, check_vfm, sha256_of
 
@@ -50,7 +51,6 @@ class VFMVAE(nn.Module, Pretrained):
         ValueError: if the parts do not fit each other.
     """
 
-    @remembers_arguments
     def __init__(
         self,
         adapter: Adapter,

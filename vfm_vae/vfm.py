@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfm_vae import embedded  # noqa: F401  importing it registers the embedded model with timm
+from vfm_vae.description import Described
 from vfm_vae.images import Interpolation
 from vfm_vae.options import positive
 from vfm_vae.positions import Positions, antialias_positions_of, has_positions
-from vfm_vae.pretrained import remembers_arguments
 from vfm_vae.types import VFMFeatures
 from vfm_vae.vit_weights import load_vit, load_vit_from_source
 
@@ -163,7 +163,7 @@ class Frozen(nn.Module):
         return self._fingerprint
 
 
-class FrozenVFM(Frozen):
+class FrozenVFM(Frozen, Described):
     """A vision foundation model as a frozen encoder: images in, tokens of the layers asked for out, in float32.
 
     Layers are counted as the tokens see them: 0 is what enters the first block (after patch and position embedding),
@@ -198,7 +198,6 @@ class FrozenVFM(Frozen):
     mean: Tensor
     std: Tensor
 
-    @remembers_arguments
     def __init__(
         self,
         name: str,

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from vfm_vae.compilation import compile_regions
+from vfm_vae.description import Described
 from vfm_vae.options import at_least
 
 
@@ -28,7 +29,7 @@ class Prediction(NamedTuple):
     projected: Tensor | None = None
 
 
-class Denoiser(nn.Module, ABC):
+class Denoiser(nn.Module, Described, ABC):
     """Predicts the velocity of noisy latents, and of a class token where one is diffused along.
 
     Args:

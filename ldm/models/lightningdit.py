@@ -32,7 +32,6 @@ from ldm.models.layers import (
     zero_init,
 )
 from vfm_vae.options import at_least
-from vfm_vae.pretrained import remembers_arguments
 
 SIZES = {
     "B": Size(12, 768, 12),
@@ -74,7 +73,6 @@ class LightningDiT(Denoiser):
     rotary_cos: Tensor
     rotary_sin: Tensor
 
-    @remembers_arguments
     def __init__(
         self,
         in_channels: int = 32,

@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from ldm.models.layers import Size
 from ldm.models.lightningdit import LightningDiT
-from vfm_vae.pretrained import remembers_arguments
 
 SIZES = {
     "S": Size(12, 384, 6),
@@ -40,7 +39,6 @@ class SiT(LightningDiT):
 
     sizes: ClassVar[Mapping[str, Size]] = SIZES
 
-    @remembers_arguments
     def __init__(
         self,
         in_channels: int = 32,

@@ -7,7 +7,8 @@ from ldm import path
 from ldm.models.denoiser import Denoiser, Prediction
 from ldm.models.lightningdit import LightningDiT
 from ldm.models.sit import SiT
-from vfm_vae.pretrained import build, describe
+from vfm_vae.description import describe
+from vfm_vae.pretrained import build
 
 SMALL = {"in_channels": 3, "input_size": 4, "depth": 2, "width": 16, "num_heads": 2, "num_classes": 5}
 PROJECTOR = {"align_channels": 8, "align_depth": 1, "projector_width": 12}

@@ -12,7 +12,7 @@ from ldm.models.sit import SiT
 from ldm.pipeline import LatentDiffusion
 from ldm.samplers import Dopri5, Euler, EulerMaruyama, Heun
 from vfm_vae.data.latents import LatentStatistics
-from vfm_vae.pretrained import describe
+from vfm_vae.description import describe
 from vfm_vae.tokenizer import VFMVAE
 
 

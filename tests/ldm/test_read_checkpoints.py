@@ -8,7 +8,7 @@ from ldm.models.lightningdit import LightningDiT
 from ldm.normalization import LatentNormalization
 from ldm.pipeline import LatentDiffusion
 from vfm_vae.data.latents import LatentStatistics
-from vfm_vae.pretrained import describe
+from vfm_vae.description import describe
 from vfm_vae.saving import WholeCheckpoints
 from vfm_vae.stages import read_stage
 from vfm_vae.tokenizer import VFMVAE, FrozenTokenizer

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vfm_vae.description import Described
 from vfm_vae.modules.maps import pixel_unshuffle, without_autocast
 from vfm_vae.options import at_least
-from vfm_vae.pretrained import remembers_arguments
 
 Projection = Literal["attention", "conv"]
 
@@ -132,7 +132,7 @@ def unshuffle_tokens(tokens: Tensor, grid: tuple[int, int], factor: int) -> Tens
     return pixel_unshuffle(maps, factor).flatten(2).transpose(1, 2)
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, Described):
     """Between VFM tokens and latents (VFM-VAE, section 3.2).
 
     It computes in the precision of its weights, which training keeps in float32, whatever autocast says: in bfloat16
@@ -155,7 +155,6 @@ class Adapter(nn.Module):
         ValueError: if a number is below 1, or widths do not fit each other.
     """
 
-    @remembers_arguments
     def __init__(
         self,
         feature_channels: Sequence[int],

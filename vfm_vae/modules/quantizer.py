@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vfm_vae.description import Described
 from vfm_vae.options import at_least, positive
-from vfm_vae.pretrained import remembers_arguments
 
 
 class QuantizedPosterior:
-    """All its mass on one latent: the codewords nearest to the features. Stands in for a `DiagonalGaussian`.
+    """A posterior with all its mass on one latent, the codewords nearest to the features.
+
+    It has the methods of a `DiagonalGaussian`.
 
     Args:
         features: Unit slices of the encoder's output, `[K, N, D]` for K codebooks and N = B·h·w tokens.
@@ -25,8 +27,8 @@ class QuantizedPosterior:
         indices: int64 `[B, K, h, w]`, each in 0..V-1.
         mean: The codewords, `[B, C, h, w]` with C = K·D; their gradient goes to the features as if nothing had been
             quantised (straight-through, Bengio et al. 2013).
-        frequency: How often each codeword was taken in this batch, as a part of N, `[K, V]`.
-        usage: Percentage of codewords with a frequency above 0.01 / V in this batch, a float32 scalar.
+        frequency: The fraction of this batch's tokens that took each codeword, `[K, V]`.
+        usage: Percentage of codewords whose frequency in this batch is above 0.01 / V, a float32 scalar.
     """
 
     def __init__(
@@ -56,12 +58,12 @@ class QuantizedPosterior:
         return self.mean
 
     def moments(self) -> Tensor:
-        """A discrete latent has none.
+        """A discrete latent has no moments.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError("predict: moments are a Gaussian latent's, and this tokenizer has a quantizer; choose latents")
+        raise ValueError("predict: this tokenizer has a quantizer, so its latents have no moments; choose 'latents'")
 
     def kl(self) -> Tensor:
         """Divergence from a uniform prior over codewords, in nats, `[B]`: the constant `h·w·K·log V`, without gradient.
@@ -73,9 +75,9 @@ class QuantizedPosterior:
 
     @property
     def vq_loss(self) -> Tensor:
-        """Codewords drawn to features, and β times features to codewords (van den Oord et al. 2017, eq. 3), a scalar.
+        """Pulls codewords to features, and with weight β features to codewords (van den Oord et al. 2017, eq. 3).
 
-        The mean squared error, (1 + β) times in value: only the gradients of the two parts differ.
+        A scalar. Its value is (1 + β) times the mean squared error: only the gradients of the two parts differ.
         """
         codebook = F.mse_loss(self._codewords, self._features.detach())
         commitment = F.mse_loss(self._features, self._codewords.detach())
@@ -83,39 +85,41 @@ class QuantizedPosterior:
 
     @property
     def entropy_loss(self) -> Tensor:
-        """Entropy of a token's assignment less that of the batch's mean assignment, mean over codebooks, a scalar.
+        """Mean entropy of tokens' assignments minus the entropy of their mean, averaged over codebooks; a scalar.
 
-        The assignment is a softmax over `-‖f - c‖² / τ`; a low loss is certain of every token and uses all codewords
-        (Yu et al. 2024, MAGVIT-v2).
+        A token's assignment is a softmax over `-‖f - c‖² / τ`. The loss is low where every assignment is certain and
+        all codewords are used (Yu et al. 2024, MAGVIT-v2).
         """
         with torch.autocast(self._features.device.type, enabled=False):
             pairs = zip(self._features, self._codebooks, strict=True)
             return torch.stack([_entropy(*pair, self._temperature) for pair in pairs]).mean()
 
 
-class VectorQuantizer(nn.Module):
-    """Vector quantisation of slices of a latent, each by a codebook of its own (Ma et al. 2025, UniTok).
+class VectorQuantizer(nn.Module, Described):
+    """Vector quantisation of slices of a latent, each by its own codebook (Ma et al. 2025, UniTok).
 
-    Feature slices and codewords are brought to unit length, and the nearest codeword by cosine is taken. Everything is
-    computed in float32, under autocast too. Over several processes, usage is each one's own.
+    Feature slices and codewords are scaled to unit length, and each slice takes the codeword of largest cosine.
+    Everything is computed in float32, even under autocast. With several processes, each counts its own usage.
 
     Args:
-        vocabulary_size: Codewords of all codebooks together.
-        num_codebooks: Codebooks K, which share codewords and channels equally.
-        width: Channels C of the latent.
-        beta: Weight of the commitment in the quantisation loss.
-        temperature: τ of the entropy loss.
+        vocabulary_size: Number of codewords in all codebooks together; divisible by num_codebooks.
+        num_codebooks: Number of codebooks K, which share codewords and channels equally.
+        width: Channels C of the latent; divisible by num_codebooks.
+        beta: Weight of the commitment term in the quantisation loss.
+        temperature: Temperature τ of the entropy loss.
 
     Attributes:
         codebooks: Codewords before normalisation, `[K, V, D]` with V = vocabulary_size / K and D = width / K.
         frequency: Running frequencies of codewords in training, `[K, V]`.
-        updates: Training batches that they cover, an int64 scalar.
+        updates: How many training batches the frequencies cover, an int64 scalar.
 
     Raises:
         ValueError: if codewords or channels do not divide by the codebooks, or a number is out of range.
     """
 
-    @remembers_arguments
+    frequency: Tensor
+    updates: Tensor
+
     def __init__(
         self,
         vocabulary_size: int = 32768,
@@ -130,7 +134,7 @@ class VectorQuantizer(nn.Module):
         positive(temperature=temperature)
         for option, number in {"vocabulary_size": vocabulary_size, "width": width}.items():
             if number % num_codebooks:
-                raise ValueError(f"{option}: {number} does not divide by {num_codebooks} codebooks; give a multiple")
+                raise ValueError(f"{option}: {number} is no multiple of num_codebooks={num_codebooks}; choose one that is")
         self.width, self.beta, self.temperature = width, beta, temperature
         size, channels = vocabulary_size // num_codebooks, width // num_codebooks
         self.codebooks = nn.Parameter(torch.empty(num_codebooks, size, channels))
@@ -146,8 +150,9 @@ class VectorQuantizer(nn.Module):
             ValueError: if C is not the width.
         """
         if latents.shape[1] != self.width:
-            raise ValueError(f"width: the quantizer takes {self.width} channels, {latents.shape[1]} were given")
-        shape = (latents.shape[0], *latents.shape[2:])
+            raise ValueError(f"width: the quantizer takes {self.width} channels, but was given {latents.shape[1]}")
+        batch, _, rows, columns = latents.shape
+        shape = batch, rows, columns
         with torch.autocast(latents.device.type, enabled=False):
             features = F.normalize(split(latents.float(), len(self.codebooks)), dim=2)  # [K, N, D]
             codebooks = self._unit_codebooks()  # [K, V, D]
@@ -168,27 +173,30 @@ class VectorQuantizer(nn.Module):
             Latents, `[B, C, h, w]`.
 
         Raises:
-            ValueError: if the codebooks are other in number, the grid is another, or an index is out of range.
+            ValueError: if there are not K indices for each token, the grid has another size, or an index is out of
+                range.
         """
         num_codebooks, size, _ = self.codebooks.shape
         if indices.ndim < 3 or indices.shape[1] != num_codebooks:
             raise ValueError(f"indices: expected [B, {num_codebooks}, h, w], got {list(indices.shape)}")
-        grid = tuple(indices.shape[2:] if grid is None else grid)
-        if len(grid) != 2 or math.prod(grid) != indices.shape[2:].numel():
-            raise ValueError(f"grid: {list(grid)} are no rows and columns of indices {list(indices.shape)}")
+        sides = tuple(indices.shape[2:] if grid is None else grid)
+        if len(sides) != 2 or math.prod(sides) != indices.shape[2:].numel():
+            raise ValueError(
+                f"grid: indices {list(indices.shape)} do not fill rows and columns {list(sides)}; give h and w"
+            )
         if indices.numel() and (indices.min() < 0 or indices.max() >= size):
-            raise ValueError(f"indices: a codebook has codewords 0..{size - 1}, got {indices.min()}..{indices.max()}")
+            raise ValueError(f"indices: must be in 0..{size - 1}, got {indices.min()}..{indices.max()}")
         flat = indices.flatten(2).transpose(0, 1).flatten(1)  # [K, N]
-        return merge(gather_codewords(self._unit_codebooks(), flat), (indices.shape[0], *grid))
+        return merge(gather_codewords(self._unit_codebooks(), flat), (indices.shape[0], sides[0], sides[1]))
 
     def _unit_codebooks(self) -> Tensor:
         return F.normalize(self.codebooks.float(), dim=2)
 
     @torch.no_grad()
     def _count(self, frequency: Tensor, finite: Tensor) -> None:
-        """Averages frequencies: the first batch's are copied, then decay is 0.9 up to the 100th batch, 0.99 after."""
+        """Averages frequencies: copies the first batch's, then decays by 0.9 up to the 100th batch, 0.99 after."""
         decay = torch.where(self.updates < 100, 0.9, 0.99) * (self.updates > 0)
-        weight = (1 - decay) * finite  # a step that is skipped must leave no trace
+        weight = (1 - decay) * finite  # a step that gets skipped must leave no trace
         self.frequency.lerp_(frequency, weight)
         self.updates += finite
 
@@ -205,7 +213,7 @@ def merge(slices: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 @torch.no_grad()
 def nearest(features: Tensor, codebooks: Tensor) -> Tensor:
-    """The codeword `[K, V, D]` of largest cosine for each feature `[K, N, D]`, all of unit length: int64 `[K, N]`."""
+    """Indices (int64 `[K, N]`) of the codewords `[K, V, D]` nearest to features `[K, N, D]`, all of unit length."""
     # One codebook at a time: all similarities at once would take K times the memory, 4 GB for 128 images of 256 px.
     return torch.stack([(f @ c.mT).argmax(dim=1) for f, c in zip(features, codebooks, strict=True)])
 
@@ -216,7 +224,7 @@ def gather_codewords(codebooks: Tensor, indices: Tensor) -> Tensor:
 
 
 def frequency_of(indices: Tensor, size: int) -> Tensor:
-    """How often each of `size` codewords is among indices `[K, N]`, as a part of N: float32 `[K, size]`."""
+    """The fraction of indices `[K, N]` that each of `size` codewords has: float32 `[K, size]`."""
     counts = torch.zeros(len(indices), size, dtype=torch.int64, device=indices.device)
     return counts.scatter_add_(1, indices, torch.ones_like(indices)) / indices.shape[1]
 
