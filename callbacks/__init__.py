@@ -1,0 +1,33 @@
+"""What watches a run: callbacks for training and evaluation."""
+
+from callbacks.checkpoint import LastCheckpoint
+from callbacks.cknna import CKNNACallback
+from callbacks.distribution import DistributionCallback
+from callbacks.ema import EMA
+from callbacks.images import ReconstructionImages, SampleImages
+from callbacks.preemption import StopOnSignal
+from callbacks.probe import ClassAccuracyCallback, LinearProbeCallback
+from callbacks.rank_failure import EndTogether
+from callbacks.report import Report
+from callbacks.robustness import RobustnessCallback
+from callbacks.throughput import Throughput
+from callbacks.writers import LatentWriter, ReconstructionWriter, SampleWriter
+
+__all__ = [
+    "EMA",
+    "CKNNACallback",
+    "ClassAccuracyCallback",
+    "DistributionCallback",
+    "EndTogether",
+    "LastCheckpoint",
+    "LatentWriter",
+    "LinearProbeCallback",
+    "ReconstructionImages",
+    "ReconstructionWriter",
+    "Report",
+    "RobustnessCallback",
+    "SampleImages",
+    "SampleWriter",
+    "StopOnSignal",
+    "Throughput",
+]

@@ -1,22 +1,28 @@
 """The command lines' common part: LightningCLI with short errors and our defaults."""
 
+import importlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from vfm_vae.derived import complete
+from vfm_vae.former import upgrade, upgrade_word
 from vfm_vae.options import within
+from vfm_vae.run import Run
 from vfm_vae.saving import WholeCheckpoints, alike, local_path
 from vfm_vae.timeline import Timeline
 from vfm_vae.trial import cut_short_by, without_output
@@ -27,6 +33,9 @@ PACKAGES = ("vfm_vae", "ldm", "callbacks")
 MATMUL_PRECISION = "matmul_precision"
 UNTRAINED = "untrained"
 MAX_SEED = 2**32 - 1  # NumPy's
+CONFIGS = Path(__file__).parent / "configs"
+LOADER = "vfm_vae"
+set_loader(LOADER, lambda text: upgrade(get_loader("yaml")(text)), (yaml.YAMLError,))
 
 
 class SaveTrainingConfig(SaveConfigCallback):
@@ -52,11 +61,46 @@ class CLI(LightningCLI):
     """LightningCLI that reads checkpoints without unpickling objects, and lets configs have the last word.
 
     Trial runs (`vfm_vae.trial`) leave nothing behind, and only who asks for it measures a model without a checkpoint.
+    Configs of former versions are brought into this one's form, and options that follow from others are filled in.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is set before anything is built."""
+        parser.parser_mode = LOADER
+        parser.add_class_arguments(Run, "run", instantiate=False)
         add_matmul_precision(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses a command line, or a config as plain data; by default the command line of this process."""
+        importlib.import_module("callbacks")  # configs name classes without modules, once these are imported
+        if isinstance(args, Mapping | Namespace):
+            self.config = parser.parse_object(args)
+        else:
+            self.config = parser.parse_args(words(sys.argv[1:] if args is None else args))
+
+    def instantiate_classes(self) -> None:
+        """Builds everything by the completed config; what `config.yaml` keeps is the one that was given."""
+        self.given = self.config
+        self.config = self._completed()
+        super().instantiate_classes()
+
+    def _completed(self) -> Namespace:
+        config = self.config.clone()
+        options = config[self.subcommand]
+        fill_in(options.model, complete(options.model.as_dict()))
+        run = Run(**options.run.as_dict())
+        for callback in options.trainer.callbacks or []:
+            run.tell(callback)
+        return config
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Logs a run that has a name to its folder, unless the config has a logger of its own."""
+        self.config = self.given
+        options = self.config[self.subcommand]
+        if options.trainer.logger in (None, True):
+            logger = Run(**options.run.as_dict()).logger()
+            kwargs |= {} if logger is None else {"logger": logger}
+        return super().instantiate_trainer(**kwargs)
 
     def before_instantiate_classes(self) -> None:
         """Sets it."""
@@ -177,6 +221,52 @@ def run(module: type[LightningModule], datamodule: type[LightningDataModule], te
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [WholeCheckpoints(), Timeline()]},
         )
+
+
+def words(arguments: Sequence[str]) -> list[str]:
+    """A command line with today's names, and with the paths of its configs.
+
+    Raises:
+        ValueError: if there is no such config.
+    """
+    changed = [upgrade_word(word) for word in arguments]
+    for place, word in enumerate(changed):
+        option, equals, value = word.partition("=")
+        if option in ("-c", "--config") and equals:
+            changed[place] = f"{option}={find_config(value)}"
+        elif option in ("-c", "--config") and place + 1 < len(changed):
+            changed[place + 1] = find_config(changed[place + 1])
+    return changed
+
+
+def find_config(name: str) -> str:
+    """The file of a config: a file of one's own, or one that comes with this package.
+
+    Args:
+        name: Path of one's own, or the config's name in the package, such as `vfm_vae/strong.yaml`; with `configs/`
+            before it, too.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    ours = CONFIGS / name.removeprefix("configs/")
+    if Path(name).is_file() or not (name.endswith(".yaml") or ours.is_file()):
+        return name
+    if not ours.is_file():
+        raise ValueError(
+            f"config: there is no file {name!r}, and no config of that name comes with vfm_vae ({CONFIGS})"
+        )
+    return str(ours)
+
+
+def fill_in(config: Namespace, completed: Mapping[str, Any]) -> None:
+    """Sets the options of a parsed config that are null to what a completed copy says."""
+    for name, value in completed.items():
+        given = config.get(name)
+        if isinstance(given, Namespace) and isinstance(value, Mapping):
+            fill_in(given, value)
+        elif given is None:
+            config[name] = value
 
 
 def add_matmul_precision(parser: ArgumentParser) -> None:
