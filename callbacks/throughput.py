@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
+from vfm_vae.data.steps import batches_per_step
 from vfm_vae.options import at_least, positive
 from vfm_vae.types import num_images
 
@@ -90,7 +91,8 @@ class Throughput(Callback):
         self._meters = {}
         if stage == "fit":
             self._counts = []
-            per_step = getattr(pl_module, "accumulate_grad_batches", 1)  # batches of a step need not cost the same
+            # Where a module steps by itself, the batches of a step need not cost the same.
+            per_step = 1 if pl_module.automatic_optimization else batches_per_step(trainer)
             self._num_counted = -(-self.count_batches // per_step) * per_step
             pl_module.flops_per_batch = None
 

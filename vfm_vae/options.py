@@ -39,6 +39,16 @@ def within(low: float, high: float, **options: Number) -> None:
     _check(lambda number: low <= number <= high, f"in [{low}, {high}]", options)
 
 
+def one_of(option: str, given: str, *choices: str) -> None:
+    """Sees that an option is one of some words.
+
+    Raises:
+        ValueError: if not; the message names them.
+    """
+    if given not in choices:
+        raise ValueError(f"{option}: one of {', '.join(map(repr, choices))}, given {given!r}")
+
+
 def finite(**options: Number) -> None:
     """Sees that numbers are finite, whatever their sign; arguments and errors as of `at_least`."""
     _check(math.isfinite, "a finite number", options)

@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from vfm_vae.data.steps import batches_per_step
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.modules.maps import without_autocast
 from vfm_vae.optimization import step_unless
@@ -22,7 +23,7 @@ class TwoPlayers(LightningModule):
 
     Args:
         guard: Decides which steps are taken.
-        accumulate_grad_batches: Batches whose gradients make one step.
+        accumulate_grad_batches: Batches whose gradients make one step, where the data module doesn't divide steps.
         gradient_clip_val: Largest gradient norm of either player; None or 0 clips nothing.
 
     Attributes:
@@ -50,7 +51,7 @@ class TwoPlayers(LightningModule):
 
     def completes_step(self, batch_idx: int) -> bool:
         """Whether a batch is the last of those that make a step."""
-        return (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        return (batch_idx + 1) % batches_per_step(self.trainer) == 0 or self.trainer.is_last_batch
 
     def judge(self, **terms: Mapping[str, Tensor]) -> None:
         """Lets the guard see terms; a refusal holds for all that would make one step."""
@@ -61,7 +62,7 @@ class TwoPlayers(LightningModule):
         optimizer = self.optimizers()[player]
         # What was computed in float32 has its gradients in float32: autocast is for the forward pass alone.
         with self._accumulating(not step_ends), without_autocast(loss):
-            self.manual_backward(loss / self.accumulate_grad_batches)
+            self.manual_backward(loss / batches_per_step(self.trainer))
         if not step_ends:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

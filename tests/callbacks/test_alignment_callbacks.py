@@ -18,8 +18,9 @@ from callbacks.heatmap import block_heat_map
 from callbacks.probe import LinearProbeCallback
 from callbacks.report import Report
 from callbacks.robustness import RobustnessCallback
-from vfm_vae.data.datamodule import ImageNetDataModule, collate
+from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.folder import ImageFolderDataset
+from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.transforms import CentreCrop
 from vfm_vae.images import from_uint8
 from vfm_vae.metrics.alignment import cknna, prepare_features
@@ -169,7 +170,7 @@ def test_se_cknna_by_the_published_protocol(encoder, numbered, trainer, vfm):
 
 def test_images_without_names_are_numbered_in_their_order(encoder, val_batch, trainer, vfm):
     rows = list(zip(val_batch.images, val_batch.labels.tolist(), range(26), strict=True))
-    loader = torch.utils.data.DataLoader(rows, 7, collate_fn=collate)
+    loader = torch.utils.data.DataLoader(rows, 7, collate_fn=ImageDataset.collate)
     run = trainer(CKNNACallback([vfm], k=5, se_cknna="published", num_images=13))
     run.validate(encoder, loader, verbose=False)
     part = Batch(*(tensor[::2] for tensor in val_batch))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from callbacks.distribution import DistributionCallback
-from vfm_vae.data.datamodule import ImageNetDataModule, collate
+from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.sampling import EvaluationSampler
 from vfm_vae.images import from_uint8
 from vfm_vae.metrics.distribution import InceptionScore
@@ -113,7 +113,7 @@ def test_inception_score_over_ranks(root, expected, source):
     for rank in range(3):
         sampler = EvaluationSampler(module.val_set, 7, num_replicas=3, rank=rank)
         ranks.append(InceptionScore(len(LABELS), SPLIT, CLASSES))
-        for batch in reversed(list(DataLoader(module.val_set, 7, sampler=sampler, collate_fn=collate))):
+        for batch in reversed(list(DataLoader(module.val_set, 7, sampler=sampler, collate_fn=module.val_set.collate))):
             ranks[-1].update(logits_of(batch.images), batch.index)
     for other in ranks[1:]:
         ranks[0].merge_state(other)

@@ -15,7 +15,7 @@ from callbacks.distribution import DistributionCallback
 from callbacks.images import SampleImages
 from callbacks.probe import ClassAccuracyCallback
 from callbacks.writers import LatentWriter, SampleWriter, keep_settings
-from vfm_vae.data.datamodule import ImageNetDataModule, collate_latents
+from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import LatentDataset
 from vfm_vae.data.sampling import IndexedNoise
 from vfm_vae.images import from_uint8, quantised
@@ -106,7 +106,7 @@ class Sampled(ImageNetDataModule):
     def val_dataloader(self):
         if self.num_samples is None:
             rows = [(torch.zeros(2, 3, 3), 0, i) for i in range(6)]
-            return torch.utils.data.DataLoader(rows, 3, collate_fn=collate_latents)
+            return torch.utils.data.DataLoader(rows, 3, collate_fn=LatentDataset.collate)
         return self.test_dataloader()
 
     def train_dataloader(self):

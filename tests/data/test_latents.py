@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from vfm_vae.data.datamodule import ImageNetDataModule, collate_latents
+from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import (
     STATISTICS,
     LatentDataset,
@@ -247,7 +247,7 @@ def test_padding_has_the_shape_of_all_others(tmp_path, features):
     write(tmp_path, size=7, moments=True, features=features)
     dataset = LatentDataset(tmp_path, train=False)
     sampler = EvaluationSampler(dataset, 4, num_replicas=2, rank=1)
-    (batch,) = DataLoader(dataset, batch_size=4, sampler=sampler, collate_fn=collate_latents)
+    (batch,) = DataLoader(dataset, batch_size=4, sampler=sampler, collate_fn=dataset.collate)
     assert batch.real.sum() == 3 and len(batch.latents) == 4
     assert batch.features is None if features is None else batch.features.shape == (4, 5, 6)
 
@@ -256,7 +256,7 @@ def test_padding_has_the_shape_of_all_others(tmp_path, features):
 def test_a_batch_is_moved_and_pinned_with_its_features_or_without(tmp_path, features, monkeypatch):
     write(tmp_path, moments=True, features=features)
     dataset = LatentDataset(tmp_path, train=False)
-    batch = collate_latents([dataset[index] for index in range(3)])
+    batch = dataset.collate([dataset[index] for index in range(3)])
     moved = move_data_to_device(batch, torch.device("meta"))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())  # which needs a GPU
     pinned = pin_memory(batch)

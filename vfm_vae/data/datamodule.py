@@ -1,32 +1,26 @@
 """The DataModule that serves images to both models."""
 
-from collections.abc import Mapping, Sequence
-from inspect import signature
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
 
-from vfm_vae.data.folder import ImageFolderDataset, check_classes
-from vfm_vae.data.identity import names_digest
 from vfm_vae.data.images import ImageDataset
-from vfm_vae.data.latents import LatentDataset, LatentStatistics, split_folder
+from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.data.resuming import ResumableLoader
-from vfm_vae.data.sampling import Draw, EvaluationSampler, GivenOrder, TrainingSampler
-from vfm_vae.data.shards import ImageShardDataset, find_shards, read_index
+from vfm_vae.data.samples import SampleNumbers, SampleSet
+from vfm_vae.data.sampling import EvaluationSampler, GivenOrder, TrainingSampler
+from vfm_vae.data.small import SmallImages
+from vfm_vae.data.sources import SOURCES, Options, check_photos
+from vfm_vae.data.steps import Steps, divided, whole_steps
 from vfm_vae.data.transforms import CentreCrop, RandomCrop, ResizeAndCrop, Transform
 from vfm_vae.data.workers import outlive_signals
-from vfm_vae.embedded.photos import write_photos
-from vfm_vae.options import at_least, within
-from vfm_vae.types import Batch, LatentBatch
-from vfm_vae.writing import write_text
+from vfm_vae.options import at_least, one_of, within
 
 Split = Literal["train", "val"]
-
-TITLE = "# under "  # of a list of small images
 
 
 class ImageNetDataModule(LightningDataModule):
@@ -41,8 +35,13 @@ class ImageNetDataModule(LightningDataModule):
     Args:
         root: folder of the data set; with `source: photos`, where it is written; with `source: latents`, of the cache.
         image_size: side of the images in pixels.
-        batch_size: training images per batch, over all ranks: each gets `batch_size / ranks`.
-        val_batch_size: images per batch in validation, test and prediction, over all ranks; by default `batch_size`.
+        batch_size: training images of one step, over all GPUs. (Formerly of one batch, of which
+            `accumulate_grad_batches` made a step. That is still so without `micro_batch_size`.)
+        micro_batch_size: training images that one GPU takes at a time, at most. A GPU whose part of a step is larger
+            takes it in several batches and accumulates their gradients; `trainer.val_check_interval` then counts steps.
+            By default it takes its part at once.
+        val_batch_size: images per batch in validation, test and prediction, over all GPUs; by default as many as
+            training takes at a time.
         num_workers: loading processes per rank.
         source: `folder` reads folders at `root`; `shards` WebDataset's tars there, with the word `train` or `val` in
             their names; `photos` folders, after writing the embedded data set to `root` if it is missing; `latents` a
@@ -81,6 +80,7 @@ class ImageNetDataModule(LightningDataModule):
         root: str,
         image_size: int = 256,
         batch_size: int = 512,
+        micro_batch_size: int | None = None,
         val_batch_size: int | None = None,
         num_workers: int = 8,
         source: Literal["folder", "shards", "photos", "latents"] = "folder",
@@ -100,36 +100,40 @@ class ImageNetDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_choice("source", source, "folder", "shards", "photos", "latents")
-        _check_choice("crop", crop, "random", "centre")
-        _check_choice("evaluation_crop", evaluation_crop, "adm", "resize")
+        one_of("source", source, *SOURCES)
+        one_of("crop", crop, "random", "centre")
+        one_of("evaluation_crop", evaluation_crop, "adm", "resize")
         at_least(1, image_size=image_size, batch_size=batch_size, val_batch_size=val_batch_size)
-        at_least(1, mixed_shards=mixed_shards, num_samples=num_samples)
+        at_least(1, micro_batch_size=micro_batch_size, mixed_shards=mixed_shards, num_samples=num_samples)
         at_least(0, num_workers=num_workers, min_size=min_size, seed=seed)
         within(0, 1, max_bad_fraction=max_bad_fraction)
-        _check_photos(photos or {})
-        self.root = Path(root)
-        self.image_size = image_size
-        self.batch_size = batch_size
-        self.val_batch_size = val_batch_size or batch_size
-        self.num_workers = num_workers
-        self.source = source
-        self.photos = photos or {}
-        self.min_size = min_size
-        self.cache_dir = Path(cache_dir) if cache_dir else self.root
-        self.small_list = Path(small_list) if small_list else self.cache_dir / f"train_under_{min_size}px.txt"
-        self.mixed_shards = mixed_shards
+        check_photos(photos or {})
+        self.root, self.source, self.image_size, self.seed = Path(root), source, image_size, seed
+        self.batch_size, self.micro_batch_size, self.val_batch_size = batch_size, micro_batch_size, val_batch_size
+        self.num_workers, self.min_size, self.mixed_shards = num_workers, min_size, mixed_shards
+        self.predict, self.num_samples = tuple(predict), num_samples
         self.train_transform: Transform = RandomCrop(image_size, min_crop, resampling)
         if crop == "centre":
             self.train_transform = CentreCrop(image_size, flip=True)
         self.evaluation_crop = evaluation_crop
-        self.evaluation_transform = (CentreCrop if evaluation_crop == "adm" else ResizeAndCrop)(image_size)
-        self.exif_transpose, self.max_bad_fraction = exif_transpose, max_bad_fraction
-        self.predict, self.num_samples = tuple(predict), num_samples
-        self.seed = seed
-        self.train_set: ImageDataset | LatentDataset | None = None
-        self.val_set: ImageDataset | LatentDataset | None = None
-        self.predict_sets: dict[str, ImageDataset | LatentDataset | SampleNumbers] = {}
+        self.evaluation_transform: Transform = (CentreCrop if evaluation_crop == "adm" else ResizeAndCrop)(image_size)
+        cache = Path(cache_dir) if cache_dir else self.root
+        options = Options(
+            root=self.root,
+            cache_dir=cache,
+            train_transform=self.train_transform,
+            evaluation_transform=self.evaluation_transform,
+            small=SmallImages(min_size, cache, small_list),
+            photos=photos or {},
+            exif_transpose=exif_transpose,
+            max_bad_fraction=max_bad_fraction,
+            seed=seed,
+        )
+        self._source = SOURCES[source](options)
+        self._steps = Steps(batch_size, micro_batch_size)
+        self.train_set: SampleSet | None = None
+        self.val_set: SampleSet | None = None
+        self.predict_sets: dict[str, SampleSet] = {}
         self.predict_indices: dict[str, Sequence[int]] = {}
 
     def prepare_data(self) -> None:
@@ -137,20 +141,16 @@ class ImageNetDataModule(LightningDataModule):
 
         One process of each machine does it.
         """
-        if self.source == "photos":
-            write_photos(self.root, **self.photos)
-        if self.source == "shards":
-            for split in ("train", "val"):
-                if paths := find_shards(self.root, split):
-                    read_index(paths, self._shard_index(split), retry=True)
-        if self.min_size and self.source != "latents" and not self._small_list_is_new():
-            self._write_small_list()
+        self._source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
         """Finds the images or latents; reads none.
 
         Args:
             stage: `fit` takes the training images too, `predict` what is to be predicted alone.
+
+        Raises:
+            ValueError: if data is missing, or steps don't divide over GPUs and batches.
         """
         if stage == "predict":
             names = self.predict if self.num_samples is None else ("samples",)
@@ -158,12 +158,22 @@ class ImageNetDataModule(LightningDataModule):
             return
         if stage == "test" and self.num_samples is not None:
             return
+        if stage == "fit" and self.trainer is not None:
+            self._steps.begin(self.trainer)
         if stage in ("fit", None) and self.train_set is None:
-            self.train_set = self._training_set()
+            self.train_set = self._source.training()
         if self.val_set is None:
-            self.val_set = self._evaluated("val")
+            self.val_set = self._source.evaluated("val")
         if stage in ("validate", "test") and self.val_set is None:
             raise ValueError(f"root: there are no validation latents in {str(self.root)!r}, which has no folder 'val'")
+
+    def teardown(self, stage: str) -> None:
+        """Gives back what the trainer was changed in for training."""
+        self._steps.end(self.trainer)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Gives it back."""
+        self._steps.end(self.trainer)
 
     @property
     def classes(self) -> list[str]:
@@ -179,10 +189,7 @@ class ImageNetDataModule(LightningDataModule):
     @property
     def latent_statistics(self) -> LatentStatistics | None:
         """By which latents are normalised: the training split's; None where the data has none."""
-        if self.source != "latents":
-            return None
-        folder = self.root if any(self.root.glob("*.safetensors")) else self.root / "train"
-        return LatentStatistics.read(folder) if folder.is_dir() else None
+        return self._source.latent_statistics()
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented; on every rank the same number of full batches, which make whole steps.
@@ -190,15 +197,20 @@ class ImageNetDataModule(LightningDataModule):
         Raises:
             ValueError: if a validation would fall between the batches that make one step.
         """
-        size, ranks = self._share("batch_size", self.batch_size)
-        loading = self._loading(self.train_set)
+        dataset, ranks = self._trained(), self._ranks()
+        size, loading = self._steps.of_rank(ranks["num_replicas"]), self._loading(dataset)
         if self.trainer and self.trainer.overfit_batches:  # Lightning takes the first ones, in order, again and again
-            return DataLoader(self.train_set, batch_size=size, **loading)
-        ranks["batches_per_step"] = _batches_per_step(self.trainer)
-        if isinstance(self.train_set, ImageDataset):
-            ranks |= {"shards": self.train_set.shards, "mixed_shards": self.mixed_shards}
-        sampler = TrainingSampler(self.train_set, size, seed=self.seed, **ranks)
-        return ResumableLoader(self.train_set, batch_size=size, sampler=sampler, trainer=self.trainer, **loading)
+            return DataLoader(dataset, batch_size=size, **loading)
+        sampler = TrainingSampler(
+            dataset,
+            size,
+            seed=self.seed,
+            shards=dataset.shards,
+            mixed_shards=self.mixed_shards,
+            batches_per_step=whole_steps(self.trainer) if self.trainer else 1,
+            **ranks,
+        )
+        return ResumableLoader(dataset, batch_size=size, sampler=sampler, trainer=self.trainer, **loading)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Every validation image once, in order; padding that makes ranks equal has index -1. Nothing without any."""
@@ -216,10 +228,10 @@ class ImageNetDataModule(LightningDataModule):
 
     def spread_dataloader(self, num_images: int) -> DataLoader:
         """So many training images, spread evenly over the data set, which may be sorted by class; a rank's part."""
-        count = min(num_images, len(self.train_set))
-        positions = [number * len(self.train_set) // count for number in range(count)]
-        _, ranks = self._share("val_batch_size", self.val_batch_size)
-        return self._evaluation_loader(self.train_set, positions[ranks["rank"] :: ranks["num_replicas"]])
+        dataset, ranks = self._trained(), self._ranks()
+        count = min(num_images, len(dataset))
+        positions = [number * len(dataset) // count for number in range(count)]
+        return self._evaluation_loader(dataset, positions[ranks["rank"] :: ranks["num_replicas"]])
 
     def predict_dataloader(self) -> list[DataLoader]:
         """A loader for each of the `predict_sets`."""
@@ -228,142 +240,47 @@ class ImageNetDataModule(LightningDataModule):
             for name, dataset in self.predict_sets.items()
         ]
 
-    def _training_set(self) -> ImageDataset | LatentDataset:
-        if self.source == "latents":
-            return LatentDataset(split_folder(self.root, "train"), train=True, seed=self.seed)
-        lines = self.small_list.read_text().splitlines() if self.min_size else ()
-        small = [line for line in lines if not line.startswith(TITLE)]
-        dataset = self._images("train", self.train_transform, exclude=small)
-        if self.source != "shards":
-            check_classes(self.root, dataset.classes, "val")
-        return dataset
+    def _trained(self) -> SampleSet:
+        """The training set, once it was looked for."""
+        if self.train_set is None:
+            self.train_set = self._source.training()
+        return self.train_set
 
-    def _evaluated(self, split: str) -> ImageDataset | LatentDataset | None:
-        """A split without randomness; None for a cache of latents that lacks it."""
-        if self.source != "latents":
-            return self._images(split, self.evaluation_transform, replace_damaged=False)
-        folder = split_folder(self.root, split)
-        return None if folder is None else LatentDataset(folder, train=False, seed=self.seed)
-
-    def _predicted(self, name: str) -> "ImageDataset | LatentDataset | SampleNumbers":
-        dataset = SampleNumbers(self.num_samples) if name == "samples" else self._evaluated(name)
+    def _predicted(self, name: str) -> SampleSet:
+        drawn = self.num_samples is not None and name == "samples"
+        dataset = SampleNumbers(self.num_samples) if drawn else self._source.evaluated(name)
         if dataset is None:
             raise ValueError(f"root: the latents in {str(self.root)!r} have no split {name!r}")
         return dataset
 
-    def _evaluation_loader(self, dataset: Any, indices: Sequence[int] | None = None) -> DataLoader:
-        size, ranks = self._share("val_batch_size", self.val_batch_size)
+    def _evaluation_loader(self, dataset: SampleSet, indices: Sequence[int] | None = None) -> DataLoader:
+        ranks = self._ranks()
+        size = self._evaluated_at_once(ranks["num_replicas"])
         sampler = EvaluationSampler(dataset, size, **ranks) if indices is None else GivenOrder(dataset, indices)
         return DataLoader(dataset, batch_size=size, sampler=sampler, **self._loading(dataset))
 
-    def _images(self, split: str, transform: Transform, **kwargs: Any) -> ImageDataset:
-        kwargs |= {name: getattr(self, name) for name in ("seed", "exif_transpose", "max_bad_fraction")}
-        if self.source == "shards":
-            return ImageShardDataset(self.root, split, transform, index=self._shard_index(split), **kwargs)
-        return ImageFolderDataset(self.root, split, transform, **kwargs)
+    def _evaluated_at_once(self, num_ranks: int) -> int:
+        """One rank's part of a batch in evaluation."""
+        if self.val_batch_size is None and self.micro_batch_size is not None:
+            return max(1, min(self.micro_batch_size, self.batch_size // num_ranks))
+        return divided("val_batch_size", self.val_batch_size or self.batch_size, num_ranks)
 
-    def _shard_index(self, split: str) -> Path:
-        return self.cache_dir / f"{split}_shards.npz"
+    def _ranks(self) -> dict[str, int]:
+        """How many there are, and which is this."""
+        trainer = self.trainer
+        return {
+            "num_replicas": trainer.world_size if trainer else 1,
+            "rank": trainer.global_rank if trainer else 0,
+        }
 
-    def _share(self, option: str, batch_size: int) -> tuple[int, dict[str, int]]:
-        """One rank's part of a batch, and where this rank stands."""
-        num_ranks = self.trainer.world_size if self.trainer else 1
-        if batch_size < 1 or batch_size % num_ranks:
-            raise ValueError(
-                f"{option}: {batch_size} images in total don't divide over {num_ranks} ranks; give a multiple of "
-                f"{num_ranks}"
-            )
-        rank = self.trainer.global_rank if self.trainer else 0
-        return batch_size // num_ranks, {"num_replicas": num_ranks, "rank": rank}
-
-    def _loading(self, dataset: Any) -> dict[str, Any]:
-        num_workers = 0 if isinstance(dataset, SampleNumbers) else self.num_workers
+    def _loading(self, dataset: SampleSet) -> dict[str, Any]:
+        num_workers = self.num_workers if dataset.reads else 0
         return {
             "num_workers": num_workers,
-            "collate_fn": collate_latents if isinstance(dataset, LatentDataset) else collate,
+            "collate_fn": dataset.collate,
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": num_workers > 0,
             "worker_init_fn": outlive_signals,
             # Otherwise each new iterator would draw from the global generator, and noise would depend on it.
             "generator": torch.Generator(),
         }
-
-    def _small_list_is_new(self) -> bool:
-        """Whether it is there; one that was made here must be of these images, and as new as the index of shards."""
-        if not self.small_list.is_file():
-            return False
-        with open(self.small_list) as file:
-            title = file.readline().strip()
-        if title.startswith(TITLE) and title != self._title(self._images("train", self.evaluation_transform)):
-            return False
-        index = self._shard_index("train")
-        is_ours = self.small_list.parent == self.cache_dir and index.is_file()
-        return not is_ours or self.small_list.stat().st_mtime >= index.stat().st_mtime
-
-    def _write_small_list(self) -> None:
-        dataset = self._images("train", self.evaluation_transform)
-        lines = [self._title(dataset), *dataset.small(self.min_size)]
-        write_text(self.small_list, "".join(f"{line}\n" for line in lines), "small_list")
-
-    def _title(self, dataset: ImageDataset) -> str:
-        """Begins a list that is made here, and says of which images."""
-        return f"{TITLE}{self.min_size} px, of {len(dataset)} images: {names_digest(dataset)}"
-
-
-def _batches_per_step(trainer: Trainer | None) -> int:
-    """Batches whose gradients are accumulated, by the module where it does that itself.
-
-    Raises:
-        ValueError: if a validation would fall between them, where gradients would be lost.
-    """
-    if trainer is None:
-        return 1
-    number = getattr(trainer.lightning_module, "accumulate_grad_batches", trainer.accumulate_grad_batches)
-    interval = trainer.val_check_interval
-    if isinstance(interval, int) and not isinstance(interval, bool) and interval % number:
-        raise ValueError(
-            f"trainer.val_check_interval: {interval} batches end in the middle of a step, which takes {number} "
-            f"(accumulate_grad_batches); give a multiple of {number}"
-        )
-    return number
-
-
-class SampleNumbers(Dataset):
-    """The numbers of samples that are to be drawn, as batches that hold no images.
-
-    Args:
-        size: how many.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return self.size
-
-    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int, int]:
-        """Returns an empty image, label -1 and the number, which is -1 for padding."""
-        draw = Draw(draw) if isinstance(draw, int) else draw
-        return torch.zeros(3, 0, 0, dtype=torch.uint8), -1, -1 if draw.padding else draw.index
-
-
-def collate(samples: list[tuple]) -> Batch:
-    """(image, label, index) triples → `Batch`."""
-    return Batch(*default_collate(samples))
-
-
-def collate_latents(samples: list[tuple]) -> LatentBatch:
-    """(latent, label, index) triples, or those and features → `LatentBatch`."""
-    return LatentBatch(*default_collate(samples))
-
-
-def _check_photos(arguments: Mapping[str, int]) -> None:
-    for name, value in arguments.items():
-        _check_choice("photos", name, *list(signature(write_photos).parameters)[1:])
-        at_least(0 if name == "seed" else 1, **{f"photos.{name}": value})
-
-
-def _check_choice(option: str, given: str, *choices: str) -> None:
-    if given not in choices:
-        raise ValueError(f"{option}: one of {', '.join(map(repr, choices))}, given {given!r}")

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,17 +13,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from vfm_vae.data.decoding import decode
 from vfm_vae.data.listing import EXTENSIONS
+from vfm_vae.data.samples import SampleSet
 from vfm_vae.data.sampling import Draw
 from vfm_vae.data.transforms import Transform
 
 log = logging.getLogger(__name__)
 
 
-class ImageDataset(Dataset, ABC):
+class ImageDataset(SampleSet):
     """Images by number; subclasses say where they lie.
 
     A damaged image is named in the log once and counted, over all workers of this rank. In training the next good image
@@ -42,15 +42,12 @@ class ImageDataset(Dataset, ABC):
 
     Attributes:
         classes: names of the classes; a label is a position in this list.
-        labels: class indices, int64 `[num_images]`.
-        shards: number of the file that each image lies in, int64 `[num_images]`, where many share one; else None.
 
     Raises:
         ValueError: a label is negative; too many images are damaged: at once, or when reading.
     """
 
     classes: list[str]
-    shards: np.ndarray | None = None
 
     def __init__(
         self,

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from vfm_vae.checkpoints import open_tensors, read_json, read_weights
+from vfm_vae.data.samples import SampleSet
 from vfm_vae.data.sampling import Draw, seed_of
 from vfm_vae.finite import not_finite
+from vfm_vae.types import LatentBatch
 from vfm_vae.writing import write_torch
 
 STATISTICS, IDENTITY = "latents_stats.pt", "latents.json"
@@ -174,7 +175,7 @@ def split_folder(root: str | Path, split: str) -> Path | None:
     return folder
 
 
-class LatentDataset(Dataset):
+class LatentDataset(SampleSet):
     """Latents of a cache's split, memory-mapped.
 
     In training, each time an image is drawn, a coin says whether the plain or the mirrored view is taken, where the
@@ -186,7 +187,6 @@ class LatentDataset(Dataset):
         seed: of the draws.
 
     Attributes:
-        labels: class indices, int64 `[num_images]`.
         shape: (C, h, w) of a latent.
         tokenizer: what the cache says of its tokenizer; None where it says nothing.
         features_shape: (1 + N, D) of the features that the cache holds for each image; None where it holds none.
@@ -196,6 +196,8 @@ class LatentDataset(Dataset):
         ValueError: a shard can't be read, differs from the others or has a negative label; there are features
             beside mirrored views.
     """
+
+    batch_type = LatentBatch
 
     def __init__(self, folder: str | Path, train: bool, seed: int = 0) -> None:
         self.folder, self.train, self.seed = Path(folder), train, seed

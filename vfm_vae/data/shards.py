@@ -149,6 +149,11 @@ def _opened(path: str) -> BinaryIO:
     return open(path, "rb", buffering=0)
 
 
+def shard_index(folder: Path, split: str) -> Path:
+    """File that keeps the index of a split's shards in a folder."""
+    return folder / f"{split}_shards.npz"
+
+
 def find_shards(root: str | Path, split: str) -> list[Path]:
     """The shards of a split, sorted by name: those with its word in their names, and those in its folder.
 

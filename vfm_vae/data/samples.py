@@ -1,0 +1,66 @@
+"""What data sets have in common, whatever they hold, and the one that holds numbers alone."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from vfm_vae.data.sampling import Draw
+from vfm_vae.types import Batch, LatentBatch
+
+
+class SampleSet(Dataset[tuple[Any, ...]], ABC):
+    """Samples by number, each a tuple of what a batch has, in that order.
+
+    Attributes:
+        batch_type: what samples are put together to; a field that it has by default may be left out of all samples.
+        reads: whether samples take time to read, so that workers are worth their while.
+        labels: class indices, int64 `[num_samples]`.
+        shards: number of the file that each sample lies in, int64 `[num_samples]`, where many share one and are best
+            read one after the other; else None.
+    """
+
+    batch_type: ClassVar[type[Batch] | type[LatentBatch]] = Batch
+    reads: ClassVar[bool] = True
+    labels: np.ndarray
+    shards: np.ndarray | None = None
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def __getitem__(self, draw: Draw | int) -> tuple[Any, ...]:
+        """One sample; its index is -1 where it is padding."""
+
+    @classmethod
+    def collate(cls, samples: Sequence[tuple[Any, ...]]) -> Batch | LatentBatch:
+        """Samples to a batch."""
+        return cls.batch_type(*default_collate(list(samples)))
+
+
+class SampleNumbers(SampleSet):
+    """The numbers of samples that are to be drawn, as batches that hold no images.
+
+    Args:
+        size: how many.
+    """
+
+    reads = False
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.labels = np.full(size, -1)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self.size
+
+    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int, int]:
+        """Returns an empty image, label -1 and the number, which is -1 for padding."""
+        draw = Draw(draw) if isinstance(draw, int) else draw
+        return torch.zeros(3, 0, 0, dtype=torch.uint8), -1, -1 if draw.padding else draw.index

@@ -1,0 +1,105 @@
+"""How the images of a step are divided: over GPUs, and on each of them into batches, one after the other."""
+
+from typing import TypeGuard
+
+from lightning.pytorch import Trainer
+
+
+class Steps:
+    """Gives a step as many images whatever the GPUs: what they can't take at once is accumulated.
+
+    From `begin` to `end`, the trainer accumulates as many batches as make a step, and the steps between two
+    validations, its `val_check_interval`, become batches. Without `micro_batch_size` it is left as it is: a batch is
+    then what `batch_size` says, and options named `accumulate_grad_batches` say how many of them make a step.
+
+    Args:
+        batch_size: images of a step, over all GPUs.
+        micro_batch_size: images that a GPU takes at a time, at most; None leaves steps to the trainer.
+    """
+
+    def __init__(self, batch_size: int, micro_batch_size: int | None) -> None:
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self._given: tuple[int, int | float | None] | None = None  # what the trainer had before
+
+    def of_rank(self, num_ranks: int) -> int:
+        """Images that one of so many GPUs takes at a time.
+
+        Raises:
+            ValueError: if a step does not divide like that.
+        """
+        share = divided("batch_size", self.batch_size, num_ranks)
+        most = min(self.micro_batch_size or share, share)
+        if share % most:
+            fitting = next(size for size in range(most, 0, -1) if share % size == 0)
+            raise ValueError(
+                f"micro_batch_size: {share} images of a step on each GPU (batch_size {self.batch_size}, {num_ranks} in "
+                f"all) don't divide into batches of {most}; give {fitting}, or another batch_size"
+            )
+        return most
+
+    def begin(self, trainer: Trainer) -> None:
+        """Makes a trainer accumulate, before it trains.
+
+        Raises:
+            ValueError: if a step does not divide, or it is said twice how many batches make one.
+        """
+        if self.micro_batch_size is None or self._given is not None:
+            return
+        if (number := batches_per_step(trainer)) > 1:
+            raise ValueError(
+                f"micro_batch_size: says how many batches make a step, and so does accumulate_grad_batches ({number}); "
+                "leave the latter out, and let batch_size be that of a whole step"
+            )
+        interval = getattr(trainer, "val_check_interval", None)  # none where validations go by the clock
+        self._given = trainer.accumulate_grad_batches, interval
+        number = self.batch_size // (self.of_rank(trainer.world_size) * trainer.world_size)
+        trainer.accumulate_grad_batches = number
+        if counts_batches(interval):
+            trainer.val_check_interval = interval * number
+
+    def end(self, trainer: Trainer) -> None:
+        """Gives the trainer back what it had."""
+        if self._given is not None:
+            trainer.accumulate_grad_batches, interval = self._given
+            if interval is not None:
+                trainer.val_check_interval = interval
+            self._given = None
+
+
+def batches_per_step(trainer: Trainer) -> int:
+    """Batches whose gradients make one step: by the trainer, or by an option of a module that steps by itself."""
+    return max(trainer.accumulate_grad_batches, getattr(trainer.lightning_module, "accumulate_grad_batches", 1))
+
+
+def whole_steps(trainer: Trainer) -> int:
+    """The same, for training that validates between steps.
+
+    Raises:
+        ValueError: if a validation would fall between the batches of a step, where gradients would be lost.
+    """
+    number, interval = batches_per_step(trainer), getattr(trainer, "val_check_interval", None)
+    if counts_batches(interval) and interval % number:
+        raise ValueError(
+            f"trainer.val_check_interval: {interval} batches end in the middle of a step, which takes {number} "
+            f"(accumulate_grad_batches); give a multiple of {number}"
+        )
+    return number
+
+
+def divided(option: str, batch_size: int, num_ranks: int) -> int:
+    """One rank's part of a batch.
+
+    Raises:
+        ValueError: if the option's images don't divide over the ranks.
+    """
+    if batch_size < 1 or batch_size % num_ranks:
+        raise ValueError(
+            f"{option}: {batch_size} images in total don't divide over {num_ranks} ranks; give a multiple of "
+            f"{num_ranks}"
+        )
+    return batch_size // num_ranks
+
+
+def counts_batches(interval: int | float | None) -> TypeGuard[int]:
+    """Whether an interval between validations is a number of batches, not a share of an epoch."""
+    return isinstance(interval, int) and not isinstance(interval, bool)
