@@ -73,7 +73,7 @@ def test_options_that_do_not_fit():
         adapter(layer_channels=[12, 8])
     with pytest.raises(ValueError, match="projection 'mlp' is unknown"):
         adapter(encode_projection="mlp")
-    with pytest.raises(ValueError, match="2 layers of features, 1 were given"):
+    with pytest.raises(ValueError, match="2 layers of features, but was given 1"):
         adapter().encode([torch.randn(1, 16, 32)], (4, 4))
     with pytest.raises(ValueError, match="3x4 does not divide by unshuffle=2"):
         adapter().encode([torch.randn(1, 12, 32), torch.randn(1, 12, 16)], (3, 4))

@@ -1,4 +1,4 @@
-"""Differentiable augmentation of what a discriminator sees (Zhao et al., 2020, arXiv 2006.10738)."""
+"""Differentiable augmentation of a discriminator's images (Zhao et al., 2020, arXiv 2006.10738)."""
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +10,18 @@ from vfm_vae.options import at_least, within
 class DifferentiableAugmentation(nn.Module):
     """Brightness, saturation, contrast, translation and cutout, in this order, drawn anew for every sample.
 
-    Works in [-1, 1], so that what is filled with zeros is grey. Draws come from the global generator of the images'
-    device. A strength of 0 leaves its part out.
+    Images are in [-1, 1], so that areas filled with zeros are grey. Random numbers come from the global generator of
+    the images' device. A strength of 0 leaves its part out.
 
     Args:
-        brightness: `x + U(-brightness, brightness)`.
-        saturation: distances from the mean over channels, times `U(1 - saturation, 1 + saturation)`.
-        contrast: distances from the mean over the sample, times `U(1 - contrast, 1 + contrast)`.
-        translation: largest shift along each axis, as a share of the side; whole pixels, zeros move in.
-        cutout: side of a square of zeros, as a share of the image's; its centre lies anywhere in the image.
+        brightness: Adds `U(-brightness, brightness)` to all pixels.
+        saturation: Multiplies differences from the mean over channels by `U(1 - saturation, 1 + saturation)`.
+        contrast: Multiplies differences from the image's mean by `U(1 - contrast, 1 + contrast)`.
+        translation: Largest shift along each axis as a fraction of the image, in whole pixels; zeros move in.
+        cutout: Side of a square that is set to zero, as a fraction of the image; its centre lies anywhere in the image.
 
     Raises:
-        ValueError: if a strength is negative, or a share above 1.
+        ValueError: if a strength is negative, or a fraction is above 1.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ def _translate(images: Tensor, ratio: float) -> Tensor:
     for side in (width, height):
         largest = int(side * ratio + 0.5)
         pixels = torch.randint(-largest, largest + 1, (num,), device=images.device)
-        shifts.append(2 * pixels.to(images.dtype) / side)  # a grid of PyTorch's spans [-1, 1]
+        shifts.append(2 * pixels.to(images.dtype) / side)  # PyTorch's grids span [-1, 1]
     theta = torch.eye(2, device=images.device, dtype=images.dtype).expand(num, 2, 2)
     theta = torch.cat([theta, torch.stack(shifts, 1).unsqueeze(2)], 2)  # [B, 2, 3]
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
@@ -81,7 +81,7 @@ def _cut_out(images: Tensor, ratio: float) -> Tensor:
     inside = []
     for side in images.shape[-2:]:
         length = int(side * ratio + 0.5)
-        # A square of even length is centred between pixels, of which there is one more.
+        # A square of even length is centred between pixels, where there is one more place.
         first = torch.randint(0, side + 1 - length % 2, (len(images), 1), device=images.device) - length // 2
         position = torch.arange(side, device=images.device)  # [side]
         inside.append((position >= first) & (position < first + length))  # [B, side]

@@ -11,12 +11,12 @@ from vfm_vae.modules.maps import uses_native_kernels
 
 
 class LocalBatchNorm(nn.Module):
-    """Batch norm over small groups of consecutive samples, without running statistics: training and eval are alike.
+    """Batch norm over small groups of consecutive samples, without running statistics: the same in training and eval.
 
     Args:
-        num_channels: channels of the input.
-        virtual_batch_size: largest group; a batch of B makes ⌈B / virtual_batch_size⌉ equal groups.
-        eps: added to the (biased) variance.
+        num_channels: Channels of the input.
+        virtual_batch_size: Largest group size; a batch of B makes ⌈B / virtual_batch_size⌉ equal groups.
+        eps: Added to the (biased) variance.
     """
 
     def __init__(self, num_channels: int, virtual_batch_size: int = 8, eps: float = 1e-5) -> None:
@@ -41,7 +41,7 @@ class LocalBatchNorm(nn.Module):
         if x.ndim == 4 and not uses_native_kernels(x):  # folding would undo the memory layout
             normalise = partial(F.batch_norm, running_mean=None, running_var=None, training=True, eps=self.eps)
             return torch.cat([normalise(part, weight=self.weight, bias=self.bias) for part in x.chunk(groups)])
-        # Groups become channels, so that one fused kernel does it.
+        # Groups become channels, so that one fused kernel normalises all.
         folded = x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)  # [B/G, G·C, ...]
         weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)
         folded = F.batch_norm(folded, None, None, weight, bias, training=True, eps=self.eps)

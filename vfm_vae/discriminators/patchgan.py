@@ -18,11 +18,11 @@ class PatchDiscriminator(nn.Module):
     in LeakyReLU(0.2); all but the first and the last have a local batch norm before it.
 
     Args:
-        num_layers: convolutions that halve the size.
-        base_channels: width of layer 0; each layer doubles it.
-        max_channels: where the doubling stops.
-        kernel_size: of every convolution, padded by half of it, so that an even kernel makes each map larger by one.
-        virtual_batch_size: group size of the local batch norm.
+        num_layers: Number of convolutions that halve the size.
+        base_channels: Width of the first layer; each layer doubles it.
+        max_channels: Largest width.
+        kernel_size: Kernel of every convolution, padded by half of it: an even kernel makes each map larger by one.
+        virtual_batch_size: Largest group of the local batch norm.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if i < num_layers else 1
             convolution = nn.Conv2d(width_in, width_out, kernel_size, stride, padding=kernel_size // 2)
             nn.init.normal_(convolution.weight, std=0.02)
-            layer = OrderedDict(convolution=convolution)
+            layer: OrderedDict[str, nn.Module] = OrderedDict(convolution=convolution)
             if 0 < i <= num_layers:
                 layer["norm"] = LocalBatchNorm(width_out, virtual_batch_size)
             if i <= num_layers:
@@ -48,7 +48,7 @@ class PatchDiscriminator(nn.Module):
             self.layers.append(nn.Sequential(layer))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """What every layer gives.
+        """Computes every layer's output.
 
         Args:
             images: `[B, 3, H, W]`.
@@ -65,18 +65,18 @@ class PatchDiscriminator(nn.Module):
 
 
 class PatchGAN(nn.Module):
-    """Judges patches of images at several scales, each with a discriminator of its own.
+    """Judges patches of images at several scales, each with its own discriminator.
 
-    Training and evaluation are alike, and images are not augmented. Everything is computed in float32 whatever autocast
-    says. Weights of convolutions start from N(0, 0.02²), their biases as PyTorch has them.
+    It is the same in training and evaluation, and does not augment images. Everything is computed in float32, even
+    under autocast. Weights of convolutions are initialised from N(0, 0.02²), their biases by PyTorch's default.
 
     Args:
-        num_scales: discriminators; each but the first sees images of half the size of the one before.
-        num_layers: convolutions of stride 2 in each; two of stride 1 follow.
-        base_channels: width of the first layer; each layer doubles it, up to `max_channels`.
-        max_channels: largest width.
-        kernel_size: of every convolution.
-        virtual_batch_size: group size of the local batch norm.
+        num_scales: Number of discriminators; each after the first sees images of half the size of the one before.
+        num_layers: Number of convolutions of stride 2 in each discriminator; two of stride 1 follow.
+        base_channels: Width of the first layer; each layer doubles it, up to `max_channels`.
+        max_channels: Largest width.
+        kernel_size: Kernel of every convolution.
+        virtual_batch_size: Largest group of the local batch norm.
 
     Raises:
         ValueError: if a number of scales, layers or channels is below 1.
@@ -103,15 +103,15 @@ class PatchGAN(nn.Module):
         self.scales = nn.ModuleList(PatchDiscriminator(**options) for _ in range(num_scales))
 
     def forward(self, images: Tensor) -> list[list[Tensor]]:
-        """What every layer at every scale gives; its last tensor is the logits, high for real images.
+        """Computes every layer's output at every scale; each scale's last tensor is the logits, high for real images.
 
-        Real and generated images go through separately, for the local batch norm mixes what goes together.
+        Real and generated images must go through separately, because the local batch norm mixes samples of a batch.
 
         Args:
-            images: `[B, 3, H, W]` in [-1, 1]; B divides by the virtual batch size or is smaller.
+            images: `[B, 3, H, W]` in [-1, 1]; B is a multiple of the virtual batch size, or smaller.
 
         Returns:
-            For each scale, the full size first, float32 `[B, C_i, h_i, w_i]` of each of the `num_layers + 2` layers.
+            For each scale, full size first, the outputs of its `num_layers + 2` layers, float32 `[B, C_i, h_i, w_i]`.
 
         Raises:
             ValueError: if B doesn't divide into equal groups.

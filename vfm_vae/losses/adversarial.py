@@ -14,7 +14,7 @@ Logits = Tensor | Sequence[Tensor]
 
 
 def hinge_discriminator_loss(real: Logits, generated: Logits) -> tuple[Tensor, Tensor]:
-    """Hinge loss of the discriminator (Lim & Ye, 2017), as its two terms: their sum is minimised.
+    """Hinge loss of the discriminator (Lim & Ye, 2017), as two terms whose sum is minimised.
 
     Returns:
         `mean relu(1 - real)` and `mean relu(1 + generated)`, float32 scalars.
@@ -33,7 +33,7 @@ def least_squares_discriminator_loss(real: Logits, generated: Logits) -> tuple[T
     Unlike in the paper, neither term is halved.
 
     Returns:
-        `mean (real - 1)²` and `mean generated²`, float32 scalars: their sum is minimised.
+        `mean (real - 1)²` and `mean generated²`, float32 scalars whose sum is minimised.
     """
     return _mean(real, lambda logits: (logits - 1).square()), _mean(generated, torch.square)
 
@@ -50,9 +50,9 @@ def feature_matching_loss(real: Sequence[Sequence[Tensor]], generated: Sequence[
     layers. With five outputs per scale the factor 4/4 leaves the sum over layers as it is.
 
     Args:
-        real: for each scale, the outputs of all layers, the last of which is the logits and takes no part. No gradient
-            goes into them.
-        generated: the same of as many generated images.
+        real: For each scale, the outputs of all layers for real images. The last, the logits, is not compared. They
+            receive no gradient.
+        generated: The same for as many generated images.
 
     Returns:
         A float32 scalar.

@@ -1,4 +1,4 @@
-"""Guard against steps that would ruin the weights."""
+"""A guard that skips steps which would ruin the weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,30 +10,30 @@ from vfm_vae.options import at_least, positive, unless_infinite
 
 
 class NonFiniteGuard:
-    """Decides whether a step may be taken; all ranks decide together, so that none goes on alone.
+    """Decides whether a training step may be taken. All ranks decide together.
 
-    A step is refused when on any rank
+    A step is refused if on any rank
 
-    - a term is not finite (from the first step on), or
-    - a reconstruction term is more than `jump` times that of the last accepted step, or
-    - an adversarial term is above `adversarial_limit`.
+    - a loss is not finite, or
+    - a reconstruction loss is more than `jump` times that of the last accepted step, or
+    - an adversarial loss is above `adversarial_limit`.
 
-    The last two begin `grace_images` images after the start or a resume: until then losses may rightly move that fast.
+    The last two rules begin `grace_images` images after the start or a resume: until then losses may well move so fast.
 
-    Decisions stay on the device: nothing here waits for it but `num_skipped`, `check` and `state_dict`.
+    Decisions stay on the device: only `num_skipped`, `check` and `state_dict` wait for it.
 
     Args:
-        jump: largest allowed ratio of a reconstruction term to its last accepted value.
-        floor: a last value at or below this allows any jump.
-        adversarial_limit: largest allowed adversarial term.
-        grace_images: images, over all ranks, before anything but finiteness is asked for.
-        max_in_a_row: as many steps refused in a row end the training, which stands still.
+        jump: Largest allowed ratio of a reconstruction loss to its last accepted value; infinite for no limit.
+        floor: If the last accepted value is at or below this, any jump is allowed.
+        adversarial_limit: Largest allowed adversarial loss; infinite for no limit.
+        grace_images: For so many images over all ranks, only losses that are not finite are refused.
+        max_in_a_row: Training ends with an error after so many refused steps in a row.
 
     Raises:
         ValueError: if an option lies outside its range.
 
     Attributes:
-        skipped: steps refused so far, former runs included, an integer on the device.
+        skipped: How many steps were refused so far, earlier runs included; an integer tensor on the device.
     """
 
     def __init__(
@@ -71,17 +71,17 @@ class NonFiniteGuard:
         others: Mapping[str, Tensor] | None = None,
         already: Tensor | None = None,
     ) -> Tensor:
-        """Says whether the step with these terms must not be taken; every rank asks alike.
+        """Decides whether to refuse the step with these losses; every rank must ask with the same names.
 
         Args:
-            images_seen: images trained on so far, over all ranks.
-            reconstruction: scalars that fall slowly, by name.
-            adversarial: scalars of the two-player game, by name.
-            others: scalars of which nothing but finiteness is asked.
-            already: what was said of other terms of this step; once it was refused, it stays so and counts once.
+            images_seen: How many images training has seen so far, over all ranks.
+            reconstruction: Reconstruction losses by name, scalars.
+            adversarial: Adversarial losses by name, scalars.
+            others: Other scalars, which only have to be finite.
+            already: The decision on earlier losses of this step; once refused, a step stays refused and counts once.
 
         Returns:
-            1 or 0, a float32 scalar on the terms' device.
+            1 to refuse or 0, a float32 scalar on the losses' device.
         """
         if self._first_images is None:
             self._first_images = images_seen
@@ -95,35 +95,35 @@ class NonFiniteGuard:
             refused = torch.maximum(refused, before)
             self.skipped = self.skipped.to(refused.device, non_blocking=True) + (refused > before)
             for name, term in reconstruction.items():
-                # The last accepted value; below the floor where there is none, so that the next may be any.
+                # The last accepted value, or 0 where there is none, after which any value is allowed.
                 last = self._previous.get(name, torch.zeros(()))
                 self._previous[name] = torch.where(refused > 0, last.to(term.device, non_blocking=True), term.detach())
         return refused
 
     def end_step(self, refused: Tensor) -> None:
-        """Takes note of what was said of a whole step, 1 or 0."""
+        """Counts refused steps in a row, given the decision on a whole step, 1 or 0."""
         self._in_a_row = (self._in_a_row.to(refused.device, non_blocking=True) + 1) * (refused > 0)
 
     def check(self) -> None:
-        """Looks whether training goes on at all; this waits for the device.
+        """Checks that training makes progress; this waits for the device.
 
         Raises:
-            ValueError: if too many steps in a row, up to the last one, were refused.
+            ValueError: if the last `max_in_a_row` steps were all refused.
         """
         if self._in_a_row >= self.max_in_a_row:
             raise ValueError(
-                f"guard.max_in_a_row: the last {int(self._in_a_row)} steps were refused, their losses or gradients not "
-                "being finite or within the guard's limits: look at the data, or go on from the last checkpoint with a "
-                "lower learning rate"
+                f"guard.max_in_a_row: the last {int(self._in_a_row)} steps were refused, because losses or gradients "
+                "were not finite or beyond the guard's limits: check the data, or resume from the last checkpoint with "
+                "a lower learning rate"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores: numbers only."""
+        """The numbers that a checkpoint stores."""
         previous = {name: float(term) for name, term in self._previous.items()}
         return {"num_skipped": self.num_skipped, "previous": previous}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from `state`; the grace period begins anew."""
+        """Continues from `state`; the grace period starts again."""
         self.skipped = torch.tensor(state["num_skipped"])
         self._previous = {name: torch.tensor(value) for name, value in state["previous"].items()}
         self._first_images = None
@@ -135,12 +135,12 @@ class NonFiniteGuard:
         others: Mapping[str, Tensor],
         strict: bool,
     ) -> Tensor:
-        """Whether this rank refuses: a float32 scalar on the terms' device, since not all backends reduce booleans."""
+        """Whether this rank refuses: a float32 scalar on the losses' device, as not all backends reduce booleans."""
         terms = torch.stack([x.float() for x in (*reconstruction.values(), *adversarial.values(), *others.values())])
         refused = ~terms.isfinite().all()
         if strict:
             num = len(reconstruction)
-            unknown = terms.new_zeros(())  # below the floor, so that a new term may have any value
+            unknown = terms.new_zeros(())  # after 0, any value is allowed
             previous = [self._previous.get(name, unknown).to(terms, non_blocking=True) for name in reconstruction]
             if previous:
                 last = torch.stack(previous)

@@ -1,6 +1,6 @@
-"""Reconstruction losses between images in [-1, 1], each a float32 scalar, lower is better.
+"""Reconstruction losses between images in [-1, 1]. Each is a float32 scalar; lower is better.
 
-The first argument takes gradients, the second is the target.
+The first argument receives gradients, the second is the target.
 """
 
 import warnings
@@ -32,12 +32,12 @@ def l2(images: Tensor, target: Tensor) -> Tensor:
 
 
 def multi_resolution_l1(multiscale: Sequence[Tensor], target: Tensor, interpolation: Interpolation) -> Tensor:
-    """Sum over resolutions of the L1 between each image and the target, resized to it with antialias.
+    """Sum over resolutions of the L1 between each image and the target, which is resized with antialiasing.
 
     Args:
-        multiscale: images of the decoder's earlier blocks, each `[B, 3, h_i, w_i]`.
+        multiscale: Images of the decoder's earlier blocks, each `[B, 3, h_i, w_i]`.
         target: `[B, 3, H, W]`.
-        interpolation: the VFM's for targets.
+        interpolation: How targets are resized.
     """
     target = target.float()
     return torch.stack([l1(images, resize(target, images.shape[-2:], interpolation)) for images in multiscale]).sum()
@@ -47,26 +47,28 @@ class SSIMLoss(nn.Module):
     """`1 - SSIM` (Wang et al., 2004): images clamped to [-1, 1], Gaussian window of 11x11 pixels with σ = 1.5."""
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
-        """Loss of `images` against `target`, both `[B, 3, H, W]`, as the mean over pixels and batch."""
+        """The loss between `images` and `target`, both `[B, 3, H, W]`, averaged over pixels and batch."""
         with torch.autocast(images.device.type, enabled=False):
             images, target = images.float().clamp(-1, 1), target.float().clamp(-1, 1)
-            return 1 - structural_similarity_index_measure(images, target, data_range=2.0, sigma=1.5)
+            similarity = structural_similarity_index_measure(images, target, data_range=2.0, sigma=1.5)
+            assert isinstance(similarity, Tensor)
+            return 1 - similarity
 
 
 class LPIPSLoss(Frozen):
     """Learned perceptual image patch similarity (Zhang et al., 2018) on VGG-16, version 0.1.
 
-    The linear heads come with the `lpips` package; VGG-16 itself is torchvision's, read from
-    `$TORCH_HOME/hub/checkpoints` and downloaded to it when it is not there.
+    The linear heads come with the `lpips` package. VGG-16 is torchvision's, read from `$TORCH_HOME/hub/checkpoints` and
+    downloaded if it is not there.
 
     Args:
-        weights: file with torchvision's VGG-16 weights, to take instead.
+        weights: A file with torchvision's VGG-16 weights to use instead.
 
     Attributes:
-        name: what the distance is called in logs.
+        name: Name of the distance in logs.
 
     Raises:
-        ValueError: if the weights of VGG-16 can't be had, or a tensor of it or of the linear heads is not in its file.
+        ValueError: if the weights of VGG-16 can't be loaded, or a file of weights lacks a tensor.
     """
 
     name = "lpips"
@@ -74,7 +76,7 @@ class LPIPSLoss(Frozen):
     def __init__(self, weights: str | None = None) -> None:
         url = VGG16_Weights.IMAGENET1K_V1.url
         vgg, place = read_published_weights(weights, url, "VGG-16, for LPIPS")
-        with warnings.catch_warnings():  # lpips asks torchvision for a random network in an old way
+        with warnings.catch_warnings():  # lpips passes torchvision a deprecated argument
             warnings.simplefilter("ignore", UserWarning)
             network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
         # The slices keep torchvision's numbering: `features.12.weight` is `slice3.12.weight` here.
@@ -94,16 +96,16 @@ class LPIPSLoss(Frozen):
 
 
 class VFMPerceptualLoss(nn.Module):
-    """Perceptual distance on a frozen VFM's features, in LPIPS' manner without learned weights.
+    """Perceptual distance on a frozen VFM's features, like LPIPS but without learned weights.
 
-    Tokens of every layer are scaled to unit length over channels; the squared differences are summed over channels and
+    Tokens of every layer are scaled to unit length over channels. Squared differences are summed over channels and
     averaged over tokens and layers: 0 for equal features, 2 for orthogonal ones.
 
     Args:
-        vfm: the model, or its arguments; its `layers` are those compared.
+        vfm: The VFM whose `layers` are compared.
 
     Attributes:
-        name: what the distance is called in logs, after the model.
+        name: Name of the distance in logs, which contains the VFM's.
     """
 
     def __init__(self, vfm: FrozenVFM | Mapping[str, Any]) -> None:

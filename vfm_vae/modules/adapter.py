@@ -1,4 +1,4 @@
-"""The adapter: VFM tokens to the moments of a small latent, and the latent back to a wide one."""
+"""The adapter: narrows VFM tokens to the moments of a small latent, and widens the latent for the decoder."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -95,8 +95,10 @@ class TokenConv(nn.Conv2d):
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
-def projection(kind: Projection, in_channels: int, out_channels: int, num_layers: int, encode: bool) -> nn.Module:
-    """A stack that maps tokens `[B, N, in]` to `[B, N, out]`.
+def projection(
+    kind: Projection, in_channels: int, out_channels: int, num_layers: int, encode: bool
+) -> TokenConv | nn.Sequential:
+    """Builds a stack of layers that maps tokens `[B, N, in]` to `[B, N, out]`.
 
     Args:
         kind: Attention blocks, or a single 1x1 convolution.
@@ -106,7 +108,7 @@ def projection(kind: Projection, in_channels: int, out_channels: int, num_layers
         encode: Whether the width changes in the last block (encoding) or in the first (decoding).
 
     Raises:
-        ValueError: if the kind is unknown, or no width divides the other where attention needs it.
+        ValueError: if the kind is unknown, or attention is given widths of which neither divides the other.
     """
     if kind == "conv":
         return TokenConv(in_channels, out_channels)
@@ -133,22 +135,22 @@ def unshuffle_tokens(tokens: Tensor, grid: tuple[int, int], factor: int) -> Tens
 
 
 class Adapter(nn.Module, Described):
-    """Between VFM tokens and latents (VFM-VAE, section 3.2).
+    """Maps VFM tokens to latents, and latents to the decoder's input (VFM-VAE, section 3.2).
 
-    It computes in the precision of its weights, which training keeps in float32, whatever autocast says: in bfloat16
-    the latents' means move by 0.5 %.
+    It computes in the precision of its weights, which training keeps in float32, whether or not autocast is on: in
+    bfloat16 the latents' means would move by 0.5 %.
 
     Args:
-        feature_channels: Width of each VFM layer that is read.
-        layer_channels: Width to which each layer's tokens are brought.
+        feature_channels: Width of each VFM layer that it reads.
+        layer_channels: Width to which each layer's tokens are narrowed before they are fused.
         latent_channels: Channels C of the latent.
-        unshuffle: Sides of the token grid over sides of the latent grid.
-        decoded_channels: Width of the latent that the decoder reads.
+        unshuffle: Height of the token grid over height of the latent.
+        decoded_channels: Width of the decoder's input.
         alignment_channels: Width of the VFM's final tokens, to which the alignment loss projects the latent.
-        encode_projection: How tokens are narrowed.
-        decode_projection: How the latent is widened.
-        encode_layers: Attention blocks in each encoding stack.
-        decode_layers: Attention blocks in the decoding stack.
+        encode_projection: How tokens are narrowed: by attention blocks, or by a 1x1 convolution.
+        decode_projection: How the latent is widened: by attention blocks, or by a 1x1 convolution.
+        encode_layers: Number of attention blocks in each encoding stack.
+        decode_layers: Number of attention blocks in the decoding stack.
         gaussian: Whether encoding ends in means and log-variances, or in the C channels that a quantizer takes.
 
     Raises:
@@ -196,16 +198,20 @@ class Adapter(nn.Module, Described):
 
     @property
     def precision(self) -> torch.dtype:
-        """In which it computes."""
+        """The precision of the weights, in which everything is computed."""
         return self.alignment.weight.dtype
 
     @property
-    def last_encoding_weight(self) -> nn.Parameter:
-        """Where the adaptive alignment weight compares gradients: the last weight before the posterior."""
-        return self.fuse.weight if isinstance(self.fuse, TokenConv) else self.fuse[-1].mlp.out.weight
+    def last_encoding_weight(self) -> Tensor:
+        """The last weight before the posterior, where the adaptive alignment weight compares gradients."""
+        if isinstance(self.fuse, TokenConv):
+            return self.fuse.weight
+        last = self.fuse[-1]
+        assert isinstance(last, AttentionProjection)
+        return last.mlp.out.weight
 
     def encode(self, features: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-        """Brings VFM tokens to what the posterior is made of.
+        """Maps VFM tokens to the moments of the posterior, or to what a quantizer takes.
 
         Args:
             features: Tokens of each layer, `[B, N, C_i]`.
@@ -215,21 +221,21 @@ class Adapter(nn.Module, Described):
             Means and log-variances, `[B, 2C, rows / unshuffle, columns / unshuffle]`; `[B, C, …]` if not `gaussian`.
 
         Raises:
-            ValueError: if the number of layers is another, or the grid does not divide.
+            ValueError: if the number of layers is wrong, or `unshuffle` does not divide the grid.
         """
         if len(features) != len(self.layers):
-            raise ValueError(f"the adapter reads {len(self.layers)} layers of features, {len(features)} were given")
+            raise ValueError(f"the adapter reads {len(self.layers)} layers of features, but was given {len(features)}")
         if grid[0] % self.unshuffle or grid[1] % self.unshuffle:
             raise ValueError(f"a token grid of {grid[0]}x{grid[1]} does not divide by unshuffle={self.unshuffle}")
         with without_autocast(features[0]):
-            tokens = [layer(x.to(self.precision)) for layer, x in zip(self.layers, features, strict=True)]
-            tokens = torch.cat([unshuffle_tokens(x, grid, self.unshuffle) for x in tokens], dim=2)
-            encoded = self.fuse(tokens)  # [B, hw, 2C or C]
+            layers = [layer(x.to(self.precision)) for layer, x in zip(self.layers, features, strict=True)]
+            tokens = torch.cat([unshuffle_tokens(x, grid, self.unshuffle) for x in layers], dim=2)
+            encoded: Tensor = self.fuse(tokens)  # [B, hw, 2C or C]
         return encoded.transpose(1, 2).unflatten(2, (grid[0] // self.unshuffle, grid[1] // self.unshuffle))
 
     def decode(self, z: Tensor) -> Tensor:
         """Widens a latent `[B, C, h, w]` to `[B, decoded_channels, h, w]`."""
-        # Contiguous, whatever was done to z, so that what is compiled for one is good for all.
+        # Contiguous, whatever was done to z, so that one compilation serves all.
         tokens = z.to(self.precision).flatten(2).transpose(1, 2).contiguous()
         with without_autocast(z):
             return self.widen(tokens).transpose(1, 2).unflatten(2, z.shape[2:])

@@ -1,13 +1,13 @@
-"""What is in a modulated ConvNeXt layer, forward and backward, for where it is fused or computed again.
+"""The passes of a modulated ConvNeXt layer, forward and backward, for fusing them and for computing them again.
 
 `x + scale · C gelu(d · E(s · norm(D x)) + e)`: a depthwise convolution D, group norm, an expanding product E whose
 input channels are scaled by the style s and whose outputs by the demodulation d, GELU, and a contracting product C.
-Behind the convolution it is written as passes over pixels `[B, P, C]`, between which a compiler fuses all that is no
-product. `Recomputed` keeps the input for the backward pass and nothing else.
+What follows the convolution is written as passes over pixels `[B, P, C]`, in which a compiler fuses everything but the
+matrix products. `Recomputed` keeps nothing but the input for the backward pass.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,8 +19,8 @@ from vfm_vae.compilation import compiled
 from vfm_vae.modules.maps import as_map, as_pixels, group_moments, without_autocast
 
 LARGEST_EXPANDED, LARGEST_FUSED = 2**27, 2**30
-"""Numbers to which pixels are expanded at a time: they are held several times, in float32 where passes are not fused.
-From 2^31 on, kernels would take to 64-bit indices, too."""
+"""How many expanded numbers are computed at a time, with and without compilation. Several copies of them are in memory
+at once, in float32 if passes are not fused; and from 2^31 numbers on, kernels would need 64-bit indices."""
 
 
 class Convolution(NamedTuple):
@@ -29,7 +29,7 @@ class Convolution(NamedTuple):
     Attributes:
         kernel: `[C, 1, k, k]`.
         bias: `[C]`.
-        noise: Added to the result, `[1, 1, H, W]`; None for none.
+        noise: Added to the result, `[1, 1, H, W]`, if there is any.
     """
 
     kernel: Tensor
@@ -41,8 +41,8 @@ class Convolution(NamedTuple):
         y = F.conv2d(x, self.kernel.to(x.dtype), self.bias.to(x.dtype), padding=self._padding, groups=len(self.kernel))
         return as_pixels(y if self.noise is None else y + self.noise.to(x.dtype))
 
-    def gradients(self, x: Tensor, gradient: Tensor, of_weights: bool) -> tuple[Tensor | None, ...]:
-        """Of the input, the kernel, the bias and the noise, from that of the result, `[B, P, C]`."""
+    def gradients(self, x: Tensor, gradient: Tensor, of_weights: bool) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+        """Gradients of the input, the kernel, the bias and the noise, from that of the result, `[B, P, C]`."""
         gradient = as_map(gradient, x.shape[2:])
         of_x, *of_parameters = torch.ops.aten.convolution_backward(
             gradient, x, self.kernel.to(x.dtype), [len(self.kernel)], [1, 1], [self._padding] * 2, [1, 1], False,
@@ -69,7 +69,7 @@ class Condition(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What a layer has behind its convolution, parameters in float32.
+    """The parameters of a layer other than its convolution's, in float32.
 
     Attributes:
         norm: Gain of the group norm, `[C]`.
@@ -91,21 +91,21 @@ class Weights(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What of a layer is no tensor: groups of the norm, and what is added to variances."""
+    """The group norm's options: its number of groups, and what it adds to variances."""
 
     groups: int
     eps: float
 
 
 def forward(pixels: Tensor, convolved: Tensor, condition: Condition, weights: Weights, shape: Shape) -> Tensor:
-    """The layer behind its convolution, in the precision of `pixels`; statistics and sums are float32.
+    """The layer after its convolution, in the precision of `pixels`; statistics and sums are float32.
 
     Args:
         pixels: The layer's input, `[B, P, C]`.
-        convolved: What the convolution makes of it, `[B, P, C]`.
+        convolved: The output of the convolution, `[B, P, C]`.
         condition: Style and demodulation.
-        weights: The layer's.
-        shape: Of its norm.
+        weights: The layer's other parameters.
+        shape: Options of its norm.
 
     Returns:
         `[B, P, C]`.
@@ -121,7 +121,7 @@ def _hidden(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The first half: centred pixels and their inverse deviation, their modulated form, and the expanded pixels.
 
-    What is one number for each sample and channel is brought together first, so that pixels are passed but once.
+    Factors that are one number for each sample and channel are multiplied first, so that pixels are read only once.
     """
     mean, inverse = group_moments(convolved, shape.groups, shape.eps)  # [B, 1, C]
     style = condition.style.unsqueeze(1)
@@ -134,21 +134,22 @@ def _hidden(
 def backward(
     g: Tensor, convolved: Tensor, condition: Condition, weights: Weights, shape: Shape, of_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """The gradients behind the convolution, from its result alone.
+    """The gradients after the convolution, computed from the convolution's output alone.
 
-    The contracting product is not computed again: what its result would be needed for, the gradient of the layer
-    scale, is `Σ_p g · (C a) = Σ_k C · (Σ_p g aᵀ)`, and that sum is the gradient of C but for the scale.
+    The contracting product is not computed again. Its result would be needed only for the gradient of the layer scale,
+    which is `Σ_p g · (C a) = Σ_k C · (Σ_p g aᵀ)`; that inner sum is the gradient of C before scaling.
 
     Args:
-        g: Gradient of the output, `[B, P, C]`.
+        g: Gradient of the layer's output, `[B, P, C]`.
         convolved: As in the forward pass, `[B, P, C]`.
         condition: As in the forward pass.
         weights: As in the forward pass.
         shape: As in the forward pass.
-        of_weights: Whether gradients of the weights are wanted.
+        of_weights: Whether to compute gradients of the weights.
 
     Returns:
-        Gradients of `convolved`, the style, the demodulation, and, where wanted, of the weights from `norm` on.
+        Gradients of `convolved`, the style and the demodulation, and those of the weights in the order of `Weights`
+        (an empty list unless `of_weights`).
     """
     dtype = convolved.dtype
     centred, inverse, modulated, hidden = _hidden(convolved, condition, weights, shape)
@@ -205,7 +206,7 @@ _gradients_of_weights = True
 
 @contextmanager
 def no_gradients_of_weights() -> Iterator[None]:
-    """A backward pass within it, through `Recomputed`, gives the weights no gradient and does not compute it."""
+    """Backward passes in this context compute no gradients for the weights of `Recomputed` layers."""
     global _gradients_of_weights
     _gradients_of_weights = False
     try:
@@ -215,7 +216,7 @@ def no_gradients_of_weights() -> Iterator[None]:
 
 
 class Recomputed(torch.autograd.Function):
-    """The layer that keeps its input alone: all else is computed again in the backward pass, but no second product."""
+    """The layer, keeping only its input: the backward pass computes the rest again, except the contracting product."""
 
     @staticmethod
     def forward(ctx: Any, shape: Shape, compile: bool, x: Tensor, *tensors: Tensor | None) -> Tensor:
@@ -229,7 +230,8 @@ class Recomputed(torch.autograd.Function):
         """Gradients in the order of the arguments."""
         x, condition, convolution, weights = _sorted(*ctx.saved_tensors)
         of_weights = _gradients_of_weights and any(ctx.needs_input_grad[-len(weights) :])
-        run, parts = compiled(backward, dynamic=True) if ctx.compile else backward, []
+        run = compiled(backward, dynamic=True) if ctx.compile else backward
+        parts: list[tuple[Any, ...]] = []
         with without_autocast(x):
             for g, part, told in _chunks(ctx.compile, gradient.to(x.dtype), x, condition):
                 of_convolved, *of_condition, of_tail = run(
@@ -237,8 +239,8 @@ class Recomputed(torch.autograd.Function):
                 )
                 of_x, *of_convolution = convolution.gradients(part, of_convolved, of_weights)
                 parts.append((of_x + g, *of_condition, *of_convolution, *(of_tail or [None] * len(weights))))
-        whole = [_together(i < 3, [part[i] for part in parts]) for i in range(len(parts[0]))]
-        return None, None, *whole
+        columns = enumerate(zip(*parts, strict=True))  # the first three gradients have one row for each sample
+        return None, None, *(None if column[0] is None else _together(i < 3, column) for i, column in columns)
 
 
 def layer(
@@ -253,8 +255,8 @@ def layer(
     return as_map(_together(True, parts), x.shape[2:])
 
 
-def _sorted(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Condition, Convolution, Weights]:
-    """The arguments of `layer`. Whether input and condition take gradients is nothing to be compiled for."""
+def _sorted(x: Tensor, *tensors: Any) -> tuple[Tensor, Condition, Convolution, Weights]:
+    """The arguments of `layer`, detached where compiling again for tensors that require gradients would be a waste."""
     return (
         x.detach(),
         Condition(*(tensor.detach() for tensor in tensors[:2])),
@@ -266,7 +268,7 @@ def _sorted(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Condition, Conv
 def _chunks(
     compile: bool, gradient: Tensor, x: Tensor, condition: Condition
 ) -> Iterator[tuple[Tensor, Tensor, Condition]]:
-    """A few samples at a time, about equally many, so that what they are expanded to is not too large."""
+    """Yields a few samples at a time, in parts of about equal size that do not expand to too many numbers."""
     parts = math.ceil(4 * x.numel() / (LARGEST_FUSED if compile else LARGEST_EXPANDED))
     samples = math.ceil(len(x) / parts)
     if samples == len(x):
@@ -277,8 +279,8 @@ def _chunks(
         yield gradient[part], x[part], Condition(*(tensor[part] for tensor in condition))
 
 
-def _together(by_sample: bool, parts: list[Tensor | None]) -> Tensor | None:
-    """Of all samples, what was computed of a few at a time."""
-    if len(parts) == 1 or parts[0] is None:
+def _together(by_sample: bool, parts: Sequence[Tensor]) -> Tensor:
+    """Puts together what was computed for a few samples at a time: concatenated by sample, or summed."""
+    if len(parts) == 1:
         return parts[0]
-    return torch.cat(parts) if by_sample else torch.stack(parts).sum(0)
+    return torch.cat(tuple(parts)) if by_sample else torch.stack(tuple(parts)).sum(0)

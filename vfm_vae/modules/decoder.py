@@ -25,10 +25,12 @@ class Mapping(nn.Module):
     """Pools the latent to the global latent w that styles every modulated layer.
 
     Args:
-        in_channels: Channels of the decoded latent.
+        in_channels: Channels of the decoder's input.
         w_channels: Width of w.
-        pooled_size: Sides to which the latent is average-pooled.
+        pooled_size: Height and width to which the latent is average-pooled.
     """
+
+    average: Tensor
 
     def __init__(self, in_channels: int, w_channels: int, pooled_size: int = 1):
         super().__init__()
@@ -39,7 +41,7 @@ class Mapping(nn.Module):
         self.register_buffer("average", torch.zeros(w_channels))
 
     def forward(self, latent: Tensor, truncation: float = 1.0) -> Tensor:
-        """Maps `[B, C, h, w]` to `[B, w_channels]`, drawn towards the average of training by `truncation` below 1."""
+        """Maps `[B, C, h, w]` to `[B, w_channels]`; a `truncation` below 1 moves w towards its average in training."""
         x = F.adaptive_avg_pool2d(latent.float(), self.pooled_size).flatten(1)
         x = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
         w = self.out(F.leaky_relu(self.hidden(x), 0.2)).float()
@@ -51,14 +53,14 @@ class Mapping(nn.Module):
 
 
 class LatentRoute(nn.Sequential):
-    """Brings the latent to a block's input: unshuffled or pooled for coarse blocks, shuffled for fine ones.
+    """Brings the latent to a block's resolution: unshuffled or pooled for coarse blocks, shuffled for fine ones.
 
     Args:
-        in_channels: Channels of the decoded latent.
+        in_channels: Channels of the decoder's input.
         out_channels: Channels handed to the block.
-        scale: log2 of the block's input sides over the latent's: -2, -1, 0, 1, …
+        scale: log2 of the block's input size over the latent's: -2, -1, 0, 1, …
         act: Name of the activation.
-        downsampling: How coarse blocks get it: neighbours in channels of their own, or their average.
+        downsampling: How the latent is made coarser: neighbours as additional channels, or their average.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scale: int, act: str, downsampling: Downsampling):
@@ -81,17 +83,17 @@ class DecoderBlock(nn.Module):
     """One resolution: upsampling, modulated ConvNeXt layers, self-attention, and the image of the running feature sum.
 
     Args:
-        index: Position in the decoder, which sets kernels and blur.
+        index: Position in the decoder, which decides the sizes of kernels and blur.
         in_channels: Channels of the features and of the latent's route together.
-        previous_channels: Channels of the former block, None in the first.
+        previous_channels: Channels of the block before, None in the first.
         channels: Channels of this block.
         w_channels: Width of the global latent.
-        num_layers: Modulated ConvNeXt layers.
-        attention_depth: Self-attention layers.
-        attention_heads: Heads of each.
-        attention_widening: Widening of each one's feed-forward layer.
+        num_layers: Number of modulated ConvNeXt layers.
+        attention_depth: Number of self-attention layers.
+        attention_heads: Number of heads in each.
+        attention_widening: Hidden width of their feed-forward layers, in multiples of the channels.
         blur: Whether upsampling ends with a blur.
-        noise_side: Sides of the legacy noise maps, or None.
+        noise_side: Side of the legacy noise maps, or None.
         activation_checkpointing: Whether ConvNeXt layers are computed again in the backward pass.
     """
 
@@ -113,9 +115,8 @@ class DecoderBlock(nn.Module):
         super().__init__()
         taps = ((1, 2, 1) if index < COARSE_BLUR_BLOCKS else (1, 4, 6, 4, 1)) if blur else None
         kernel = 5 if index < COARSE_KERNEL_BLOCKS else 7
-        first = previous_channels is None
-        self.upsample = UpsampleUnit(in_channels, channels, taps, norm_first=not first)
-        self.upsample_sum = None if first else UpsampleUnit(previous_channels, channels, taps)
+        self.upsample = UpsampleUnit(in_channels, channels, taps, norm_first=previous_channels is not None)
+        self.upsample_sum = None if previous_channels is None else UpsampleUnit(previous_channels, channels, taps)
         self.layers = nn.ModuleList(
             ModulatedConvNeXt(channels, w_channels, kernel, noise_side, recompute=activation_checkpointing)
             for _ in range(num_layers)
@@ -130,7 +131,7 @@ class DecoderBlock(nn.Module):
 
         Args:
             x: Features and latent route, `[B, C_in, H, W]`.
-            feature_sum: Running sum of the former blocks' features, `[B, C_previous, H, W]`.
+            feature_sum: Running sum of the earlier blocks' features, `[B, C_previous, H, W]`; None in the first block.
             w: Global latent, `[B, w_channels]`.
 
         Returns:
@@ -147,29 +148,30 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module, Described):
     """Decodes a latent by multi-scale fusion and progressive resolution (VFM-VAE, section 3.3).
 
-    Of n blocks, block i takes sides of `latent · compression · 2^(i - n)` and doubles them, so that the image has
-    `compression` times the sides of the latent.
+    Every block doubles the resolution. The first of n blocks starts at `compression / 2^n` times the latent's height
+    and width, so the last one ends at `compression` times them.
 
     Args:
-        in_channels: Channels of the latent as the adapter hands it over, which widens it before.
-        channels: Channels of every block, coarse to fine; their number is the number of blocks.
-        route_channels: Channels in which the first blocks get the latent; the first block has no other input.
-        attention_depths: Self-attention layers of the first blocks.
+        in_channels: Channels of the latent as the adapter hands it over, after widening.
+        channels: Channels of every block, coarse to fine; as many as there are blocks.
+        route_channels: Channels in which the first blocks get the latent; it is the first block's only input.
+        attention_depths: Number of self-attention layers in the first blocks.
         num_res_blocks: Every block has `1 + 2 · num_res_blocks` ConvNeXt layers.
-        extra_low_res_layers: Whether the first four blocks have `1 + 3 · num_res_blocks` instead.
-        w_channels: Width of the global latent.
-        pooled_size: Sides to which the latent is pooled for the global latent.
-        attention_heads: Heads of the self-attention layers.
-        attention_widening: Widening of their feed-forward layers.
-        route_activation: `lrelu`, `silu` or `gelu`.
+        extra_low_res_layers: Whether the first four blocks have `1 + 3 · num_res_blocks` layers instead.
+        w_channels: Width of the global latent w, which styles the layers.
+        pooled_size: Height and width to which the latent is average-pooled to compute w.
+        attention_heads: Number of heads in the self-attention layers.
+        attention_widening: Hidden width of their feed-forward layers, in multiples of the channels.
+        route_activation: Activation in the latent's routes: `lrelu`, `silu` or `gelu`.
         blur: Whether upsampling ends with a blur.
         legacy_noise: Whether ConvNeXt layers add the fixed noise maps of the published 256 px weights.
-        channels_last: Memory layout; on CPU it halves the time of pointwise and depthwise convolutions.
-        activation_checkpointing: Compute ConvNeXt layers again in the backward pass rather than keep what is in them.
-        compression: Sides of the image over those of the latent, a power of two; with None 2^(n - 2) for n blocks, so
-            that the first takes a quarter of the latent's sides.
-        route_downsampling: How blocks that are coarser than the latent get it: by pixel-unshuffle, or averaged over
-            the cells that one of theirs covers (`pooling`).
+        channels_last: Whether memory is laid out with channels last, which halves the time of pointwise and depthwise
+            convolutions on a CPU.
+        activation_checkpointing: Whether to compute ConvNeXt layers again in the backward pass, to save memory.
+        compression: Image height over latent height, a power of two. The default for n blocks is 2^(n - 2), so that
+            the first block starts at a quarter of the latent's height and width.
+        route_downsampling: How blocks that are coarser than the latent get it: by pixel-unshuffle (`unshuffle`) or by
+            averaging (`pooling`).
 
     Raises:
         ValueError: if a number lies outside its range, or options do not fit each other.
@@ -252,26 +254,26 @@ class Decoder(nn.Module, Described):
 
     @property
     def upscaling(self) -> int:
-        """Sides of the image over sides of the latent grid; may be below 1 for a single block."""
+        """Image height over latent height, rounded down: 0 for a single block."""
         return 2 ** len(self.blocks) // self.side_multiple
 
     @property
     def side_multiple(self) -> int:
-        """What the sides of the latent grid must divide by: they are so many times those that the first block takes."""
+        """The latent's height and width must be multiples of this: how much coarser the first block is."""
         return 2**-self.first_scale
 
     def forward(self, latent: Tensor, truncation: float = 1.0) -> Decoded:
-        """Decodes.
+        """Decodes latents to images.
 
         Args:
-            latent: Decoded latent, `[B, C, h, w]`; h and w divide by `side_multiple`.
-            truncation: ψ of `w̄ + ψ(w - w̄)`.
+            latent: The latent as the adapter widened it, `[B, C, h, w]`; h and w are multiples of `side_multiple`.
+            truncation: ψ in `w̄ + ψ(w - w̄)`, w̄ being the average of w in training.
 
         Returns:
-            The image `[B, 3, h·f, w·f]`, f being `upscaling`, and the earlier blocks' images.
+            The image `[B, 3, h·f, w·f]` with f = `upscaling`, and the earlier blocks' images.
 
         Raises:
-            ValueError: if the grid does not divide.
+            ValueError: if h or w is no multiple of `side_multiple`.
         """
         height, width = latent.shape[2:]
         if height % self.side_multiple or width % self.side_multiple:
@@ -289,16 +291,16 @@ class Decoder(nn.Module, Described):
 
 
 def _first_scale(num_blocks: int, compression: int | None) -> int:
-    """log2 of the first block's input sides over the latent's; they are never larger.
+    """log2 of the first block's input size over the latent's, at most 0.
 
     Raises:
-        ValueError: if the blocks can't enlarge a latent so.
+        ValueError: if so many blocks can't enlarge a latent by this factor.
     """
     if compression is None:
         return -2
     if compression & (compression - 1) or compression > 2**num_blocks:
         raise ValueError(
             f"compression: {num_blocks} blocks enlarge a latent by a power of two up to {2**num_blocks}, given "
-            f"{compression}; choose such a one, or give channels of another number of blocks"
+            f"{compression}; choose one of these, or another number of blocks (channels)"
         )
     return compression.bit_length() - 1 - num_blocks

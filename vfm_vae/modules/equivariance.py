@@ -1,4 +1,4 @@
-"""Equivariance regularisation: what happens to an image must happen to its latent alike (VFM-VAE, arXiv 2510.18457)."""
+"""Equivariance regularisation: transforming an image must transform its latent alike (VFM-VAE, arXiv 2510.18457)."""
 
 import random
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from vfm_vae.options import at_least, positive, within
 
 @dataclass(frozen=True)
 class Transform:
-    """One draw of the regulariser, for a whole batch. At most one of the two branches does anything.
+    """One draw of the regulariser, for a whole batch: it transforms the latent, or the input image, or neither.
 
-    The step goes: encode `images = shrink(images)`, decode `latent(z)`, compare with `image(images)`.
+    A training step encodes `images = shrink(images)`, decodes `latent(z)`, and compares with `image(images)`.
 
     Attributes:
-        scale: factor on the sides of the latent and of the target.
-        quarter_turns: clockwise rotations by 90° of the latent and of the target.
-        prior_scale: factor on the sides of the image before anything sees it (the prior branch).
+        scale: Factor on height and width of the latent and of the target.
+        quarter_turns: Clockwise rotations by 90° of the latent and of the target.
+        prior_scale: Factor on height and width of the input image (the prior branch).
     """
 
     scale: float = 1.0
@@ -28,16 +28,16 @@ class Transform:
     prior_scale: float = 1.0
 
     def shrink(self, images: Tensor, interpolation: Interpolation) -> Tensor:
-        """Shrinks images `[B, 3, H, W]` before the VFM, antialiased; the shrunk image is then the target."""
+        """Shrinks images `[B, 3, H, W]` before the VFM, antialiased; the shrunk images are the target, too."""
         return resize(images, _scaled(images, self.prior_scale), interpolation)
 
     def latent(self, z: Tensor) -> Tensor:
-        """Transforms latents `[B, C, h, w]`: bilinear without antialias, then turned."""
+        """Scales latents `[B, C, h, w]`, bilinear without antialiasing, then turns them."""
         z = resize(z, _scaled(z, self.scale), "bilinear", antialias=False)
         return self._turn(z)
 
     def image(self, images: Tensor, interpolation: Interpolation) -> Tensor:
-        """Transforms target images `[B, 3, H, W]` as the latent was: antialiased, then turned."""
+        """Scales target images `[B, 3, H, W]` as the latent was, but antialiased, then turns them."""
         images = resize(images, _scaled(images, self.scale), interpolation)
         return self._turn(images)
 
@@ -49,19 +49,20 @@ class Transform:
 class EquivarianceRegularizer:
     """Draws one transform for each rank's batch.
 
-    A draw is a pure function of the seed, the images seen, the rank, the phase of the step and the latent grid: no
-    state to store, and a resumed run draws as the uninterrupted one. With `probability` the latent is scaled and
-    turned; otherwise, with `prior_probability`, the input image is shrunk; otherwise nothing happens.
+    With `probability` the latent is scaled and turned; otherwise, with `prior_probability`, the input image is shrunk;
+    otherwise nothing happens. A draw is a pure function of the seed, the number of images seen, the rank, the phase of
+    the step and the latent's size, so there is no state to store, and a resumed run draws what an uninterrupted one
+    does.
 
-    Scales that leave a latent which the decoder can't take are left out: where sides must divide by 4, an 8x8 latent is
-    never scaled by 0.25 or 0.75, a 16x16 latent by all of them.
+    Scales that would give a latent which the decoder can't take are left out: if height and width must be multiples of
+    4, a 16x16 latent is scaled by any of the default factors, an 8x8 latent never by 0.25 or 0.75.
 
     Args:
-        probability: how often the latent is transformed.
-        prior_probability: how often the input is shrunk where the latent is not transformed.
-        scales: factors for the latent, all equally likely.
-        prior_scales: factors for the input image, all equally likely.
-        seed: chooses the sequence of draws.
+        probability: How often the latent is transformed, 0 to 1.
+        prior_probability: How often the input is shrunk when the latent is not transformed, 0 to 1.
+        scales: Factors for the latent, all equally likely.
+        prior_scales: Factors for the input image, all equally likely.
+        seed: Chooses the sequence of draws.
 
     Raises:
         ValueError: if an option lies outside its range.
@@ -90,14 +91,14 @@ class EquivarianceRegularizer:
         """The transform of a rank's batch that begins after `images_seen` images.
 
         Args:
-            images_seen: images trained on so far, over all ranks.
-            latent_grid: rows and columns of the untransformed latent.
-            rank: whose batch it is.
-            phase: of the step, where each player's has a draw of its own.
-            side_multiple: what the sides of every latent must divide by, see `Decoder.side_multiple`.
+            images_seen: How many images training has seen so far, over all ranks.
+            latent_grid: Rows and columns of the untransformed latent.
+            rank: The rank whose batch it is.
+            phase: Name of the step's phase, where each phase draws for itself.
+            side_multiple: Latents' rows and columns must be multiples of this, see `Decoder.side_multiple`.
 
         Raises:
-            ValueError: if those of the grid don't.
+            ValueError: if those of `latent_grid` are not.
         """
         if any(side % side_multiple for side in latent_grid):
             raise ValueError(f"latent_grid: sides must be multiples of {side_multiple}, given {tuple(latent_grid)}")

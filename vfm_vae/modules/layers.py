@@ -1,7 +1,7 @@
-"""Layers that adapter and decoder share."""
+"""Layers of the decoder."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from vfm_vae.modules.maps import Blur, GroupNorm, PixelShuffle, Pointwise, as_map, as_pixels
 
-ACTIVATIONS = {"lrelu": lambda: nn.LeakyReLU(0.2), "silu": nn.SiLU, "gelu": nn.GELU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "lrelu": lambda: nn.LeakyReLU(0.2),
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+}
 
 
 def activation(name: str) -> nn.Module:
@@ -32,7 +36,7 @@ class EqualizedLinear(nn.Module):
         in_features: Width of the input.
         out_features: Width of the output.
         lr_multiplier: Factor m on the layer's learning rate.
-        bias_init: Value at which the effective bias starts.
+        bias_init: Initial value of the effective bias.
     """
 
     def __init__(self, in_features: int, out_features: int, lr_multiplier: float = 1.0, bias_init: float = 0.0):
@@ -54,7 +58,7 @@ class UpsampleUnit(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         taps: Kernel of the blur that follows, or None for no blur.
-        norm_first: Whether the norm comes first, or between shuffle and blur.
+        norm_first: Whether the norm comes first; otherwise it stands between shuffle and blur.
     """
 
     def __init__(self, in_channels: int, out_channels: int, taps: Sequence[int] | None, norm_first: bool = True):
@@ -76,7 +80,7 @@ class UpsampleUnit(nn.Module):
 
 
 class ChannelRMSNorm(nn.Module):
-    """L2-normalises the last dimension, times √C and a gain per channel (Zhang & Sennrich 2019)."""
+    """Divides by the root mean square over channels and scales each by a gain (Zhang & Sennrich 2019)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -89,15 +93,18 @@ class ChannelRMSNorm(nn.Module):
 
 
 class SelfAttentionLayer(nn.Module):
-    """Self-attention with a learned null token, then a feed-forward layer, both residual and silent at the start.
+    """Self-attention with a learned null token, then a feed-forward layer; both residual, and zero at the start.
 
-    Works on tokens rather than maps: queries, keys and values then are contiguous in their last dimension, which scaled
-    dot-product attention on CPU is several times faster on.
+    It works on tokens rather than maps: queries, keys and values are then contiguous in their last dimension, which
+    makes scaled dot-product attention on a CPU several times faster.
 
     Args:
         channels: Channels of the map.
-        num_heads: Attention heads; has to divide the channels.
+        num_heads: Attention heads; must divide the channels.
         widening: Hidden width of the feed-forward layer, in multiples of the channels.
+
+    Raises:
+        ValueError: if the heads do not divide the channels.
     """
 
     def __init__(self, channels: int, num_heads: int = 8, widening: int = 4):
@@ -109,14 +116,12 @@ class SelfAttentionLayer(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.null_kv = nn.Parameter(0.02 * torch.randn(2, num_heads, channels // num_heads))
         self.out = nn.Linear(channels, channels, bias=False)
+        contract = nn.Linear(widening * channels, channels)
         self.feed_forward = nn.Sequential(
-            ChannelRMSNorm(channels),
-            nn.Linear(channels, widening * channels),
-            nn.GELU(),
-            nn.Linear(widening * channels, channels),
+            ChannelRMSNorm(channels), nn.Linear(channels, widening * channels), nn.GELU(), contract
         )
         nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.feed_forward[-1].weight)
+        nn.init.zeros_(contract.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[B, C, H, W]` to the same shape."""
@@ -128,7 +133,7 @@ class SelfAttentionLayer(nn.Module):
         return tokens + self.feed_forward(tokens)
 
     def attend(self, tokens: Tensor) -> Tensor:
-        """Attention over `[B, N, C]`, the null token's key and value standing before the others'."""
+        """Attention over `[B, N, C]` and the null token, whose key and value come first."""
         batch = len(tokens)
         qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, heads, d]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]

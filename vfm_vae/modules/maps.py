@@ -1,13 +1,15 @@
-"""Operations on maps that keep them in channels-last memory, also where PyTorch's own would not.
+"""Operations on maps that keep them in channels-last memory, even where PyTorch's own do not.
 
 On CUDA, `F.group_norm`, `F.pixel_shuffle` and replicate padding return contiguous maps whatever they are given, and the
-convolutions that follow take kernels several times slower. Here they are views of `[B, H, W, C]` and reductions over
-them; fused where they are compiled. On a CPU, PyTorch's own kernels keep the layout and are faster.
+convolutions that follow then use kernels that are several times slower. Here these operations are views of
+`[B, H, W, C]` and reductions over them, which the compiler can fuse. On a CPU, PyTorch's own kernels keep the layout
+and are faster.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +25,19 @@ def uses_native_kernels(x: Tensor) -> bool:
 
 
 def in_fast_layout(x: Tensor) -> Tensor:
-    """Maps `[B, C, H, W]` in the memory layout that convolutions of the device are fast in; a CPU takes any."""
+    """Maps `[B, C, H, W]` in the memory layout in which convolutions are fast; on a CPU any will do."""
     return x if uses_native_kernels(x) else x.contiguous(memory_format=torch.channels_last)
 
 
 def compute_precision(x: Tensor) -> torch.dtype:
-    """Of products that take `x`: what autocast says, else that of `x`."""
+    """The precision of matrix products that take `x`: autocast's where it is on, otherwise that of `x`."""
     device = x.device.type
     autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocasts else x.dtype
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Leaves precisions as they are said, on the device of `x`."""
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context that turns autocast off on the device of `x`."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
@@ -43,7 +45,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 def as_pixels(x: Tensor) -> Tensor:
     """`[B, C, H, W]` as pixels `[B, HW, C]`, a view where the memory is channels-last."""
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
-    # The compiler would tell views of other tensors apart; detached, it is none.
+    # The compiler treats views of different tensors differently; a detached tensor is no view.
     return pixels if pixels.requires_grad else pixels.detach()
 
 
@@ -53,10 +55,9 @@ def as_map(pixels: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def group_moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and inverse deviation of each group of channels (Wu & He 2018, arXiv 1803.08494), float32.
+    """Mean and inverse standard deviation of each group of channels (Wu & He 2018, arXiv 1803.08494), in float32.
 
-    By channels first and then over each group's, all of which have the same number of pixels: so memory is read in the
-    order in which it lies.
+    Moments are taken of each channel first, then combined within groups, so that memory is read in order.
 
     Args:
         x: `[B, P, C]`, P pixels.
@@ -64,18 +65,19 @@ def group_moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tenso
         eps: Added to the variance.
 
     Returns:
-        For each channel those of its group, `[B, 1, C]` each.
+        Those of its group for each channel, `[B, 1, C]` each.
     """
     variances, means = torch.var_mean(x.float(), dim=1, correction=0)  # [B, C] each
     variances, means = variances.unflatten(1, (num_groups, -1)), means.unflatten(1, (num_groups, -1))
     mean = means.mean(2, keepdim=True)  # [B, G, 1]
     variance = (variances + (means - mean).square()).mean(2, keepdim=True)
     inverse = torch.rsqrt(variance + eps)
-    return tuple(moment.expand_as(means).flatten(1).unsqueeze(1) for moment in (mean, inverse))
+    of_mean, of_inverse = (moment.expand_as(means).flatten(1).unsqueeze(1) for moment in (mean, inverse))
+    return of_mean, of_inverse
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm that keeps the memory layout and the precision of what it is given; computed in float32."""
+    """Group norm that keeps the memory layout and precision of its input; it computes in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises `[B, C, H, W]`."""
@@ -83,7 +85,7 @@ class GroupNorm(nn.GroupNorm):
             return super().forward(x)
         with without_autocast(x):
             run = self.normalise
-            if not is_compiled(self, "normalise"):  # passes that are not fused would keep float32 copies
+            if not is_compiled(self, "normalise"):  # passes that are not fused would keep float32 copies for autograd
                 run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
             return as_map(run(as_pixels(x)), x.shape[2:])
 
@@ -94,12 +96,12 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution: one matrix product over all pixels, but on a CPU its own kernel.
+    """A 1x1 convolution, computed as one matrix product over all pixels except on a CPU.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        bias: Whether one is added.
+        bias: Whether there is a bias.
     """
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
@@ -111,7 +113,7 @@ class Pointwise(nn.Conv2d):
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What `Pointwise` computes.
+    """The function that `Pointwise` computes.
 
     Args:
         x: `[B, I, H, W]`.
@@ -158,7 +160,7 @@ class PixelShuffle(nn.PixelShuffle):
         x = x.unflatten(3, (-1, self.upscale_factor, self.upscale_factor))  # [B, H, W, C, f, f]
         if torch.compiler.is_compiling():
             return x.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
-        # The same without a copy between two layouts.
+        # The same without an intermediate copy.
         rows = [torch.stack(row.unbind(4), dim=3).flatten(2, 3) for row in x.unbind(4)]  # [B, H, W·f, C] each
         return torch.stack(rows, dim=2).flatten(1, 2)
 
@@ -169,6 +171,8 @@ class Blur(nn.Module):
     Args:
         taps: Unnormalised one-dimensional kernel of odd length.
     """
+
+    kernel: Tensor
 
     def __init__(self, taps: Sequence[int]):
         super().__init__()
@@ -185,17 +189,18 @@ class Blur(nn.Module):
         return F.conv2d(x, self.kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1), groups=x.shape[1])
 
     def on_pixels(self, x: Tensor) -> Tensor:
-        """Blurs `[B, H, W, C]`: rows and columns as sums of shifted maps, which need nothing for their gradient."""
+        """Blurs `[B, H, W, C]` by sums of shifted maps, whose gradient needs nothing to be kept."""
         for dim in (1, 2):
             side = x.shape[dim]
             first, last = x.narrow(dim, 0, 1), x.narrow(dim, side - 1, 1)
             extended = torch.cat([*[first] * self.padding, x, *[last] * self.padding], dim)
-            x = sum(tap * extended.narrow(dim, offset, side) for offset, tap in enumerate(self.taps))
+            shifted = (tap * extended.narrow(dim, offset, side) for offset, tap in enumerate(self.taps))
+            x = reduce(torch.add, shifted)
         return x
 
 
 def _of_known_channels(x: Tensor) -> Tensor:
-    """`[B, C, H, W]` as `[B, H, W, C]`, whose number of channels is a constant of what is compiled."""
+    """`[B, C, H, W]` as `[B, H, W, C]`, with a number of channels that compiled code may take as constant."""
     pixels = x.permute(0, 2, 3, 1)
     torch._dynamo.mark_static(pixels, 3)
     return pixels

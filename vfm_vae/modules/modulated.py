@@ -1,4 +1,4 @@
-"""Style-modulated pointwise convolutions, in the form that is cheapest for the size at hand."""
+"""Style-modulated pointwise convolutions, each in the form that is cheapest for its size."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from vfm_vae.modules.maps import (
 
 
 def modulate_activations(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor | None, bias: Tensor) -> Tensor:
-    """`y_o = d_o Σ_i W_oi s_i x_i + b_o` as one shared product between scalings of its input and of its output."""
+    """`y_o = d_o Σ_i W_oi s_i x_i + b_o` as one shared matrix product, whose input and output are scaled."""
     x = x * style[:, :, None, None].to(x.dtype)
     if demodulation is None:
         return pointwise(x, weight, bias)
@@ -30,7 +30,7 @@ def modulate_activations(x: Tensor, weight: Tensor, style: Tensor, demodulation:
 
 
 def modulate_weights(x: Tensor, weight: Tensor, style: Tensor, demodulation: Tensor | None, bias: Tensor) -> Tensor:
-    """The same as a convolution per sample, each with a matrix of its own."""
+    """The same as one convolution per sample, each with its own matrix."""
     weights = weight * style.unsqueeze(1)  # [B, O, I]
     weights = weights if demodulation is None else weights * demodulation.unsqueeze(2)
     samples = zip(x.split(1), weights[..., None, None], strict=True)
@@ -38,7 +38,7 @@ def modulate_weights(x: Tensor, weight: Tensor, style: Tensor, demodulation: Ten
 
 
 def demodulate(weight: Tensor, style: Tensor) -> Tensor:
-    """What brings every output channel to unit expected variance (Karras et al. 2020, equation 3), `[B, O]`.
+    """Factors that bring every output channel to unit expected variance (Karras et al. 2020, equation 3), `[B, O]`.
 
     Args:
         weight: `[O, I]`.
@@ -52,16 +52,16 @@ def modulated_pointwise(
 ) -> Tensor:
     """Modulated 1x1 convolution (Karras et al. 2020, equations 1 and 3), in the cheaper of two forms.
 
-    Scaling activations costs passes over `(I + O) · HW` numbers of a sample, which a compiler fuses into those before
-    and after, and keeps the one large product over the batch. Scaling weights costs `O · I`: the cheaper form on a CPU
-    where there are many pixels. `make bench` compares them.
+    Scaling activations costs passes over `(I + O) · HW` numbers of each sample, which a compiler fuses with what comes
+    before and after, and keeps the one large product over the batch. Scaling weights costs `O · I` per sample, which is
+    cheaper on a CPU when there are many pixels. `make bench` compares the two.
 
     Args:
         x: Features, `[B, I, H, W]`.
         weight: Shared weight, `[O, I]`.
         style: Scale of every input channel, `[B, I]`.
         bias: Added to every output channel, `[O]`.
-        demodulation: Scale of every output channel, `[B, O]`; None for none.
+        demodulation: Scale of every output channel, `[B, O]`, if there is one.
 
     Returns:
         `[B, O, H, W]`.
@@ -76,7 +76,7 @@ class Style(nn.Module):
 
     Args:
         w_channels: Width of the global latent w.
-        channels: Channels to be scaled.
+        channels: Number of channels to scale.
     """
 
     def __init__(self, w_channels: int, channels: int):
@@ -90,11 +90,13 @@ class Style(nn.Module):
 
 
 class NoiseMap(nn.Module):
-    """A fixed map of noise, times a learned strength; only older published weights have it.
+    """A fixed map of noise times a learned strength, which only older published weights have.
 
     Args:
-        side: Sides of the stored map, which is resized to the features.
+        side: Height and width of the stored map, which is resized to the features.
     """
+
+    map: Tensor
 
     def __init__(self, side: int):
         super().__init__()
@@ -102,7 +104,7 @@ class NoiseMap(nn.Module):
         self.strength = nn.Parameter(torch.zeros([]))
 
     def forward(self, size: Sequence[int]) -> Tensor:
-        """The noise of maps of `size` (rows, columns), `[1, 1, H, W]`."""
+        """The noise for maps of `size` (rows, columns), `[1, 1, H, W]`."""
         return F.interpolate(self.map[None, None], size=size, mode="bilinear", align_corners=False) * self.strength
 
 
@@ -112,9 +114,9 @@ class ModulatedConvNeXt(nn.Module):
     Args:
         channels: Channels of the map.
         w_channels: Width of the global latent w.
-        kernel: Sides of the depthwise convolution.
-        noise_side: Sides of the noise map, or None for no noise.
-        recompute: Whether training keeps the input alone, and computes what else its backward pass needs again.
+        kernel: Side of the depthwise convolution's kernel.
+        noise_side: Side of the noise map, or None for no noise.
+        recompute: Whether training keeps only the input and computes everything else again in the backward pass.
 
     Attributes:
         compiled: Whether the layer's passes are compiled.
@@ -135,8 +137,9 @@ class ModulatedConvNeXt(nn.Module):
         self.layer_scale = nn.Parameter(torch.full([channels, 1, 1], 1e-5))
         for weight in (self.depthwise.weight, self.expand, self.contract.weight):
             nn.init.trunc_normal_(weight, std=0.02)
-        nn.init.zeros_(self.depthwise.bias)
-        nn.init.zeros_(self.contract.bias)
+        for bias in (self.depthwise.bias, self.contract.bias):
+            assert bias is not None
+            nn.init.zeros_(bias)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """Maps features `[B, C, H, W]` and global latents `[B, w_channels]` to `[B, C, H, W]`."""
@@ -155,7 +158,8 @@ class ModulatedConvNeXt(nn.Module):
         return style, demodulate(self.expand, style)
 
     def _fused(self, x: Tensor, condition: convnext.Condition, noise: Tensor | None) -> Tensor:
-        """The same as passes over pixels, between which all but products can fuse."""
+        """The same as passes over pixels, between which everything but matrix products can be fused."""
+        assert self.depthwise.bias is not None and self.contract.bias is not None
         convolution = convnext.Convolution(self.depthwise.weight, self.depthwise.bias, noise)
         weights = convnext.Weights(
             self.norm.weight, self.norm.bias, self.expand, self.expand_bias,
@@ -172,7 +176,7 @@ class ModulatedConvNeXt(nn.Module):
 class ToRGB(nn.Module):
     """Modulated 1x1 convolution to three channels, without demodulation; the style is scaled by 1/√C.
 
-    It computes in the precision of its weights, which training keeps in float32, whatever autocast says.
+    It computes in the precision of its weights, which training keeps in float32, whether or not autocast is on.
 
     Args:
         channels: Channels of the map.
@@ -191,10 +195,10 @@ class ToRGB(nn.Module):
         with without_autocast(x):
             if x.dtype == self.weight.dtype:
                 return self.image(x, w)
-            # A copy in another precision is made again in the backward pass rather than kept.
+            # A copy in another precision is not kept, but made again in the backward pass.
             return checkpoint(self.image, x, w, use_reentrant=False, preserve_rng_state=False)
 
     def image(self, x: Tensor, w: Tensor) -> Tensor:
-        """The same, without regard to autocast."""
+        """What `forward` computes, without regard to autocast."""
         x, w = x.to(self.weight.dtype), w.to(self.weight.dtype)
         return modulated_pointwise(x, self.weight, self.style(w) * self.gain, self.bias)

@@ -134,7 +134,9 @@ class VectorQuantizer(nn.Module, Described):
         positive(temperature=temperature)
         for option, number in {"vocabulary_size": vocabulary_size, "width": width}.items():
             if number % num_codebooks:
-                raise ValueError(f"{option}: {number} is no multiple of num_codebooks={num_codebooks}; choose one that is")
+                raise ValueError(
+                    f"{option}: {number} is no multiple of num_codebooks={num_codebooks}; choose one that is"
+                )
         self.width, self.beta, self.temperature = width, beta, temperature
         size, channels = vocabulary_size // num_codebooks, width // num_codebooks
         self.codebooks = nn.Parameter(torch.empty(num_codebooks, size, channels))
