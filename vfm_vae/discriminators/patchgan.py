@@ -1,6 +1,7 @@
 """Multi-scale PatchGAN (pix2pixHD, arXiv 1711.11585, section 3.2) with local batch norm."""
 
 from collections import OrderedDict
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class PatchDiscriminator(nn.Module):
         return outputs
 
 
+@final
 class PatchGAN(nn.Module):
     """Judges patches of images at several scales, each with its own discriminator.
 

@@ -1,7 +1,7 @@
 """A guard that skips steps which would ruin the weights."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, distributed
@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 from vfm_vae.options import at_least, positive, unless_infinite
 
 
+@final
 class NonFiniteGuard:
     """Decides whether a training step may be taken. All ranks decide together.
 

@@ -1,6 +1,7 @@
 """The generator's objective: which losses, with which weights."""
 
 from collections.abc import Mapping
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from vfm_vae.options import at_least
 from vfm_vae.types import Decoded, Posterior, VFMFeatures
 
 
+@final
 class Objective(nn.Module):
     """Weights of the tokenizer's losses (VFM-VAE, section 3.4). A loss of weight 0 is not computed.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +134,7 @@ def unshuffle_tokens(tokens: Tensor, grid: tuple[int, int], factor: int) -> Tens
     return pixel_unshuffle(maps, factor).flatten(2).transpose(1, 2)
 
 
+@final
 class Adapter(nn.Module, Described):
     """Maps VFM tokens to latents, and latents to the decoder's input (VFM-VAE, section 3.2).
 
@@ -141,12 +142,14 @@ class Adapter(nn.Module, Described):
     bfloat16 the latents' means would move by 0.5 %.
 
     Args:
-        feature_channels: Width of each VFM layer that it reads.
+        feature_channels: Width of each VFM layer that it reads; null in a config takes the VFM's.
         layer_channels: Width to which each layer's tokens are narrowed before they are fused.
         latent_channels: Channels C of the latent.
-        unshuffle: Height of the token grid over height of the latent.
+        unshuffle: Height of the token grid over height of the latent; null in a config takes what gives the decoder's
+            compression.
         decoded_channels: Width of the decoder's input.
-        alignment_channels: Width of the VFM's final tokens, to which the alignment loss projects the latent.
+        alignment_channels: Width of the VFM's final tokens, to which the alignment loss projects the latent; null in a
+            config takes the VFM's.
         encode_projection: How tokens are narrowed: by attention blocks, or by a 1x1 convolution.
         decode_projection: How the latent is widened: by attention blocks, or by a 1x1 convolution.
         encode_layers: Number of attention blocks in each encoding stack.
@@ -159,12 +162,12 @@ class Adapter(nn.Module, Described):
 
     def __init__(
         self,
-        feature_channels: Sequence[int],
-        layer_channels: Sequence[int],
-        latent_channels: int,
-        unshuffle: int,
-        decoded_channels: int,
-        alignment_channels: int,
+        feature_channels: Sequence[int] | None = None,
+        layer_channels: Sequence[int] = (64, 64, 64),
+        latent_channels: int = 32,
+        unshuffle: int | None = None,
+        decoded_channels: int = 512,
+        alignment_channels: int | None = None,
         encode_projection: Projection = "attention",
         decode_projection: Projection = "attention",
         encode_layers: int = 1,
@@ -172,6 +175,11 @@ class Adapter(nn.Module, Described):
         gaussian: bool = True,
     ):
         super().__init__()
+        if feature_channels is None or unshuffle is None or alignment_channels is None:
+            raise ValueError(
+                "feature_channels, unshuffle, alignment_channels: all three are needed where no config describes the "
+                "VFM that they follow from"
+            )
         at_least(1, feature_channels=feature_channels, layer_channels=layer_channels, latent_channels=latent_channels)
         at_least(1, unshuffle=unshuffle, decoded_channels=decoded_channels, alignment_channels=alignment_channels)
         at_least(1, encode_layers=encode_layers, decode_layers=decode_layers)

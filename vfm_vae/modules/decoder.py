@@ -1,7 +1,7 @@
 """The decoder: a latent to images at growing resolutions."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, final, get_args
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +145,7 @@ class DecoderBlock(nn.Module):
         return x, feature_sum, self.to_rgb(feature_sum, w)
 
 
+@final
 class Decoder(nn.Module, Described):
     """Decodes a latent by multi-scale fusion and progressive resolution (VFM-VAE, section 3.3).
 
@@ -152,7 +153,8 @@ class Decoder(nn.Module, Described):
     and width, so the last one ends at `compression` times them.
 
     Args:
-        in_channels: Channels of the latent as the adapter hands it over, after widening.
+        in_channels: Channels of the latent as the adapter hands it over, after widening; null for 512 or, in a config,
+            for the adapter's `decoded_channels`.
         channels: Channels of every block, coarse to fine; as many as there are blocks.
         route_channels: Channels in which the first blocks get the latent; it is the first block's only input.
         attention_depths: Number of self-attention layers in the first blocks.
@@ -179,7 +181,7 @@ class Decoder(nn.Module, Described):
 
     def __init__(
         self,
-        in_channels: int = 512,
+        in_channels: int | None = None,
         channels: Sequence[int] = (512, 512, 512, 512, 256, 128),
         route_channels: Sequence[int] = (512, 256, 128, 128),
         attention_depths: Sequence[int] = (2, 2, 2),
@@ -198,6 +200,7 @@ class Decoder(nn.Module, Described):
         route_downsampling: Downsampling = "unshuffle",
     ):
         super().__init__()
+        in_channels = 512 if in_channels is None else in_channels
         at_least(1, in_channels=in_channels, channels=channels, route_channels=route_channels)
         at_least(1, w_channels=w_channels, pooled_size=pooled_size, compression=compression)
         at_least(1, attention_heads=attention_heads, attention_widening=attention_widening)

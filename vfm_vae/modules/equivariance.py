@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class Transform:
         return torch.rot90(maps, -self.quarter_turns, (-2, -1)) if self.quarter_turns % 4 else maps
 
 
+@final
 class EquivarianceRegularizer:
     """Draws one transform for each rank's batch.
 

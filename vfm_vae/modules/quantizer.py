@@ -1,6 +1,7 @@
 """The discrete tokenizer's latent: vector quantisation with several codebooks."""
 
 import math
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +96,7 @@ class QuantizedPosterior:
             return torch.stack([_entropy(*pair, self._temperature) for pair in pairs]).mean()
 
 
+@final
 class VectorQuantizer(nn.Module, Described):
     """Vector quantisation of slices of a latent, each by its own codebook (Ma et al. 2025, UniTok).
 
