@@ -8,13 +8,14 @@ from torch import Tensor
 
 from callbacks.evaluation import EvaluationCallback, first_loader
 from vfm_vae.contracts import EvaluationImages
+from vfm_vae.frozen import Frozen
 from vfm_vae.images import to_uint8
 from vfm_vae.metrics.inception import Inception
 from vfm_vae.metrics.reference import Reference, ReferenceImages, network_settings
 from vfm_vae.metrics.suite import DistributionSuite, suite_names
 from vfm_vae.options import at_least
 from vfm_vae.types import Batch, LatentBatch
-from vfm_vae.vfm import Frozen, FrozenVFM
+from vfm_vae.vfm import FrozenVFM
 
 
 class DistributionCallback(EvaluationCallback):

@@ -18,7 +18,7 @@ from vfm_vae.data.transforms import CentreCrop, ResizeAndCrop
 from vfm_vae.metrics.inception import Inception, InceptionNetwork
 from vfm_vae.module import TokenizerModule
 from vfm_vae.types import Batch
-from vfm_vae.vfm import create_vit
+from vfm_vae.vit import create_vit
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

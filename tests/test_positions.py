@@ -12,9 +12,10 @@ from ldm.alignment import REG
 from ldm.models.sit import SiT
 from vfm_vae import positions
 from vfm_vae.convert import _vfm_source
+from vfm_vae.frozen import sha256_of
 from vfm_vae.positions import resample_positions
 from vfm_vae.tokenizer import VFMVAE
-from vfm_vae.vfm import FrozenVFM, check_vfm, sha256_of, vfm_identity
+from vfm_vae.vfm import FrozenVFM, check_vfm, vfm_identity
 
 VFM = "vit_photos_patch8_64"
 # Whether there is a table; whether antialias is the published network's own way.

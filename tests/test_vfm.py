@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import timm
@@ -6,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vfm_vae.vfm import Frozen, FrozenVFM, create_vit, interpolation_of, target_interpolation_of
+from vfm_vae.frozen import Frozen
+from vfm_vae.vfm import FrozenVFM, check_vfm, source_of, vfm_from, vfm_identity
+from vfm_vae.vit import create_vit, family_of
 
 # Real timm entry points, shrunk; (prefix tokens, has a class token)
 FAMILIES = {
@@ -118,13 +121,84 @@ def test_a_description_without_antialiasing_has_the_rule():
     assert FrozenVFM.arguments_of(described)["antialias"] is None
 
 
-def test_interpolation_follows_the_table():
-    assert interpolation_of(SIGLIP) == target_interpolation_of(SIGLIP) == "bilinear"
-    assert interpolation_of("vit_large_patch16_224.mae") == target_interpolation_of("vit_large_patch16_224.mae")
-    dinov2 = "vit_large_patch14_reg4_dinov2.lvd142m"
-    assert interpolation_of(dinov2) == target_interpolation_of(dinov2) == "bicubic"
-    for eva in ("eva_giant_patch14_336.clip_ft_in1k", "eva02_large_patch14_448.mim_m38m_ft_in22k_in1k"):
-        assert (interpolation_of(eva), target_interpolation_of(eva)) == ("bilinear", "bicubic")
+def test_interpolation_follows_the_family():
+    def interpolations(name):
+        return family_of(name)[:2]
+
+    assert interpolations(SIGLIP) == interpolations("vit_large_patch16_224.mae") == ("bilinear", "bilinear")
+    for dino in ("vit_large_patch14_dinov2.lvd142m", "vit_base_patch14_reg4_dinov2", "vit_small_patch16_224.dino"):
+        assert interpolations(dino) == ("bicubic", "bicubic")
+    for eva in ("eva_large_patch14_196.in22k_ft_in22k", "eva02_large_patch14_224.mim_m38m"):
+        assert interpolations(eva) == ("bilinear", "bicubic")
+
+
+def test_an_interpolation_that_is_given_counts_and_is_told():
+    usual = FrozenVFM("vit_photos_patch8_64", input_scale=2.0)
+    other = FrozenVFM("vit_photos_patch8_64", input_scale=2.0, interpolation="bicubic", target_interpolation="bicubic")
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert not torch.equal(other(images).tokens, usual(images).tokens)
+    assert usual.target_interpolation == "bilinear" and other.target_interpolation == "bicubic"
+    assert "interpolation" not in usual.source() and "interpolation" not in usual.view()
+    assert other.source()["interpolation"] == other.view()["interpolation"] == "bicubic"
+    assert torch.equal(vfm_from(other.source())(images).tokens, other(images).tokens)
+
+
+def test_the_family_of_a_source_is_that_of_its_architecture(tmp_path):
+    config = {"architecture": "vit_small_patch14_reg4_dinov2", "pretrained_cfg": {"num_classes": 0}}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": {"img_size": 56}}))
+    vfm = FrozenVFM(f"local-dir:{tmp_path}", pretrained=False, model_args={"depth": 1})
+    assert (vfm.interpolation, vfm.antialias_positions) == ("bicubic", True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_shape_is_known_without_building_and_without_drawing(name):
+    vfm = tiny(name, layers=(0, -1), input_scale=0.5)
+    before = torch.get_rng_state()
+    shape = FrozenVFM.shape_of(**vfm.arguments)
+    assert torch.equal(torch.get_rng_state(), before)
+    told = vfm.width, vfm.widths, vfm.stride, vfm.target_interpolation
+    assert shape == told and vfm.widths == (WIDTH, WIDTH) and vfm.stride == 2 * vfm.patch_size
+
+
+def test_grid_is_of_the_images_before_they_are_resized():
+    vfm = tiny(input_scale=2.0)
+    assert vfm.grid(32, 48) == vfm(torch.zeros(1, 3, 32, 48)).grid == (4, 6)
+    with pytest.raises(ValueError, match=r"don't divide 66x64 \(images resized by input_scale = 2.0\)"):
+        vfm.grid(33, 32)
+
+
+class ShiftedVFM(FrozenVFM):
+    """A subclass with an argument of its own, and without most of the others."""
+
+    def __init__(self, shift: float, layers: tuple[int, ...] = (-1,)):
+        super().__init__("vit_photos_patch8_64", layers)
+        self.shift = shift
+
+    def prepare(self, images):
+        """Another input."""
+        return super().prepare(images) + self.shift
+
+
+def test_a_subclass_comes_back_as_itself():
+    vfm, images = ShiftedVFM(0.5, layers=(2, -1)), torch.rand(1, 3, 64, 64) * 2 - 1
+    source = json.loads(json.dumps(vfm.source()))
+    assert source["class_path"] == f"{__name__}.ShiftedVFM" and source["fingerprint"] == vfm.fingerprint()
+    again = vfm_from(source)
+    assert type(again) is ShiftedVFM and again.shift == 0.5 and again.layers == (2, -1)
+    assert torch.equal(again(images).layers[0], vfm(images).layers[0])
+    described = {"class_path": source["class_path"], "init_args": {"shift": 0.5}}
+    assert type(vfm_from(source_of(described))) is ShiftedVFM
+
+
+def test_a_checkpoint_of_another_class_is_refused():
+    plain, shifted = FrozenVFM("vit_photos_patch8_64"), ShiftedVFM(0.5)
+    assert "class_path" not in vfm_identity(plain)
+    with pytest.raises(
+        ValueError, match=r"was trained on a \S+\.ShiftedVFM, but model.vfm is a vfm_vae.vfm.FrozenVFM;"
+    ):
+        check_vfm(plain, {"vfm": vfm_identity(shifted)})
+    check_vfm(shifted, {"vfm": vfm_identity(shifted)})
+    check_vfm(shifted, {"vfm": vfm_identity(plain)})  # formerly no class was named
 
 
 def test_frozen_stays_frozen_in_training():
@@ -205,7 +279,7 @@ def test_precision_is_named_where_it_is_another_than_it_was_before():
     assert tiny(precision="float32").source()["precision"] == "float32"
     described = {"init_args": {"name": SIGLIP}}
     assert FrozenVFM.arguments_of(described)["precision"] == "bfloat16"
-    with pytest.raises(ValueError, match="precision: bfloat16 or float32, given 'float16'"):
+    with pytest.raises(ValueError, match="precision: one of 'bfloat16', 'float32', given 'float16'"):
         tiny(precision="float16")
 
 

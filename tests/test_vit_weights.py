@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
-from vfm_vae.vfm import FrozenVFM, create_vit
+from vfm_vae.vfm import FrozenVFM
+from vfm_vae.vit import create_vit
 
 # Families, of which timm loads some strictly and some not; with what makes them tiny.
 SIDES = {"embed_dim": 24, "depth": 2, "num_heads": 2}

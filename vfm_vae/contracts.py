@@ -1,11 +1,151 @@
 """What the parts ask of each other. Any class with these methods will do; it need not inherit anything."""
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from vfm_vae.types import Batch, Decoded, Samples
+from vfm_vae.images import Interpolation
+from vfm_vae.types import Batch, Conditions, Decoded, Posterior, Samples, VFMFeatures
+
+
+@runtime_checkable
+class VFM(Protocol):
+    """A frozen vision foundation model: images in, tokens out; an `nn.Module` that nothing trains or saves.
+
+    Methods with a body here are optional for classes that inherit from this one. A class may have a classmethod
+    `shape_of(**init_args) -> VFMShape`, too; then configs need not state the widths that follow from the VFM.
+
+    Attributes:
+        name: What logs, checkpoints and caches call it; unique among VFMs.
+        layers: The layers asked for, counted as the VFM likes.
+        width: Channels of its final tokens.
+        widths: Channels of each of the layers.
+        stride: Pixels of an image for each token, along a side.
+        target_interpolation: How training targets are resized beside it.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    width: int
+    widths: tuple[int, ...]
+    stride: float
+    target_interpolation: Interpolation
+
+    __call__: Callable[[Tensor], VFMFeatures]
+    to: Callable[..., Any]
+
+    def forward(self, images: Tensor) -> VFMFeatures:
+        """Features of `images: [B, 3, H, W] in [-1, 1]`, without gradients."""
+
+    def differentiable(self, images: Tensor) -> VFMFeatures:
+        """The same features, with gradients that reach the images (the weights take none)."""
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tokens of images `[B, 3, height, width]`; ValueError if it takes none such."""
+
+    def fingerprint(self) -> str:
+        """What tells its weights from others': SHA-256, in hexadecimal."""
+
+    def source(self) -> dict[str, Any]:
+        """What it takes to have this VFM again, as JSON has it.
+
+        That is its arguments by name, and beside them `name`, `layers`, `fingerprint`, and `class_path`, which is left
+        out for `FrozenVFM` alone.
+        """
+
+    def view(self) -> dict[str, Any]:
+        """How it sees images and computes, as JSON has it: what its features depend on beside its weights."""
+        return {}
+
+    def compile_regions(self) -> None:
+        """Compiles what is worth it, in place."""
+
+    def hold_products_in(self, dtype: torch.dtype) -> None:
+        """Keeps weights in the precision that autocast takes them in, where that changes no outputs."""
+
+    def go_on_as(self, stored: Mapping[str, Any], option: str) -> None:
+        """Computes as the VFM did that a checkpoint names; `option` sets this one, for messages."""
+
+
+class Tokenizer(Protocol):
+    """An `nn.Module` between images and latents: what is trained, makes caches, and decodes for diffusion models.
+
+    `vfm_vae.pretrained_tokenizer.PretrainedTokenizer` is a base class that has most of this.
+
+    Attributes:
+        vfm: Its frozen VFM, which it encodes with or is aligned to; None where there is none.
+    """
+
+    vfm: VFM | None
+
+    @property
+    @abstractmethod
+    def latent_channels(self) -> int:
+        """Channels C of the latent."""
+
+    @property
+    @abstractmethod
+    def compression(self) -> int:
+        """Sides of the image over sides of the latent."""
+
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of the latent must divide by."""
+
+    @property
+    def interpolation(self) -> Interpolation:
+        """How training resizes images for it."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Posterior:
+        """The posterior of latents `[B, C, h, w]`, of images `[B, 3, H, W]` in [-1, 1]."""
+
+    def encode_with_features(self, images: Tensor) -> tuple[Posterior, VFMFeatures | None]:
+        """The same for training, with what the VFM says of the images, where there is a VFM."""
+
+    @abstractmethod
+    def decode(self, z: Tensor) -> Decoded:
+        """Images of latents, with smaller ones of the same, where it makes such."""
+
+    def latent_identity(self) -> dict[str, Any]:
+        """What tells these latents from those of other tokenizers, in plain data.
+
+        It has `fingerprint`, a hash of all that makes the latents, which is None where that is not known; `channels`;
+        `compression`; and `tokenizer`, the class, or, of a VFMVAE, `vfm`, the name of the VFM.
+        """
+
+    def check_image_size(self, size: int) -> None:
+        """Raises a ValueError if images of this side can't be tokenized."""
+
+    def compile_regions(self) -> None:
+        """Compiles what is worth it, in place."""
+
+
+@runtime_checkable
+class Aligned(Protocol):
+    """A tokenizer whose latents can be drawn towards its VFM's features."""
+
+    @property
+    def last_encoding_weight(self) -> nn.Parameter:
+        """The last weight before the posterior, where the adaptive weight of the alignment compares gradients."""
+
+    def align(self, z: Tensor) -> Tensor:
+        """Projects latents `[B, C, h, w]` to the VFM's width, `[B, D, h, w]`."""
+
+    def alignment_target(self, features: VFMFeatures, z: Tensor) -> Tensor:
+        """What the projected latents are to be: features at the latents' positions, `[B, D, h, w]`."""
+
+
+@runtime_checkable
+class HasVFM(Protocol):
+    """A module with a VFM of its own, which callbacks may use."""
+
+    @property
+    def vfm(self) -> VFM | None:
+        """That VFM; None where there is none."""
 
 
 @runtime_checkable
@@ -72,19 +212,23 @@ class DrawsSamples(Protocol):
 
     predict: str
     can_decode: bool
-    num_classes: int
+    num_classes: int | None  # None where samples are drawn for something else
 
     def draw(
         self,
         index: Tensor,
-        labels: Tensor | None = None,
+        condition: Any = None,
         guidance_scale: float | None = None,
         decode: bool = True,
     ) -> Samples:
-        """Samples by their numbers `[B]`; labels and guidance scale are the module's where none are given."""
+        """Samples by their numbers `[B]`.
 
-    def sample_labels(self, index: Tensor) -> Tensor:
-        """The classes that the module chooses for samples, `[B]`."""
+        They are drawn for `condition`, or plain values such as classes that stand for one; where nothing is given, for
+        what the module chooses. The guidance scale is the module's, too, where none is given.
+        """
+
+    def sample_condition(self, index: Tensor) -> Conditions:
+        """What the module chooses to draw samples for, by their numbers `[B]`."""
 
     def evaluation_settings(self) -> Mapping[str, Any]:
         """All that samples depend on, as JSON has it."""

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import lightning
 import timm
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
+from vfm_vae import schema
 from vfm_vae.checkpoints import read_weights
 from vfm_vae.cli import short_errors
 from vfm_vae.description import describe
@@ -21,7 +21,6 @@ from vfm_vae.modules.adapter import Adapter, Projection, ProjectionAttention
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.layers import UpsampleUnit
 from vfm_vae.modules.maps import Blur
-from vfm_vae.positions import antialias_positions_of
 from vfm_vae.published import (
     Names,
     discriminator_names,
@@ -34,8 +33,10 @@ from vfm_vae.published import (
     tokenizer_names,
     write_training,
 )
+from vfm_vae.schema import TOKENIZER
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.vfm import FORMERLY, FrozenVFM
+from vfm_vae.vit import family_of
 
 ENCODER = "vfm_encoder."  # the frozen VFM, which is named and not stored
 
@@ -270,7 +271,7 @@ def convert(
         images_seen: Images that the weights were trained on, where it is not the public YAML's total_kimg.
     """
     content = read_weights(source, "source")
-    if isinstance(content, Mapping) and "vfm" in content and "state_dict" in content:
+    if TOKENIZER.describes(content):
         model = VFMVAE.from_checkpoint(source, vfm=vfm_weights is not None, vfm_weights=vfm_weights)
         remove_training(out)
         model.save_pretrained(out)
@@ -295,7 +296,7 @@ def convert(
     )
     remove_training(out)
     model.save_pretrained(out)
-    write_training(out, checkpoint, {"model": {"model": checkpoint["hyper_parameters"]["model"]}})
+    write_training(out, checkpoint, _overlay(model))
     kinds = sorted({name.partition(".")[0] for name in checkpoint["state_dict"]} - {"model"})
     print(f"{out}: the tokenizer of {source}, with {', '.join(kinds) or 'no discriminators'}")
 
@@ -305,7 +306,7 @@ def _vfm_source(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
     if name is None:
         raise ValueError(f"vfm: {config['vfm_name']!r} is no VFM that timm is known to have; give timm's name for it")
     arguments = {"name": name, "layers": list(config["patch_from_layers"]), "input_scale": config["scale_factor"]}
-    arguments["antialias_positions"] = antialias_positions_of(name)
+    arguments["antialias_positions"] = family_of(name).antialias_positions
     return FrozenVFM.arguments_of({"init_args": arguments}) | {"fingerprint": None}
 
 
@@ -320,28 +321,31 @@ def _checkpoint(
         opponents: As `opponents_from_published` gives them.
         images_seen: Counter.
     """
-    source = model.vfm_source()
-    arguments = {name: value for name, value in source.items() if name != "fingerprint"}
-    description = describe(model)
-    description["init_args"]["vfm"] = {"class_path": "vfm_vae.vfm.FrozenVFM", "init_args": arguments}
     averaged = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     state = averaged if trained is None else {f"model.{name}": tensor for name, tensor in trained.items()}
-    checkpoint = {
-        "state_dict": state | dict(opponents),
-        "images_seen": images_seen,
-        "guard": NonFiniteGuard().state_dict(),
-        "vfm": {name: (FORMERLY | source)[name] for name in ("name", "fingerprint", "antialias_positions")},
-        "hyper_parameters": {"model": description},
-        "callbacks": {},  # without which Lightning would not ask callbacks to read averages
-        "pytorch-lightning_version": lightning.__version__,
-        "epoch": 0,
-        "global_step": 0,
-    }
+    source = FORMERLY | model.vfm_source()
+    checkpoint = schema.of_weights(state | dict(opponents))
+    schema.write(
+        checkpoint,
+        TOKENIZER,
+        model.described(),
+        images_seen=images_seen,
+        guard=NonFiniteGuard().state_dict(),
+        vfm={name: source[name] for name in ("name", "fingerprint", "antialias_positions")},
+    )
     if trained is not None:
         parameters = {f"model.{name}" for name, _ in model.named_parameters()}
         weights = {name: tensor for name, tensor in averaged.items() if name in parameters}
-        checkpoint["ema"] = {"weights": weights, "images_seen": images_seen}
+        schema.write_average(checkpoint, weights, images_seen)
     return checkpoint
+
+
+def _overlay(model: VFMVAE) -> dict[str, Any]:
+    """The model as a config of `python -m vfm_vae` has it, with its VFM."""
+    arguments = {name: value for name, value in model.vfm_source().items() if name != "fingerprint"}
+    description = describe(model)
+    description["init_args"]["vfm"] = {"class_path": "vfm_vae.vfm.FrozenVFM", "init_args": arguments}
+    return {"model": {"model": description}}
 
 
 def main() -> None:

@@ -1,22 +1,14 @@
 """Tables of learned positions of vision transformers, at other grids of tokens than those they were trained at."""
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-
-def antialias_positions_of(name: str) -> bool:
-    """Whether the published network of this timm name resamples its table with antialias, as timm does for all.
-
-    Of those in Hugging Face's transformers, DINOv2 with registers does; SigLIP, SigLIP2, DINOv2, MAE and CLIP do not.
-    """
-    return re.search(r"_reg\d+_dinov2", name) is not None
+from vfm_vae.images import Interpolation
 
 
 def has_positions(network: nn.Module) -> bool:
@@ -25,7 +17,7 @@ def has_positions(network: nn.Module) -> bool:
 
 
 def resample_positions(
-    table: Tensor, old_grid: Sequence[int], new_grid: Sequence[int], interpolation: Literal["bilinear", "bicubic"]
+    table: Tensor, old_grid: Sequence[int], new_grid: Sequence[int], interpolation: Interpolation
 ) -> Tensor:
     """Brings a table of positions to another grid, without antialias.
 
@@ -47,16 +39,15 @@ def resample_positions(
 class Positions:
     """The frozen table of a vision transformer, resampled as the published networks have it where timm would otherwise.
 
-    Bicubic without antialias; bilinear for the Perception Encoder. The network keeps its own table as its weight.
+    Without antialias. The network keeps its own table as its weight.
 
     Args:
         network: of timm, with a table, see `has_positions`.
-        name: its timm name.
+        interpolation: how the published network does it.
     """
 
-    def __init__(self, network: nn.Module, name: str) -> None:
-        self.network = network
-        self.interpolation: Literal["bilinear", "bicubic"] = "bilinear" if name.startswith("vit_pe_") else "bicubic"
+    def __init__(self, network: nn.Module, interpolation: Interpolation) -> None:
+        self.network, self.interpolation = network, interpolation
         self._resampled: dict[tuple[int, int], nn.Parameter] = {}
 
     @contextmanager

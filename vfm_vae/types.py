@@ -1,7 +1,7 @@
 """Data that crosses the borders between packages."""
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -74,19 +74,35 @@ class Encoded(NamedTuple):
     index: Tensor
 
 
+class Conditions(Protocol):
+    """What samples are drawn for, a row each; whoever holds it passes it on without a look inside."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def __getitem__(self, rows: Tensor | slice) -> Self:
+        """Some of the samples, by a slice, by positions int64 `[N]`, or by a mask bool `[B]`."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As tensors `[B, ...]` with names: class labels are `labels`."""
+
+    def plain(self) -> list[Any]:
+        """Each row as JSON has it, such as the number of a class."""
+
+
 class Samples(NamedTuple):
     """What a diffusion model draws.
 
     Attributes:
         images: `[B, 3, H, W]` in [-1, 1]; None where latents were asked for.
         latents: as the tokenizer decodes them, `[B, C, h, w]`.
-        labels: the classes they were drawn for, int64 `[B]`.
+        condition: what they were drawn for, such as classes.
         index: their numbers, int64 `[B]`; -1 marks padding.
     """
 
     images: Tensor | None
     latents: Tensor
-    labels: Tensor
+    condition: Conditions
     index: Tensor
 
 
@@ -109,6 +125,22 @@ class VFMFeatures(NamedTuple):
     def sequence(self) -> Tensor:
         """What diffusion models are aligned to: `pooled`, then `tokens`, `[B, 1 + N, C]`."""
         return torch.cat([self.pooled[:, None], self.tokens], dim=1)
+
+
+class VFMShape(NamedTuple):
+    """What other parts' options follow from, known of a VFM before it is built.
+
+    Attributes:
+        width: channels of its final tokens.
+        widths: channels of each of the layers asked for.
+        stride: pixels of an image for each token, along a side.
+        target_interpolation: how training targets are resized beside it, `bilinear` or `bicubic`.
+    """
+
+    width: int
+    widths: tuple[int, ...]
+    stride: float
+    target_interpolation: str
 
 
 class Decoded(NamedTuple):

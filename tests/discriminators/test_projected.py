@@ -4,7 +4,7 @@ import torch
 from vfm_vae.discriminators.augment import DifferentiableAugmentation
 from vfm_vae.discriminators.layers import LocalBatchNorm
 from vfm_vae.discriminators.projected import ProjectedDiscriminator, layer_tokens, set_input_size
-from vfm_vae.vfm import create_vit
+from vfm_vae.vit import create_vit
 
 SMALL = {"backbone": "vit_photos_patch8_64", "pretrained": False, "size": 64, "layers": (0, 3, 6)}
 TINY_DINO = "vit_small_patch16_224.dino"

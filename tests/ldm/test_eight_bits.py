@@ -9,9 +9,9 @@ from PIL import Image
 
 from callbacks.writers import SampleWriter
 from vfm_vae.data.latents import LatentStatistics
+from vfm_vae.frozen import Frozen
 from vfm_vae.images import from_uint8, to_uint8
 from vfm_vae.types import Batch
-from vfm_vae.vfm import Frozen
 
 LEVELS = torch.arange(255).repeat(3, 1).reshape(3, 15, 17)  # the largest one would leave the range
 

@@ -32,7 +32,7 @@ from ldm.samplers import Euler
 from vfm_vae.compilation import is_compiled
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.saving import WholeCheckpoints
-from vfm_vae.vfm import Frozen
+from vfm_vae.frozen import Frozen
 
 cache, out, compiled = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "compiled"
 torch.compile = partial(torch.compile, backend="eager")

@@ -12,8 +12,8 @@ from torch import nn
 from ldm.models.lightningdit import LightningDiT
 from ldm.module import DiffusionModule
 from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.frozen import Frozen
 from vfm_vae.images import from_uint8
-from vfm_vae.vfm import Frozen
 
 CLASSES, EACH = 6, 10
 

@@ -12,9 +12,9 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
+from vfm_vae.frozen import sha256_of
 from vfm_vae.metrics.distribution import FrechetDistance, InceptionScore
 from vfm_vae.metrics.inception import Inception, resize_tf1
-from vfm_vae.vfm import sha256_of
 
 NUM = 16
 

@@ -20,7 +20,7 @@ from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.published import discriminator_names, to_published
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Batch, VFMFeatures
-from vfm_vae.vfm import create_vit
+from vfm_vae.vit import create_vit
 
 DATA = Path(__file__).parent / "data"
 TENSORS = load_file(DATA / "step_a.safetensors")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,12 @@ from torch.nn.utils import spectral_norm
 from vfm_vae.compilation import compile_regions
 from vfm_vae.discriminators.augment import DifferentiableAugmentation
 from vfm_vae.discriminators.layers import LocalBatchNorm
+from vfm_vae.frozen import Frozen
+from vfm_vae.hooks import run_and_keep
 from vfm_vae.images import Interpolation, resize
 from vfm_vae.options import at_least, named_as, within
 from vfm_vae.positions import resample_positions
-from vfm_vae.vfm import Frozen, create_vit
+from vfm_vae.vit import create_vit
 
 
 class Residual(nn.Module):
@@ -177,17 +179,7 @@ def layer_tokens(vit: nn.Module, inputs: Tensor, layers: Sequence[int]) -> list[
     Returns:
         One `[B, C, N]` per layer, in the order asked for.
     """
-    tokens: dict[int, Tensor] = {}
-    with ExitStack() as hooks:  # hooks serve every family alike, whatever its blocks take beside the tokens
-        if 0 in layers:
-            keep_input = vit.blocks[0].register_forward_pre_hook(lambda _, args: tokens.update({0: args[0]}))
-            hooks.callback(keep_input.remove)
-        for layer in set(layers) - {0}:
-            keep_output = vit.blocks[layer - 1].register_forward_hook(
-                lambda _, args, output, layer=layer: tokens.update({layer: output})
-            )
-            hooks.callback(keep_output.remove)
-        vit.forward_features(inputs)
+    _, tokens = run_and_keep(partial(vit.forward_features, inputs), vit.blocks, layers)
 
     def read_out(x: Tensor) -> Tensor:
         patches = x[:, vit.num_prefix_tokens :]  # [B, N, C]

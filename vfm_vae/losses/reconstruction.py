@@ -16,9 +16,10 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.models import VGG16_Weights
 
 from vfm_vae.checkpoints import fill, read_published_weights, read_weights
+from vfm_vae.frozen import Frozen
 from vfm_vae.images import Interpolation, resize
 from vfm_vae.modules.maps import in_fast_layout
-from vfm_vae.vfm import Frozen, FrozenVFM
+from vfm_vae.vfm import FrozenVFM
 
 
 def l1(images: Tensor, target: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 )
 
 from vfm_vae.checkpoints import misfit, read_published_weights
+from vfm_vae.frozen import Frozen, sha256_of
 from vfm_vae.metrics.features import float32_arithmetic
-from vfm_vae.vfm import Frozen, sha256_of
 
 SIDE = 299
 POOL_WIDTH, SPATIAL_WIDTH, NUM_CLASSES = 2048, 7 * 17 * 17, 1008
