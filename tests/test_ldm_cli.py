@@ -2,15 +2,15 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_line import Ended
+from command_line import run as run_here
 from safetensors import safe_open
-from test_cli import DEMO, ENVIRONMENT, ROOT, SMALL, run
+from test_cli import DEMO, ROOT, SMALL, run
 
 from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.latents import LatentStatistics
@@ -57,13 +57,8 @@ trainer:
 """
 
 
-def ldm(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ldm", *arguments], cwd=folder, env=ENVIRONMENT, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
+def ldm(folder: Path, *arguments: str) -> Ended:
+    return run_here(folder, "ldm", *arguments)
 
 
 def small_ldm(command: str, *options: str) -> list[str]:
@@ -71,9 +66,10 @@ def small_ldm(command: str, *options: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chain(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     """A folder with a trained tokenizer and its latents, by the command line."""
     folder = tmp_path_factory.mktemp("chain")
+    (folder / "photos").symlink_to(photos)
     for name, text in (("small", SMALL), ("ldm", SMALL_LDM), ("latents", LATENTS)):
         (folder / f"{name}.yaml").write_text(text)
     code, _, err = run(folder, "fit", *DEMO, "-c", "small.yaml", "--model.max_images=8")
