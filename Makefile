@@ -1,9 +1,10 @@
-# The developer's menu: `make` or `make help` lists it.
+# The developer's menu: `make` or `make help` lists it. ARGS="--option=value …" goes on to the program of a target.
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?= data/imagenet
 GPUS ?= 1
 STAGE ?= patchgan
+ARGS ?=
 RUN ?= epochs64
 RUN_REG := $(if $(filter reg%,$(RUN)),_reg)
 # A variant of the tokenizer's training, with runs of its own, and of what is trained on its latents.
@@ -37,21 +38,13 @@ one_or_many = $(if $(filter 0,$(GPUS)),cpu,$(if $(filter 1,$(GPUS)),gpu,$(1)))
 TRAINER = -c configs/trainer/$(call one_or_many,ddp8).yaml $(DEVICES)
 TRAINER_LDM = -c configs/trainer/$(call one_or_many,ddp8_ldm).yaml $(DEVICES)
 DEVICES := $(if $(filter-out 0 1,$(GPUS)),--trainer.devices=$(GPUS))
-# Steps of 512 images and 1024 latents, whatever the number of GPUs: in so many parts that each takes 64 and 128 at a
-# time, which 80 GB hold. Smaller GPUs: PARTS=32 or more.
+# Images or latents that a GPU takes at a time: what the configs say, which 80 GB hold, or fewer. Steps stay as large, and
+# validations as many steps apart.
+MICRO ?= $(if $(filter 0,$(GPUS)),8)
+AT_A_TIME := $(if $(MICRO),--data.micro_batch_size=$(MICRO))
 COUNT := $(if $(filter 0,$(GPUS)),1,$(GPUS))
-PARTS_OF_0 := 64
-PARTS_OF_1 := 8
-PARTS_OF_2 := 4
-PARTS_OF_4 := 2
-PARTS_OF_8 := 1
-PARTS_OF_16 := 1
-PARTS_OF_32 := 1
-PARTS := $(or $(PARTS_OF_$(GPUS)),$(error GPUS: 0, 1, 2, 4, 8, 16 or 32, so that batches divide; given $(GPUS)))
-EVERY := --trainer.val_check_interval=$(shell expr 5000 \* $(PARTS))
-MEASURED := --data.val_batch_size=$(shell expr 64 \* $(COUNT))
-BATCH := --data.batch_size=$(shell expr 512 / $(PARTS)) --model.accumulate_grad_batches=$(PARTS) $(EVERY) $(MEASURED)
-BATCH_LDM := --data.batch_size=$(shell expr 1024 / $(PARTS)) --trainer.accumulate_grad_batches=$(PARTS) $(EVERY) $(MEASURED)
+EVALUATED := $(shell expr $(or $(MICRO),64) \* $(COUNT) 2>/dev/null)
+MEASURED := --data.val_batch_size=$(or $(EVALUATED),$(error GPUS, MICRO: whole numbers; given '$(GPUS)', '$(MICRO)'))
 FORMER_weak := strong
 FORMER_ssim := weak
 FORMER_patchgan := ssim
@@ -64,7 +57,8 @@ VARIANT = $(if $(RECIPE),-c configs/vfm_vae/$(RECIPE).yaml $(call former,$@))
 VARIANT_LATENTS := $(if $(RECIPE),--trainer.callbacks.directory=$(RUNS)/latents$(RUN_REG))
 VARIANT_LDM = $(if $(RECIPE),--data.root=$(RUNS)/latents$(RUN_REG) --trainer.logger.init_args.save_dir=$(RUNS)/ldm \
   --model.tokenizer.init_args.checkpoint=$(OF_STAGE)/checkpoints/last.ckpt)
-STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER) $(BATCH) $(VARIANT)
+STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER) $(AT_A_TIME) $(VARIANT) \
+  $(ARGS)
 
 # The demo's diffusion model: lightningdit, or reg.
 DENOISER ?= lightningdit
@@ -88,15 +82,15 @@ $(READY): setup.cfg pyproject.toml
 install: $(READY) ## make .venv with the package and what develops it
 
 demo: install ## train tokenizer and diffusion model on the embedded photographs, and sample; results in runs/demo
-	$(FIT) -c configs/demo/tokenizer.yaml -c configs/demo/strong.yaml
-	$(FIT) -c configs/demo/tokenizer.yaml -c configs/demo/weak.yaml
+	$(FIT) -c configs/demo/tokenizer.yaml -c configs/demo/strong.yaml $(ARGS)
+	$(FIT) -c configs/demo/tokenizer.yaml -c configs/demo/weak.yaml $(ARGS)
 	$(TOKENIZER) predict -c runs/demo/weak/config.yaml -c configs/demo/latents$(if $(REG),_reg).yaml \
-	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt
+	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt $(ARGS)
 	$(TOKENIZER) test -c runs/demo/weak/config.yaml -c configs/demo/weak_test.yaml \
-	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt
-	$(LDM) fit $(DEMO_LDM) -c configs/demo/ldm_train.yaml $(call named,$(DEMO_NAME))
-	$(LDM) validate $(DEMO_GUIDED)
-	$(LDM) predict $(DEMO_GUIDED)
+	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt $(ARGS)
+	$(LDM) fit $(DEMO_LDM) -c configs/demo/ldm_train.yaml $(call named,$(DEMO_NAME)) $(ARGS)
+	$(LDM) validate $(DEMO_GUIDED) $(ARGS)
+	$(LDM) predict $(DEMO_GUIDED) $(ARGS)
 	$(BIN)/python -m vfm_vae.convert runs/demo/weak/checkpoints/last.ckpt --out runs/demo/pretrained/tokenizer
 	$(BIN)/python -m ldm.convert runs/demo/$(DEMO_NAME)/checkpoints/last.ckpt --out runs/demo/pretrained/$(DEMO_NAME)
 	@echo "Reconstructions: runs/demo/weak/images/val.png · samples by class: runs/demo/$(DEMO_NAME)/images/samples_guidance_*.png"
@@ -107,17 +101,17 @@ runs/demo/weak/checkpoints/last.ckpt:
 
 study: install runs/demo/weak/checkpoints/last.ckpt ## train without alignment, with REPA and with REG, and compare, on the demo's tokenizer
 	$(TOKENIZER) predict -c runs/demo/weak/config.yaml -c configs/demo/latents_reg.yaml \
-	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt
-	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml $(call named,none)
-	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml -c configs/demo/align_repa.yaml $(call named,repa)
-	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml -c configs/demo/align_reg.yaml $(call named,reg)
+	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt $(ARGS)
+	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml $(call named,none) $(ARGS)
+	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml -c configs/demo/align_repa.yaml $(call named,repa) $(ARGS)
+	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml -c configs/demo/align_reg.yaml $(call named,reg) $(ARGS)
 	$(BIN)/python tests/bench/study.py runs/study/metrics.json
 
 test: install ## run the fast tests
-	$(BIN)/pytest
+	$(BIN)/pytest $(ARGS)
 
 test-all: install ## run all tests that this machine can, the slow ones too
-	$(BIN)/pytest -m "not gpu or gpu"
+	$(BIN)/pytest -m "not gpu or gpu" $(ARGS)
 
 lint: install ## check style and the direction of imports
 	$(BIN)/ruff check .
@@ -139,15 +133,15 @@ bench: install ## measure what is claimed to be fast, as ratios within one run
 	$(TUNED) $(BIN)/python tests/bench/busy.py
 
 bench-gpu: install ## measure training, sampling and evaluation at full size on one GPU, in six minutes; runs/bench_gpu.json
-	$(BIN)/python tests/bench/gpu.py
+	$(BIN)/python tests/bench/gpu.py $(ARGS)
 
 tensorboard: install ## show the runs at http://localhost:6006
-	$(BIN)/tensorboard --logdir runs
+	$(BIN)/tensorboard --logdir runs $(ARGS)
 
 embedded-vfm: install ## pretrain the embedded ViT again and draw its features
-	$(BIN)/python -m vfm_vae.embedded.pretrain --picture docs/embedded_pca.png
+	$(BIN)/python -m vfm_vae.embedded.pretrain --picture docs/embedded_pca.png $(ARGS)
 
-strong: install ## stage 1, strong alignment, on ImageNet: make strong DATA=/path GPUS=8 [RECIPE=as_published] (GPUS=0: CPU)
+strong: install ## stage 1, strong alignment, on ImageNet: make strong DATA=/path GPUS=8 [MICRO=4] [RECIPE=as_published] (GPUS=0: CPU)
 	$(STAGE_FIT)
 
 weak: install ## stage 2, weak alignment, from the strong stage
@@ -162,28 +156,28 @@ patchgan: install ## stage 4, PatchGAN fine-tuning, from the SSIM stage
 latents: install ## cache the latents of the data that STAGE was trained on, with features for RUN=reg…: make latents GPUS=8
 	$(TOKENIZER) predict -c $(OF_STAGE)/config.yaml -c configs/vfm_vae/latents$(RUN_REG).yaml $(TRAINER) $(MEASURED) \
 	  --trainer.precision=32-true $(VARIANT_LATENTS) \
-	  --ckpt_path $(OF_STAGE)/checkpoints/last.ckpt
+	  --ckpt_path $(OF_STAGE)/checkpoints/last.ckpt $(ARGS)
 
 ldm: install ## train LightningDiT or REG on cached latents: make ldm RUN=epochs64|epochs80|epochs560|reg80|reg480|reg640 GPUS=8
 	$(LDM) fit $(if $(RUN_REG),-c configs/ldm/reg.yaml,-c configs/ldm/lightningdit.yaml -c configs/data/latents.yaml) \
-	  -c configs/ldm/$(notdir $(OF_RUN)).yaml $(TRAINER_LDM) $(BATCH_LDM) $(VARIANT_LDM)
+	  -c configs/ldm/$(notdir $(OF_RUN)).yaml $(TRAINER_LDM) $(AT_A_TIME) $(VARIANT_LDM) $(ARGS)
 
 samples: install ## draw 50 000 samples from a trained LightningDiT: make samples RUN=epochs64 GPUS=8
 	$(LDM) predict -c $(OF_RUN)/config.yaml -c configs/ldm/samples.yaml $(TRAINER_LDM) $(MEASURED) \
 	  --trainer.precision=32-true \
-	  --ckpt_path $(OF_RUN)/checkpoints/last.ckpt --trainer.callbacks.directory=$(OF_RUN)/samples
+	  --ckpt_path $(OF_RUN)/checkpoints/last.ckpt --trainer.callbacks.directory=$(OF_RUN)/samples $(ARGS)
 
 evaluate: evaluate-tokenizer evaluate-ldm ## measure tokenizer and diffusion model: make evaluate STAGE=patchgan RUN=epochs64 GPUS=8
 
 evaluate-tokenizer: install ## rFID and its kin, alignment, probes of a trained tokenizer
 	$(TOKENIZER) test -c $(OF_STAGE)/config.yaml -c configs/vfm_vae/test$(PUBLISHED).yaml $(TRAINER) $(MEASURED) \
 	  --trainer.precision=32-true \
-	  --ckpt_path $(OF_STAGE)/checkpoints/last.ckpt
+	  --ckpt_path $(OF_STAGE)/checkpoints/last.ckpt $(ARGS)
 
 evaluate-ldm: install ## gFID and its kin of a trained LightningDiT
 	$(LDM) test -c $(OF_RUN)/config.yaml -c configs/ldm/test$(PUBLISHED).yaml $(TRAINER_LDM) $(MEASURED) \
 	  --trainer.precision=32-true \
-	  --ckpt_path $(OF_RUN)/checkpoints/last.ckpt
+	  --ckpt_path $(OF_RUN)/checkpoints/last.ckpt $(ARGS)
 
 clean: ## remove caches and the demo's results, not other runs
 	rm -rf runs/demo build .pytest_cache .ruff_cache .import_linter_cache *.egg-info

@@ -35,7 +35,6 @@ model:
         init_args:
           {in_channels: 16, channels: [16, 16, 16, 16, 16, 8], route_channels: [16, 16, 16, 8],
            attention_depths: [1], num_res_blocks: 0, w_channels: 16}
-  accumulate_grad_batches: 1
   discriminator: {init_args: {backbone: vit_photos_patch8_64, size: 64, layers: [0, 4]}}
   objective:
     init_args:
@@ -72,7 +71,6 @@ model:
 data: {batch_size: 8, val_batch_size: 26, num_workers: 0}
 trainer:
   max_steps: 2
-  accumulate_grad_batches: 1
   callbacks:
   - class_path: callbacks.ema.EMA
     init_args: {decay: 0.9}
@@ -196,7 +194,8 @@ def test_a_recipe_of_its_own_has_runs_of_its_own():
 
 MISTAKES = [
     ("weak", "RECIPE=typo", "RECIPE: one of as_published discrete, or none; given typo"),
-    ("weak", "GPUS=3", "GPUS: 0, 1, 2, 4, 8, 16 or 32, so that batches divide; given 3"),
+    ("weak", "GPUS=eight", "GPUS, MICRO: whole numbers; given 'eight', ''"),
+    ("ldm", "MICRO=few", "GPUS, MICRO: whole numbers; given '1', 'few'"),
     ("latents", "STAGE=patchgam", "STAGE: one of strong weak ssim patchgan; given 'patchgam'"),
     ("evaluate-tokenizer", "STAGE=", "STAGE: one of strong weak ssim patchgan; given ''"),
     ("ldm", "RUN=epochs65", "RUN: one of epochs560 epochs560_uniform epochs64 epochs80 reg480 reg640 reg80; given"),
@@ -253,20 +252,28 @@ def align(folder: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, str]) -
     assert report["test"]["metrics"]["test/fd_vit_photos_patch8_64/train"] > 0
 
 
-@pytest.mark.parametrize("gpus", [0, 1, 2, 4, 8, 16, 32])
-def test_steps_are_of_as_many_images_on_every_number_of_gpus(gpus: int):
+@pytest.mark.parametrize("gpus", [0, 1, 3, 8, 32])
+def test_the_number_of_gpus_is_said_once(gpus: int):
+    """What follows from it, the programs know: steps of as many images are configs' (`tests/data/test_steps.py`)."""
     stage, diffusion = commands("weak", "ldm", GPUS=str(gpus))
+    for command, many in ((stage, "ddp8"), (diffusion, "ddp8_ldm")):
+        assert f"configs/trainer/{ ({0: 'cpu', 1: 'gpu'}.get(gpus, many)) }.yaml" in command
+        told = [word for word in command if word.startswith(("--data", "--trainer", "--model"))]
+        few = ["--data.micro_batch_size=8"] if gpus == 0 else []
+        assert [word for word in told if word != "--data.root"] == [f"--trainer.devices={gpus}"] * (gpus > 1) + few
 
-    def option(command: list[str], name: str) -> int:
-        return next(int(word.split("=")[1]) for word in command if word.startswith(f"--{name}="))
 
-    for command, size, where in ((stage, 512, "model"), (diffusion, 1024, "trainer")):
-        accumulated = option(command, f"{where}.accumulate_grad_batches")
-        assert option(command, "data.batch_size") * accumulated == size
-        assert option(command, "trainer.val_check_interval") == 5000 * accumulated
-        kind = {0: "cpu", 1: "gpu"}.get(gpus, "ddp8" if where == "model" else "ddp8_ldm")
-        assert f"configs/trainer/{kind}.yaml" in command
-        assert (f"--trainer.devices={gpus}" in command) == (gpus > 1)
+def test_small_gpus_take_fewer_at_a_time():
+    targets = ("strong", "ldm")
+    assert all("--data.micro_batch_size=4" in command for command in commands(*targets, MICRO="4"))
+    evaluations = commands("latents", "samples", "evaluate", MICRO="4", GPUS="2")
+    assert all("--data.val_batch_size=8" in command for command in evaluations)
+
+
+def test_arguments_have_the_last_word():
+    targets = (*STAGES, "latents", "ldm", "samples", "evaluate", "demo", "study", "bench-gpu", "test", "embedded-vfm")
+    said = [command for command in commands(*targets, ARGS="--seed_everything 1") if not command[0].endswith("convert")]
+    assert len(said) > 20 and all(command[-2:] == ["--seed_everything", "1"] for command in said)
 
 
 REPORTS = ("runs/patchgan/metrics.json", "runs/ldm/epochs64/metrics.json")
@@ -275,5 +282,5 @@ REPORTS = ("runs/patchgan/metrics.json", "runs/ldm/epochs64/metrics.json")
 def test_the_toy_keeps_the_stages_weights_and_rates():
     """What the test replaces are sizes: nothing that a stage is about."""
     toy = yaml.safe_load(TOY)["model"]
-    assert toy.keys() == {"model", "accumulate_grad_batches", "discriminator", "objective"}
+    assert toy.keys() == {"model", "discriminator", "objective"}
     assert toy["objective"]["init_args"].keys() == {"perceptual_loss"}
