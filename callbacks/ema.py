@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vfm_vae.contracts import CountsImages
 from vfm_vae.options import positive
+from vfm_vae.schema import AVERAGE, write_average
 
 
 class EMA(Callback):
@@ -134,12 +135,12 @@ class EMA(Callback):
         """Adds the average; in the module's state, puts the weights in training where it stands in for them."""
         checkpoint["state_dict"].update(_whole(self._trained))
         if self.weights:
-            checkpoint["ema"] = {"weights": _whole(self.weights), "images_seen": self.images_seen}
+            write_average(checkpoint, _whole(self.weights), self.images_seen)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes the average from the checkpoint, whether it goes on training or is evaluated."""
-        if "ema" in checkpoint:
-            self.load_average(checkpoint["ema"])
+        if AVERAGE in checkpoint:
+            self.load_average(checkpoint[AVERAGE])
         else:
             rank_zero_warn("The checkpoint holds no averaged weights (key 'ema'): its trained weights are used.")
 

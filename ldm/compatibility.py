@@ -12,10 +12,25 @@ from torch import nn
 from ldm.alignment import REPA
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
-from vfm_vae.checkpoints import few, fill, read_checkpoint
+from vfm_vae.checkpoints import few, fill
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import LatentDataset, LatentStatistics
+from vfm_vae.schema import Kind, Stored, read
 from vfm_vae.tokenizer import FrozenTokenizer
+
+
+def _former_diffusion(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """From the hyper-parameters of the command line."""
+    given = content.get("hyper_parameters")
+    if not isinstance(given, Mapping) or not isinstance(given.get("model"), Mapping):
+        return None
+    arguments = {name: given.get(name) for name in ("model", "sampler", "guidance")}
+    model = {"class_path": "ldm.pipeline.LatentDiffusion", "init_args": arguments}
+    return {"model": model, "tokenizer": content["tokenizer"]}
+
+
+PARTS = {name: name for name in ("model.", "normalization.")}
+DIFFUSION = Kind("diffusion model", "python -m ldm", PARTS, "tokenizer", _former_diffusion)
 
 
 def check_data(
@@ -159,15 +174,14 @@ def begin_from(
     Raises:
         ValueError: if there is no checkpoint, or it holds another model, or belongs to another tokenizer's latents.
     """
-    checkpoint = read_checkpoint(source, "init_from")
-    check_checkpoint(checkpoint, latent_source, normalization, "init_from")
-    weights = checkpoint["state_dict"] | checkpoint.get("ema", {}).get("weights", {})
-    fill(module, weights, f"init_from: {source!r} holds another model")
-    return latent_source or checkpoint["tokenizer"]
+    stored = read(source, "init_from", DIFFUSION)
+    check_checkpoint(stored, latent_source, normalization, "init_from")
+    fill(module, stored.averaged(), f"{stored.place} holds another model")
+    return latent_source or stored.content["tokenizer"]
 
 
 def check_checkpoint(
-    checkpoint: Mapping[str, Any],
+    stored: Stored,
     latent_source: Mapping[str, Any] | None,
     normalization: LatentNormalization,
     option: str,
@@ -175,24 +189,21 @@ def check_checkpoint(
     """Compares the latents that a checkpoint was trained on with those at hand.
 
     Args:
-        checkpoint: Of a diffusion model's training.
+        stored: Of a diffusion model's training.
         latent_source: Identity of the tokenizer at hand, where it is known.
         normalization: At hand.
         option: Names the checkpoint.
 
     Raises:
-        ValueError: if it is no diffusion model's, or belongs to another tokenizer's latents.
+        ValueError: if it belongs to another tokenizer's latents.
     """
-    if "tokenizer" not in checkpoint:
-        raise ValueError(f"{option}: this is no checkpoint of a diffusion model")
-    check_tokenizer(checkpoint["tokenizer"], latent_source, f"{option}: data and tokenizer at hand are")
+    check_tokenizer(stored.content["tokenizer"], latent_source, f"{option}: data and tokenizer at hand are")
     # A strategy that shards the model has loaded its state by now, and taken it out.
-    state = checkpoint.get("state_dict", normalization.state_dict(prefix="normalization."))
+    state = stored.content.get("state_dict", normalization.state_dict(prefix="normalization."))
     names = [f"normalization.{name}" for name in LatentStatistics._fields]
     if missing := set(names) - state.keys():
         raise ValueError(f"{option}: the checkpoint is of another model: missing {few(missing)}")
-    stored = LatentStatistics(*(state[name] for name in names))
-    check_statistics(stored, normalization, option)
+    check_statistics(LatentStatistics(*(state[name] for name in names)), normalization, option)
 
 
 def check_statistics(stored: LatentStatistics, normalization: LatentNormalization, option: str) -> None:

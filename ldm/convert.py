@@ -4,9 +4,9 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-import lightning
 from jsonargparse import ArgumentParser
 
+from ldm.compatibility import DIFFUSION
 from ldm.guidance import Guidance
 from ldm.models.denoiser import Denoiser
 from ldm.models.sit import SiT
@@ -18,6 +18,7 @@ from ldm.published import (
     to_published,
 )
 from ldm.samplers import Euler, EulerMaruyama, Sampler
+from vfm_vae import schema
 from vfm_vae.checkpoints import read_weights
 from vfm_vae.cli import short_errors
 from vfm_vae.data.latents import LatentStatistics
@@ -49,7 +50,7 @@ def convert(
         tokenizer: The tokenizer of these latents, whose identity is noted: a folder, a checkpoint, or `owner/model`.
     """
     content = read_weights(source, "source")
-    if isinstance(content, Mapping) and "tokenizer" in content and "state_dict" in content:
+    if DIFFUSION.describes(content):
         model = LatentDiffusion.from_checkpoint(source, tokenizer)
         remove_training(out)
         model.save_pretrained(out)
@@ -69,7 +70,7 @@ def convert(
         model.latent_source = model.tokenizer.network.latent_identity()
     other = None if averaged is None or trained is None else denoiser_from_published(trained, published)
     checkpoint = _checkpoint(model, other)
-    overlay = dict(checkpoint["hyper_parameters"])
+    overlay = dict(describe(model)["init_args"])
     if tokenizer is not None:
         overlay["tokenizer"] = {
             "class_path": "vfm_vae.tokenizer.FrozenTokenizer",
@@ -122,20 +123,12 @@ def _checkpoint(model: LatentDiffusion, trained: Denoiser | None) -> dict[str, A
     """
     averaged = model.state_dict()
     others = {} if trained is None else {f"model.{name}": tensor for name, tensor in trained.state_dict().items()}
-    checkpoint = {
-        "state_dict": averaged | others,
-        "images_seen": 0,
-        "skipped_steps": 0,
-        "tokenizer": model.latent_source,
-        "hyper_parameters": describe(model)["init_args"],
-        "callbacks": {},  # without which Lightning would not ask callbacks to read averages
-        "pytorch-lightning_version": lightning.__version__,
-        "epoch": 0,
-        "global_step": 0,
-    }
+    checkpoint = schema.of_weights(averaged | others)
+    facts = {"skipped_steps": 0, "tokenizer": model.latent_source}
+    schema.write(checkpoint, DIFFUSION, model.described(), images_seen=0, **facts)
     if trained is not None:
         weights = {f"model.{name}": averaged[f"model.{name}"] for name, _ in trained.named_parameters()}
-        checkpoint["ema"] = {"weights": weights, "images_seen": 0}
+        schema.write_average(checkpoint, weights, images_seen=0)
     return checkpoint
 
 

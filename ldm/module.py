@@ -6,24 +6,22 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-
-# Set while LightningCLI builds a module from its config; only then are the hyper-parameters plain data.
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ldm import path
 from ldm.alignment import REPA
-from ldm.compatibility import begin_from, check_alignment, check_checkpoint, check_data, check_untrained
+from ldm.compatibility import DIFFUSION, begin_from, check_alignment, check_checkpoint, check_data, check_untrained
 from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
 from ldm.objective import block_features, denoising_errors, rehearse
-from ldm.pipeline import draw_latents
+from ldm.pipeline import LatentDiffusion, draw_latents
 from ldm.samplers import Euler, Sampler
 from ldm.skipping import SkippedSteps
+from vfm_vae import schema
 from vfm_vae.checkpoints import check_state
 from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.data.latents import LatentStatistics, RunningStatistics
@@ -88,8 +86,6 @@ class DiffusionModule(LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        if _given_hyperparameters.get() is not None:
-            self.save_hyperparameters()
         at_least(0, cosine_weight=cosine_weight, seed=seed)
         at_least(1, statistics_images=statistics_images)
         within(0, 1, label_drop=label_drop)
@@ -361,6 +357,8 @@ class DiffusionModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Looks whether data, tokenizer and denoiser fit each other, before anything is computed; compiles."""
         check_trainer(self.trainer)
+        if stage == "fit":
+            self._described()  # what can't be described must not fail only when the first checkpoint is written
         if self.trainer.gradient_clip_algorithm == "value":
             raise ValueError("trainer.gradient_clip_algorithm: only 'norm' is supported")
         if should_compile(self.torch_compile, self.trainer.strategy.root_device, self.model):
@@ -395,12 +393,23 @@ class DiffusionModule(LightningModule):
         running.sums = self.trainer.strategy.reduce(running.sums, reduce_op="sum")
         return running.compute()
 
+    def _described(self) -> dict[str, Any]:
+        """How to make the model again, with what sampling needs."""
+        diffusion = LatentDiffusion(self.model, self.sampler, self.guidance)
+        diffusion.latent_source = self.latent_source
+        return diffusion.described()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counters, whose latents the weights belong to, and to which VFM they were aligned."""
-        checkpoint["images_seen"] = self.images_seen
-        checkpoint["skipped_steps"] = self.skipped_steps
-        checkpoint["tokenizer"] = self.latent_source
-        checkpoint["aligned_to"] = None if self.alignment is None else self.alignment.identity()
+        """Adds how to make the model again, counters, whose latents these are, and to which VFM it is aligned."""
+        schema.write(
+            checkpoint,
+            DIFFUSION,
+            self._described(),
+            images_seen=self.images_seen,
+            skipped_steps=self.skipped_steps,
+            tokenizer=self.latent_source,
+            aligned_to=None if self.alignment is None else self.alignment.identity(),
+        )
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Takes them back.
@@ -409,10 +418,11 @@ class DiffusionModule(LightningModule):
             ValueError: if the checkpoint is of another model, belongs to another tokenizer's latents than the data or
                 the tokenizer at hand, or was aligned to another VFM.
         """
-        check_checkpoint(checkpoint, self.latent_source, self.normalization, "ckpt_path")
+        stored = schema.take(checkpoint, DIFFUSION, "ckpt_path: the checkpoint")
+        check_checkpoint(stored, self.latent_source, self.normalization, "ckpt_path")
         check_state(self, checkpoint, "ckpt_path")
         if self.alignment is not None:
             self.alignment.go_on_as(checkpoint.get("aligned_to"))
-        self.images_seen = checkpoint["images_seen"]
+        self.images_seen = stored.images_seen
         self.skipped.total = torch.tensor(checkpoint["skipped_steps"])
         self.latent_source = self.latent_source or checkpoint["tokenizer"]

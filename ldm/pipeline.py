@@ -2,22 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ldm.compatibility import check_tokenizer
+from ldm.compatibility import DIFFUSION, check_tokenizer
 from ldm.guidance import Guidance
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
 from ldm.samplers import Euler, Sampler
-from vfm_vae.checkpoints import read_checkpoint
 from vfm_vae.data.sampling import IndexedNoise
 from vfm_vae.description import describe
 from vfm_vae.finite import check_finite
 from vfm_vae.options import at_least, named_as
-from vfm_vae.pretrained import Pretrained, load, read_pretrained
+from vfm_vae.pretrained import Pretrained
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Samples
 from vfm_vae.vfm import Frozen
@@ -50,6 +49,8 @@ class LatentDiffusion(nn.Module, Pretrained):
         latent_source: Which tokenizer's latents these are, see `VFMVAE.latent_identity`; None where it is not known.
     """
 
+    kind = DIFFUSION
+
     def __init__(self, model: Denoiser, sampler: Sampler | None = None, guidance: Guidance | None = None):
         super().__init__()
         self.model = model
@@ -59,20 +60,14 @@ class LatentDiffusion(nn.Module, Pretrained):
         self.latent_source: dict[str, Any] | None = None
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        tokenizer: str | Path | VFMVAE | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-    ) -> "LatentDiffusion":
+    def from_pretrained(cls, name: str | Path, tokenizer: str | Path | VFMVAE | None = None, **hub: Any) -> Self:
         """Loads a folder that `save_pretrained` wrote, or a model of the Hugging Face hub.
 
         Args:
             name: The folder, or the hub's `owner/model`.
             tokenizer: Decodes latents: a model, or where to load one, see `use_tokenizer`.
-            revision: Branch, tag or commit on the hub.
-            token: Of the hub; the one that `hf auth login` stored if not given.
+            **hub: Options of `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, `force_download`,
+                `local_files_only`, …
 
         Returns:
             The model, in eval mode.
@@ -81,17 +76,14 @@ class LatentDiffusion(nn.Module, Pretrained):
             ValueError: if there is no such model, it is in a format that is not this version's, or the tokenizer is
                 another than that of its latents.
         """
-        config, tensors = read_pretrained(name, cls, revision, token)
-        model = load(cls, config["model"], tensors, f"name: {str(name)!r}")
-        model.latent_source = config["tokenizer"]
-        return model.use_tokenizer(tokenizer)
+        return super().from_pretrained(name, **hub).use_tokenizer(tokenizer)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, tokenizer: str | Path | VFMVAE | None = None) -> "LatentDiffusion":
+    def from_checkpoint(cls, path: str | Path, tokenizer: str | Path | VFMVAE | None = None) -> Self:
         """Loads a checkpoint of training; its averaged weights where it has them.
 
         Args:
-            path: File that `python -m ldm fit` wrote.
+            path: File that training wrote.
             tokenizer: As for `from_pretrained`.
 
         Returns:
@@ -101,21 +93,14 @@ class LatentDiffusion(nn.Module, Pretrained):
             ValueError: if the file is no diffusion model's checkpoint, or the tokenizer is another than that of its
                 latents.
         """
-        stored = read_checkpoint(path, "checkpoint")
-        parts = stored.get("hyper_parameters")
-        if not isinstance(parts, Mapping) or not isinstance(parts.get("model"), Mapping) or "tokenizer" not in stored:
-            raise ValueError(
-                f"checkpoint: {str(path)!r} is no diffusion model's; give one that `python -m ldm fit` wrote"
-            )
-        arguments = {name: parts.get(name) for name in ("model", "sampler", "guidance")}
-        description = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
-        weights = stored["state_dict"] | stored.get("ema", {}).get("weights", {})
-        weights = {name: tensor for name, tensor in weights.items() if name.startswith(("model.", "normalization."))}
-        model = load(cls, description, weights, f"checkpoint: {str(path)!r}", "configuration")
-        model.latent_source = stored["tokenizer"]
-        return model.use_tokenizer(tokenizer)
+        return super().from_checkpoint(path).use_tokenizer(tokenizer)
 
-    def use_tokenizer(self, tokenizer: str | Path | VFMVAE | None) -> "LatentDiffusion":
+    def completed(self, config: Mapping[str, Any]) -> Self:
+        """Notes whose latents it makes."""
+        self.latent_source = config["tokenizer"]
+        return self
+
+    def use_tokenizer(self, tokenizer: str | Path | VFMVAE | None) -> Self:
         """Sets what decodes, and returns the model.
 
         Args:
@@ -134,7 +119,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         self.tokenizer = None if tokenizer is None else Frozen(tokenizer)
         return self
 
-    def compile_regions(self) -> "LatentDiffusion":
+    def compile_regions(self) -> Self:
         """Compiles the denoiser block by block, in place, and returns the model; worth it for many samples on a GPU.
 
         The first samples wait for the compiler. With guidance inside an interval there are two sizes of batches, each
@@ -182,18 +167,22 @@ class LatentDiffusion(nn.Module, Pretrained):
             check_finite("images", images)
         return Samples(images, latents, labels, index)
 
+    def described(self) -> dict[str, Any]:
+        """How to make the model again, and whose latents it makes."""
+        model = describe(self)
+        # Both may be others than the model was made with.
+        model["init_args"] |= {"sampler": describe(self.sampler), "guidance": describe(self.guidance)}
+        return {"model": model, "tokenizer": self.latent_source}
+
     def pretrained_config(self) -> dict[str, Any]:
-        """What `config.json` says: the model, and whose latents it makes.
+        """The same.
 
         Raises:
             ValueError: if the statistics of latents are not known, without which the weights are worth nothing.
         """
         if not self.normalization.is_known:
             raise ValueError("normalization: the statistics of latents are not known; take those of training")
-        model = describe(self)
-        # Both may be others than the model was made with.
-        model["init_args"] |= {"sampler": describe(self.sampler), "guidance": describe(self.guidance)}
-        return {"model": model, "tokenizer": self.latent_source}
+        return self.described()
 
     def model_card(self) -> str:
         """What the card says."""

@@ -5,12 +5,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-
-# Set while LightningCLI builds a module from its config; only then are the hyper-parameters plain data.
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from vfm_vae import schema
 from vfm_vae.checkpoints import check_state
 from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.contracts import WeightAverage
@@ -26,6 +24,7 @@ from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics
 from vfm_vae.modules.equivariance import EquivarianceRegularizer, Transform
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least
+from vfm_vae.schema import TOKENIZER
 from vfm_vae.stages import begin, check_optimizers, freeze_all_but, read_stage
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.two_players import TwoPlayers
@@ -122,8 +121,6 @@ class TokenizerModule(TwoPlayers):
         at_least(-1, max_images=max_images)
         at_least(0, seed=seed)
         try_optimizers(optimizer=optimizer, discriminator_optimizer=discriminator_optimizer)
-        if _given_hyperparameters.get() is not None:
-            self.save_hyperparameters()
         if model.vfm is None:
             raise ValueError("model: training needs a VFM, but model.vfm is None")
         for name in ("adversarial_patch", "feature_matching"):
@@ -354,6 +351,8 @@ class TokenizerModule(TwoPlayers):
     def setup(self, stage: str) -> None:
         """Looks whether the images fit; starts from the former stage, unless a run of this stage is resumed."""
         check_trainer(self.trainer)
+        if stage == "fit":
+            self.model.described()  # what can't be described must not fail only when the first checkpoint is written
         image_size = getattr(self.trainer.datamodule, "image_size", None)
         if image_size is not None:
             self.model.check_image_size(image_size)
@@ -372,10 +371,9 @@ class TokenizerModule(TwoPlayers):
 
     def _begin_from(self, path: str) -> None:
         """Carries over weights, discriminator, averages and the image counter; optimisers start fresh."""
-        checkpoint = read_stage(path, self.model.vfm)
-        begin(self, checkpoint, path, fresh=OPPONENTS)
-        self.images_seen = checkpoint["images_seen"]
-        self._average = checkpoint.get("ema")
+        stored = read_stage(path, self.model.vfm)
+        begin(self, stored, fresh=OPPONENTS)
+        self.images_seen, self._average = stored.images_seen, stored.average
 
     def on_fit_start(self) -> None:
         """Hands the former stage's averages to whoever averages; a finished stage that is resumed ends here."""
@@ -387,11 +385,16 @@ class TokenizerModule(TwoPlayers):
         self._stop_when_done()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the image counter, the guard's memory, and which VFM the weights belong to."""
-        checkpoint["images_seen"] = self.images_seen
-        checkpoint["guard"] = self.guard.state_dict()
-        checkpoint["alignment"] = self.objective.progress()
-        checkpoint["vfm"] = vfm_identity(self.model.vfm)
+        """Adds how to make the model again, the image counter, the guard's memory, and which VFM it belongs to."""
+        schema.write(
+            checkpoint,
+            TOKENIZER,
+            self.model.described(),
+            images_seen=self.images_seen,
+            guard=self.guard.state_dict(),
+            alignment=self.objective.progress(),
+            vfm=vfm_identity(self.model.vfm),
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes them back.
@@ -401,6 +404,7 @@ class TokenizerModule(TwoPlayers):
         Raises:
             ValueError: if the weights are of another model or VFM, or training is to go on and lacks optimisers.
         """
+        stored = schema.take(checkpoint, TOKENIZER, "ckpt_path: the checkpoint")
         check_vfm(self.model.vfm, checkpoint)
         self._average = None  # a run that goes on has averages of its own
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
@@ -410,6 +414,6 @@ class TokenizerModule(TwoPlayers):
             state = {n: w for n, w in checkpoint["state_dict"].items() if not n.startswith(OPPONENTS)}
             checkpoint["state_dict"] = state | {n: w for n, w in self.state_dict().items() if n.startswith(OPPONENTS)}
         check_state(self, checkpoint, "ckpt_path")
-        self.images_seen = checkpoint["images_seen"]
+        self.images_seen = stored.images_seen
         self.guard.load_state_dict(checkpoint["guard"])
         self.objective.go_on(checkpoint.get("alignment", {}))

@@ -1,16 +1,16 @@
 """Models as folders, on disk or on the Hugging Face hub: safetensors, `config.json` and a model card.
 
 `config.json` holds `format_version`, the `model` as configs have it (`class_path` and `init_args`), and what else the
-kind of model needs. Nothing in a folder is unpickled, and only classes of this project are built from one.
+kind of model needs. Nothing in a folder is unpickled, and only classes of this project, or of the package of a class
+that the caller gives, are built from one.
 """
 
 import json
 import re
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -18,7 +18,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from vfm_vae.checkpoints import fill, read_json, read_weights
-from vfm_vae.description import Described
+from vfm_vae.description import Described, class_path, describe
+from vfm_vae.schema import TOKENIZER, Kind, read
 from vfm_vae.writing import put_tensors, whole_file
 
 FORMAT_VERSION = 1
@@ -42,15 +43,68 @@ def build(base: type, description: Mapping[str, Any]) -> Any:
 
 
 class Pretrained(Described):
-    """A model that is saved, loaded and shared as a folder; mixed into an `nn.Module`."""
+    """A model that is saved, loaded and shared as a folder, or read from a checkpoint; mixed into an `nn.Module`.
 
-    @abstractmethod
+    Attributes:
+        kind: Of its checkpoints.
+    """
+
+    kind: ClassVar[Kind] = TOKENIZER
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **hub: Any) -> Self:
+        """Loads a folder that `save_pretrained` wrote, or a model of the Hugging Face hub.
+
+        Args:
+            name: The folder, or the hub's `owner/model`.
+            **hub: Options of `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, `force_download`,
+                `local_files_only`, …
+
+        Returns:
+            The model, in eval mode.
+
+        Raises:
+            ValueError: if there is no such model, or it is in a format that is not this version's.
+        """
+        config, tensors = read_pretrained(name, cls, **hub)
+        return load(cls, config["model"], tensors, f"name: {str(name)!r}").completed(config)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> Self:
+        """Loads a checkpoint of training; its averaged weights where it has them.
+
+        Args:
+            path: File that `fit` wrote.
+
+        Returns:
+            The model, in eval mode.
+
+        Raises:
+            ValueError: if the file is no checkpoint of such a model.
+        """
+        stored = read(path, "checkpoint", cls.kind)
+        config = stored.config()
+        return load(cls, config["model"], stored.model(), stored.place, "configuration").completed(config)
+
+    def completed(self, config: Mapping[str, Any]) -> Self:
+        """Takes over what a config says beside the model, and returns it."""
+        return self
+
+    def described(self) -> dict[str, Any]:
+        """How to make the model again on this machine, as a checkpoint says it: plain data with an entry `model`.
+
+        Raises:
+            ValueError: if a part can't be described.
+        """
+        return {"model": describe(self)}
+
     def pretrained_config(self) -> dict[str, Any]:
-        """What `config.json` says beside the format's version; plain data with an entry `model`."""
+        """How to make it again on any machine, as `config.json` says it beside the format's version."""
+        return self.described()
 
-    @abstractmethod
     def model_card(self) -> str:
         """What the card says, in Markdown."""
+        return f"# {type(self).__name__}\n"
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the model into a folder, which is made if it is missing.
@@ -81,6 +135,7 @@ class Pretrained(Described):
         private: bool | None = None,
         token: str | None = None,
         commit_message: str = "Upload model",
+        **options: Any,
     ) -> str:
         """Uploads the model to the Hugging Face hub.
 
@@ -89,6 +144,7 @@ class Pretrained(Described):
             private: Whether a new one is.
             token: Of the hub; the one that `hf auth login` stored if not given.
             commit_message: Of the upload.
+            **options: Further ones of `huggingface_hub.HfApi.upload_folder`: `revision`, `create_pr`, …
 
         Returns:
             Address of the commit.
@@ -97,19 +153,17 @@ class Pretrained(Described):
         name = api.create_repo(name, private=private, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message))
+            upload = api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message, **options)
+            return str(upload)
 
 
-def read_pretrained(
-    name: str | Path, base: type, revision: str | None = None, token: str | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_pretrained(name: str | Path, base: type, **hub: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads a folder that `save_pretrained` wrote, or such a one of the Hugging Face hub.
 
     Args:
         name: The folder, or the hub's `owner/model`.
         base: Class of model that is wanted.
-        revision: Branch, tag or commit on the hub.
-        token: Of the hub; the one that `hf auth login` stored if not given.
+        **hub: Options of `huggingface_hub.snapshot_download`.
 
     Returns:
         What its `config.json` says, and its tensors by name.
@@ -117,7 +171,7 @@ def read_pretrained(
     Raises:
         ValueError: if there is no such model, it is of another kind, or of a format that is not this version's.
     """
-    folder = _folder(name, revision, token)
+    folder = _folder(name, hub)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"name: {str(name)!r} holds no {CONFIG}; give a folder that save_pretrained wrote")
     config = read_json(folder / CONFIG, "name")
@@ -155,14 +209,14 @@ def load(
     return model.eval()
 
 
-def _folder(name: str | Path, revision: str | None, token: str | None) -> Path:
+def _folder(name: str | Path, hub: Mapping[str, Any]) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w.-]*\w/[\w.-]*\w", str(name)):
         raise ValueError(f"name: there is no folder {str(name)!r}; on the Hugging Face hub it would be owner/model")
     try:
         files = [CONFIG, WEIGHTS, CARD]
-        return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=files))
+        return Path(snapshot_download(str(name), **{"allow_patterns": files} | dict(hub)))
     except (HFValidationError, OSError) as error:
         cause = " ".join(str(error).split())
         raise ValueError(
@@ -180,7 +234,8 @@ def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> Non
         base: Class of model that is wanted.
 
     Raises:
-        ValueError: if it is of another format, or asks for another class, or for one from outside of this project.
+        ValueError: if it is of another format, asks for another class, or for one that is neither of this project nor
+            of the package that the wanted class is of.
     """
     version = config.get("format_version", 0) if isinstance(config, Mapping) else 0
     if version != FORMAT_VERSION:
@@ -193,9 +248,10 @@ def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> Non
     if not isinstance(config.get("model"), Mapping) or "class_path" not in config["model"]:
         raise ValueError(f"name: the {CONFIG} in {str(name)!r} describes no model")
     paths = list(_class_paths(config["model"]))
-    if foreign := [path for path in paths if path.partition(".")[0] not in PACKAGES]:
+    packages = {*PACKAGES, base.__module__.partition(".")[0]}
+    if foreign := [path for path in paths if path.partition(".")[0] not in packages]:
         raise ValueError(f"name: {str(name)!r} asks for {foreign}, but only classes of this project are built")
-    if config["model"]["class_path"] != f"{base.__module__}.{base.__qualname__}":
+    if config["model"]["class_path"] != class_path(base):
         raise ValueError(f"name: {str(name)!r} holds a {config['model']['class_path']}, and no {base.__qualname__}")
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vfm_vae.checkpoints import fill, read_checkpoint
+from vfm_vae.checkpoints import fill
+from vfm_vae.schema import TOKENIZER, Stored, read
 from vfm_vae.vfm import FrozenVFM, check_vfm
 
 
-def read_stage(path: str, vfm: FrozenVFM) -> dict[str, Any]:
+def read_stage(path: str, vfm: FrozenVFM) -> Stored:
     """Reads the checkpoint of a former stage.
 
     Args:
@@ -19,41 +20,36 @@ def read_stage(path: str, vfm: FrozenVFM) -> dict[str, Any]:
         vfm: What it has to be trained with.
 
     Returns:
-        The checkpoint: `state_dict`, `images_seen`, and `ema` where weights were averaged.
+        The checkpoint.
 
     Raises:
         ValueError: if there is no such file, it is none of a tokenizer, or it belongs to another VFM.
     """
     if not Path(path).exists():
         raise ValueError(f"init_from: there is no checkpoint '{path}'; train the former stage first")
-    checkpoint = read_checkpoint(path, "init_from")
-    if "vfm" not in checkpoint:
-        raise ValueError(
-            f"init_from: '{path}' is no tokenizer's checkpoint; give one that `python -m vfm_vae fit` wrote"
-        )
-    check_vfm(vfm, checkpoint)
-    return checkpoint
+    stored = read(path, "init_from", TOKENIZER)
+    check_vfm(vfm, stored.content)
+    return stored
 
 
 @torch.no_grad()
-def begin(module: nn.Module, checkpoint: Mapping[str, Any], path: str, fresh: Sequence[str]) -> None:
+def begin(module: nn.Module, stored: Stored, fresh: Sequence[str]) -> None:
     """Takes over the weights of a former stage; parts that don't train, the averages of them.
 
     Args:
         module: What is trained.
-        checkpoint: As `read_stage` gives it.
-        path: Where it was read, for messages.
+        stored: The former stage's checkpoint.
         fresh: Beginnings of names that the checkpoint may lack, since they come with this stage.
 
     Raises:
         ValueError: if the checkpoint holds another model.
     """
-    weights = dict(checkpoint["state_dict"])
+    weights = dict(stored.content["state_dict"])
     for part in fresh:
         if not any(name.startswith(part) for name in weights):
             weights |= {name: tensor for name, tensor in module.state_dict().items() if name.startswith(part)}
-    fill(module, weights, f"init_from: '{path}' holds another model")
-    averages = checkpoint.get("ema", {}).get("weights", {})
+    fill(module, weights, f"{stored.place} holds another model")
+    averages = (stored.average or {}).get("weights", {})
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad and name in averages:
             parameter.copy_(averages[name])

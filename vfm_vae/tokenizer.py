@@ -3,12 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from vfm_vae.checkpoints import read_checkpoint
 from vfm_vae.compilation import compile_regions
 from vfm_vae.description import describe
 from vfm_vae.modules.adapter import Adapter, AttentionProjection
@@ -16,7 +15,7 @@ from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.modules.quantizer import QuantizedPosterior, VectorQuantizer
 from vfm_vae.options import named_as
-from vfm_vae.pretrained import Pretrained, load, read_pretrained
+from vfm_vae.pretrained import Pretrained
 from vfm_vae.types import Decoded
 from vfm_vae.vfm import FORMERLY, Frozen, FrozenVFM, check_vfm, sha256_of
 
@@ -70,21 +69,16 @@ class VFMVAE(nn.Module, Pretrained):
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str | Path,
-        vfm: bool = True,
-        vfm_weights: str | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-    ) -> "VFMVAE":
+        cls, name: str | Path, vfm: bool = True, vfm_weights: str | None = None, **hub: Any
+    ) -> Self:
         """Loads a folder that `save_pretrained` wrote, or a model of the Hugging Face hub.
 
         Args:
             name: The folder, or the hub's `owner/model`.
             vfm: Whether to load the VFM, too; without it the model decodes, and encodes features.
             vfm_weights: File with the VFM's weights, to take instead of a download.
-            revision: Branch, tag or commit on the hub.
-            token: Of the hub; the one that `hf auth login` stored if not given.
+            **hub: Options of `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, `force_download`,
+                `local_files_only`, …
 
         Returns:
             The tokenizer, in eval mode.
@@ -93,17 +87,15 @@ class VFMVAE(nn.Module, Pretrained):
             ValueError: if there is no such model, it is in a format that is not this version's, or its VFM can't be
                 had or has other weights than it was trained on.
         """
-        config, tensors = read_pretrained(name, cls, revision, token)
-        model = load(cls, config["model"], tensors, f"name: {str(name)!r}")
-        model.absent_vfm = config["vfm"]
+        model = super().from_pretrained(name, **hub)
         return model.attach_vfm(vfm_weights) if vfm else model
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, vfm: bool = True, vfm_weights: str | None = None) -> "VFMVAE":
+    def from_checkpoint(cls, path: str | Path, vfm: bool = True, vfm_weights: str | None = None) -> Self:
         """Loads a checkpoint of training; its averaged weights where it has them.
 
         Args:
-            path: File that `python -m vfm_vae fit` wrote.
+            path: File that training wrote.
             vfm: Whether to load the VFM, too.
             vfm_weights: File with the VFM's weights, where the one that training read is not at hand.
 
@@ -113,21 +105,13 @@ class VFMVAE(nn.Module, Pretrained):
         Raises:
             ValueError: if the file is no tokenizer's checkpoint, or its VFM can't be had or is another.
         """
-        stored = read_checkpoint(path, "checkpoint")
-        parts = stored.get("hyper_parameters")
-        description = parts.get("model") if isinstance(parts, Mapping) else None
-        arguments = dict(description.get("init_args") or {}) if isinstance(description, Mapping) else {}
-        if "vfm" not in arguments or "vfm" not in stored:
-            raise ValueError(
-                f"checkpoint: {str(path)!r} does not describe a tokenizer; give one that `python -m vfm_vae fit` wrote"
-            )
-        source = FrozenVFM.arguments_of(arguments.pop("vfm")) | stored["vfm"]
-        weights, prefix = stored["state_dict"] | stored.get("ema", {}).get("weights", {}), "model."
-        weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-        place = f"checkpoint: {str(path)!r}"
-        model = load(cls, {**description, "init_args": arguments}, weights, place, "configuration")
-        model.absent_vfm = source
+        model = super().from_checkpoint(path)
         return model.attach_vfm(vfm_weights) if vfm else model
+
+    def completed(self, config: Mapping[str, Any]) -> Self:
+        """Notes which VFM the weights belong to."""
+        self.absent_vfm = config["vfm"]
+        return self
 
     def attach_vfm(self, weights: str | None = None) -> "VFMVAE":
         """Loads the VFM that is known by name, and returns the model.
@@ -151,11 +135,14 @@ class VFMVAE(nn.Module, Pretrained):
         """The VFM that the weights belong to, with its fingerprint where that is known; None where nothing is."""
         return self.absent_vfm if self.vfm is None else self.vfm.source()
 
+    def described(self) -> dict[str, Any]:
+        """How to make it again on this machine: the model without the VFM, and which VFM that is."""
+        return {"model": describe(self, without=["vfm"]), "vfm": self.vfm_source()}
+
     def pretrained_config(self) -> dict[str, Any]:
-        """What `config.json` says: the model without the VFM, and which VFM that is."""
-        model, source = describe(self), self.vfm_source()
-        model["init_args"]["vfm"] = None
-        return {"model": model, "vfm": None if source is None else source | {"weights": None}}
+        """The same on any machine: without the place of the VFM's weights."""
+        described, source = self.described(), self.vfm_source()
+        return described | {"vfm": None if source is None else source | {"weights": None}}
 
     def model_card(self) -> str:
         """What the card says."""
