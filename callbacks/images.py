@@ -95,14 +95,15 @@ class ReconstructionImages(Output):
 
 
 class SampleImages(Output):
-    """Shows samples after each validation as grids, a row for each class, a grid for each guidance scale.
+    """Shows samples after each validation as grids, one for each guidance scale, with a row for each class.
 
     Drawn with the weights that validation uses, always from the same noise. Grids go to TensorBoard as
     `val/samples_guidance_<scale>`, and the latest to `<log_dir>/images/samples_guidance_<scale>.png`. Rank zero does it
     alone. Nothing is drawn, after a warning, where the module has no tokenizer that decodes.
 
     Args:
-        classes: the classes shown, in this order.
+        classes: the classes shown, in this order; null for one row of samples as the module numbers them, where they
+            are not of classes.
         num_images: samples of each class.
         guidance_scales: 1 is without guidance.
         batch_size: samples drawn at a time.
@@ -114,16 +115,16 @@ class SampleImages(Output):
 
     def __init__(
         self,
-        classes: Sequence[int],
+        classes: Sequence[int] | None,
         num_images: int = 8,
         guidance_scales: Sequence[float] = (1.0,),
         batch_size: int = 64,
     ) -> None:
         at_least(0, classes=classes, guidance_scales=guidance_scales)
         at_least(1, num_images=num_images, batch_size=batch_size)
-        if not classes or not guidance_scales:
+        if not guidance_scales or (classes is not None and not classes):
             raise ValueError("classes, guidance_scales: give at least one of each")
-        self.classes, self.num_images = list(classes), num_images
+        self.classes, self.num_images = classes, num_images
         self.guidance_scales, self.batch_size = list(guidance_scales), batch_size
         self._directory = Path()
 
@@ -131,7 +132,10 @@ class SampleImages(Output):
         """Learns where to write, on all ranks."""
         if not isinstance(pl_module, DrawsSamples):
             raise ValueError(f"{type(pl_module).__name__} draws no samples to show.")
-        within(0, pl_module.num_classes - 1, classes=self.classes)
+        if self.classes is not None:
+            if pl_module.num_classes is None:
+                raise ValueError("classes: the model draws samples that are not of classes; set it to null")
+            within(0, pl_module.num_classes - 1, classes=self.classes)
         if not pl_module.can_decode:
             rank_zero_warn(
                 "SampleImages: model.tokenizer is null, so there is nothing to decode samples; none are shown."
@@ -142,13 +146,13 @@ class SampleImages(Output):
         """Draws, on all ranks alike: a model that is sharded over them needs all."""
         if trainer.sanity_checking or not pl_module.can_decode:
             return
-        labels = torch.tensor(self.classes).repeat_interleave(self.num_images)
-        numbers = torch.arange(len(labels))
+        labels = None if self.classes is None else torch.tensor(self.classes).repeat_interleave(self.num_images)
+        numbers = torch.arange(self.num_images if labels is None else len(labels))
         for scale in self.guidance_scales:
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 images = [
-                    to_uint8(pl_module.draw(*part, guidance_scale=scale).images).cpu()
-                    for part in zip(numbers.split(self.batch_size), labels.split(self.batch_size), strict=True)
+                    to_uint8(pl_module.draw(part, None if labels is None else labels[part], scale).images).cpu()
+                    for part in numbers.split(self.batch_size)
                 ]
             if not trainer.is_global_zero:
                 continue

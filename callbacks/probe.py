@@ -54,8 +54,9 @@ class ClassAccuracyCallback(EvaluationCallback):
         super().setup(trainer, pl_module, stage)
         found = len(list_classes(self.images.parent, self.images.name))
         if isinstance(pl_module, DrawsSamples) and found != pl_module.num_classes:
+            known = pl_module.num_classes or "none"
             raise ValueError(
-                f"images: {str(self.images)!r} has {found} classes, but samples are of {pl_module.num_classes}; give "
+                f"images: {str(self.images)!r} has {found} classes, but samples are of {known}; give "
                 "images of the classes that the model was trained on"
             )
 
@@ -73,7 +74,8 @@ class ClassAccuracyCallback(EvaluationCallback):
         batch = self.select(batch)
         if len(batch.index):
             features = self.vfm(quantised(pl_module.evaluation_images(batch)[1])).pooled
-            hits = self._probe.predict(features) == pl_module.sample_labels(batch.index)
+            labels = torch.tensor(pl_module.sample_condition(batch.index).plain(), device=features.device)
+            hits = self._probe.predict(features) == labels
             self._hits.update(hits.to(torch.float32))
 
     def results(self) -> dict[str, Tensor]:

@@ -193,7 +193,7 @@ class SampleWriter(Output):
     Args:
         directory: where to write; made if it is missing.
         npz: put all images into `<directory>.npz` too, as the ADM evaluator reads them: `arr_0` uint8 `[N, H, W, 3]`
-            and `arr_1`, their labels.
+            and `arr_1`, what each was drawn for: labels `[N]`.
 
     Raises:
         ValueError: when prediction starts, if the module draws no samples, or the directory holds others.
@@ -227,7 +227,8 @@ class SampleWriter(Output):
         if outputs.images is not None:
             write_images(self.directory, outputs.images, outputs.index)
         elif (real := outputs.index >= 0).any():
-            tensors = {name: getattr(outputs, name)[real].cpu() for name in ("latents", "labels", "index")}
+            tensors = {"latents": outputs.latents, **outputs.condition.tensors(), "index": outputs.index}
+            tensors = {name: values[real].cpu() for name, values in tensors.items()}
             write_tensors(self.directory / f"latents_{tensors['index'][0]:08d}.safetensors", tensors)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,9 +237,9 @@ class SampleWriter(Output):
         num_samples = len(trainer.datamodule.predict_sets["samples"])
         files = [self.directory / f"{number:08d}.png" for number in range(num_samples)]
         if self.npz and trainer.is_global_zero and all(file.is_file() for file in files):
-            labels = pl_module.sample_labels(torch.arange(num_samples))
+            labels = np.asarray(pl_module.sample_condition(torch.arange(num_samples)).plain())
             images = (np.asarray(Image.open(file)) for file in files)
-            write_archive(self._archive, images, num_samples, arr_1=labels.cpu().numpy())
+            write_archive(self._archive, images, num_samples, arr_1=labels)
             rank_zero_info(f"{self._archive}: {num_samples} samples")
 
     @property

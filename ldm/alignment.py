@@ -10,8 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm import path
-from ldm.models.denoiser import Denoiser, Prediction
+from ldm.models.denoiser import Denoiser
 from vfm_vae.images import from_uint8
 from vfm_vae.options import at_least
 from vfm_vae.types import Batch, LatentBatch
@@ -57,15 +56,14 @@ class REPA(nn.Module):
             return batch.features.float()
         return self.vfm(from_uint8(batch.images)).sequence
 
-    def errors(self, prediction: Prediction, features: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Further terms of the objective, `[B]` each.
+    def error(self, projected: Tensor, features: Tensor) -> Tensor:
+        """The alignment error, `[B]`.
 
         Args:
-            prediction: Of the denoiser, with projected tokens, `[B, prefix + N, D]`.
-            features: Of the clean images, `[B, 1 + N, D]`.
-            noise: Of the class token, `[B, cls_channels]`; of no width here.
+            projected: The denoiser's projected tokens, `[B, prefix + N, D]`.
+            features: The VFM's of the clean images, `[B, 1 + N, D]`.
         """
-        return {"align": alignment_error(prediction.projected, features[:, 1:])}
+        return alignment_error(projected, features if self.has_class_token else features[:, 1:])
 
     def check_model(self, model: Denoiser) -> None:
         """Sees that the denoiser has what is to be aligned, and no more.
@@ -167,11 +165,3 @@ class REG(REPA):
     def weights(self) -> dict[str, float]:
         """Of the terms that `errors` gives."""
         return {"align": self.weight, "cls": self.cls_weight}
-
-    def errors(self, prediction: Prediction, features: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Further terms of the objective, `[B]` each; arguments as of `REPA.errors`."""
-        target = path.velocity(features[:, 0], noise)
-        return {
-            "align": alignment_error(prediction.projected, features),
-            "cls": path.squared_error(prediction.cls_velocity.float(), target),
-        }

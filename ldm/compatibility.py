@@ -55,7 +55,7 @@ def check_data(
     Raises:
         ValueError: if something does not fit.
     """
-    check_classes(data, denoiser)
+    check_classes(data, denoiser.num_classes)
     for dataset in filter(None, (data.train_set, data.val_set)):
         if isinstance(dataset, LatentDataset):
             check_latents(dataset, denoiser, latent_source)
@@ -85,40 +85,40 @@ def check_alignment(alignment: REPA | None, denoiser: Denoiser) -> None:
         )
 
 
-def check_classes(data: ImageNetDataModule, denoiser: Denoiser) -> None:
-    """Sees that the denoiser knows the data's classes, where they are known.
+def check_classes(data: ImageNetDataModule, num_classes: int | None) -> None:
+    """Sees that a denoiser that is told classes, so many, knows the data's, where they are known.
 
     Raises:
         ValueError: if the data has more.
     """
-    if (data.num_classes or 0) > denoiser.num_classes:
-        raise ValueError(f"{_classes(data, denoiser)}; give it {data.num_classes}, or other data")
+    if num_classes is not None and (data.num_classes or 0) > num_classes:
+        raise ValueError(f"{_classes(data, num_classes)}; give it {data.num_classes}, or other data")
 
 
-def check_untrained(data: ImageNetDataModule, denoiser: Denoiser, begins: bool) -> None:
+def check_untrained(data: ImageNetDataModule, num_classes: int | None, begins: bool) -> None:
     """Sees that training data has the denoiser's classes: it draws samples of all of them.
 
     Args:
         data: Set up.
-        denoiser: About to train.
+        num_classes: Classes that the denoiser knows; None where it is told something else.
         begins: Whether nothing was trained so far. Weights that were may know more classes: that is but warned of.
 
     Raises:
         ValueError: if training begins, and the data has fewer.
     """
-    if data.num_classes is None or data.num_classes >= denoiser.num_classes:
+    if num_classes is None or data.num_classes is None or data.num_classes >= num_classes:
         return
     if begins:
         raise ValueError(
-            f"{_classes(data, denoiser)}, and samples of the others would be of nothing; give it {data.num_classes}, "
-            "or begin from weights that know them (model.init_from)"
+            f"{_classes(data, num_classes)}, and samples of the others would be of nothing; give it "
+            f"{data.num_classes}, or begin from weights that know them (model.init_from)"
         )
-    rank_zero_warn(f"{_classes(data, denoiser)}: samples of the others are what its weights knew before")
+    rank_zero_warn(f"{_classes(data, num_classes)}: samples of the others are what its weights knew before")
 
 
-def _classes(data: ImageNetDataModule, denoiser: Denoiser) -> str:
+def _classes(data: ImageNetDataModule, num_classes: int) -> str:
     labels = f"the data in {str(data.root)!r} has labels up to {data.num_classes - 1}"
-    return f"model.num_classes: {labels}, but the denoiser knows {denoiser.num_classes} classes"
+    return f"model.num_classes: {labels}, but the denoiser knows {num_classes} classes"
 
 
 def check_latents(dataset: LatentDataset, denoiser: Denoiser, expected: Mapping[str, Any] | None) -> None:

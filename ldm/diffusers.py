@@ -17,6 +17,7 @@ except ImportError as error:
     raise ImportError(f"the library diffusers is needed ({error}): pip install 'vfm-vae[diffusers]'") from error
 
 from ldm.compatibility import check_tokenizer
+from ldm.condition import Condition, Labels
 from ldm.pipeline import LatentDiffusion
 from vfm_vae.diffusers import AutoencoderVFM, WholeModel, build_described, described, half_precision
 from vfm_vae.finite import check_finite
@@ -32,7 +33,7 @@ class LatentDiffusionModel(WholeModel, ModelMixin, ConfigMixin):  # by which nam
             says them.
         in_channels: Channels C of the latent.
         sample_size: Sides (h, w) of the latent.
-        num_classes: Labels; one more stands for no label.
+        num_classes: Number of classes; one more label stands for none. None where samples are not of classes.
 
     Attributes:
         diffusion: The LatentDiffusion.
@@ -49,7 +50,7 @@ class LatentDiffusionModel(WholeModel, ModelMixin, ConfigMixin):  # by which nam
         description: dict[str, Any],
         in_channels: int = 32,
         sample_size: Sequence[int] = (16, 16),
-        num_classes: int = 1000,
+        num_classes: int | None = 1000,
     ):
         super().__init__()
         self.diffusion = build_described(LatentDiffusion, description)
@@ -63,7 +64,7 @@ class LatentDiffusionModel(WholeModel, ModelMixin, ConfigMixin):  # by which nam
             ValueError: if the statistics of latents are not known.
         """
         # A new one, for the model may have been given another sampler or guidance than it was made with.
-        diffusion = LatentDiffusion(model.model, model.sampler, model.guidance)
+        diffusion = LatentDiffusion(model.model, model.sampler, model.guidance, model.conditioning)
         diffusion.normalization, diffusion.latent_source = model.normalization, model.latent_source
         with torch.device("meta"):  # the structure alone, in which the model takes its place
             wrapped = cls(
@@ -76,7 +77,7 @@ class LatentDiffusionModel(WholeModel, ModelMixin, ConfigMixin):  # by which nam
         return wrapped.train(model.training)
 
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Condition | Tensor, return_dict: bool = True
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Velocity of noisy latents.
 
@@ -84,14 +85,17 @@ class LatentDiffusionModel(WholeModel, ModelMixin, ConfigMixin):  # by which nam
             hidden_states: Normalised latents, `[B, C, h, w]`; with a class token, `[B, C · h · w + cls_channels]`, as
                 `Denoiser` says.
             timestep: Times in [0, 1], 0 being noise and 1 data, `[B]`.
-            class_labels: int64 `[B]`; `num_classes` for no label.
+            class_labels: int64 `[B]`, `num_classes` for none; or a condition.
             return_dict: Whether not to return a tuple.
 
         Returns:
             `sample`, like `hidden_states`.
         """
+        condition = class_labels
+        if not isinstance(condition, Condition):
+            condition = Labels(condition, self.diffusion.conditioning.num_classes)
         with half_precision(self):
-            velocity = self.diffusion.model.velocity(hidden_states, timestep, class_labels)
+            velocity = self.diffusion.model(hidden_states, timestep, condition).velocity
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     @apply_forward_hook

@@ -1,18 +1,18 @@
 """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) inside an interval of time."""
 
-import math
-from collections.abc import Callable
+from typing import final
 
 import torch
 from torch import Tensor
 
+from ldm.condition import Condition
+from ldm.models.denoiser import Denoiser
+from ldm.samplers import VelocityField
 from vfm_vae.description import Described
 from vfm_vae.options import at_least, within
 
-ConditionalField = Callable[[Tensor, Tensor, Tensor], Tensor]
-VelocityField = Callable[[Tensor, Tensor], Tensor]
 
-
+@final
 class Guidance(Described):
     """Draws predictions away from what the model says without a label, `u + scale · (c − u)`.
 
@@ -53,37 +53,29 @@ class Guidance(Described):
         """Whether predictions at time `t` are guided."""
         return self.scale != 1 and self.start <= t <= self.end
 
-    def field(
-        self, model: ConditionalField, labels: Tensor, null: int, latent_shape: tuple[int, int, int] | None = None
-    ) -> VelocityField:
+    def field(self, model: Denoiser, condition: Condition) -> VelocityField:
         """The velocity that a sampler integrates.
 
         Args:
-            model: Predicts the velocity of `x_t`, times `[B]` and labels `[B]`.
-            labels: Classes of the samples, int64 `[B]`.
-            null: The label that stands for no label.
-            latent_shape: (C, h, w), where samples are flat, a latent and behind it a class token.
+            model: The denoiser.
+            condition: What samples are drawn for.
 
         Returns:
-            A function of the samples, `[B, C, h, w]` or with a class token `[B, C · h · w + D]`, and one time for all,
-            a scalar on the CPU.
+            A function of the states `[B, ...]` and of one time for all, a scalar on the CPU.
         """
-        both = torch.cat([labels, torch.full_like(labels, null)])
+        both = condition.cat(condition.null())
 
-        def guided(x: Tensor, t: Tensor) -> Tensor:
+        def guided(state: Tensor, t: Tensor) -> Tensor:
             time = t.item()
-            times = x.new_full((len(x),), time)
+            times = state.new_full((len(state),), time)
             if not self.acts_at(time):
-                return model(x, times, labels)
-            conditional, unconditional = model(torch.cat([x, x]), times.repeat(2), both).chunk(2)
-            if latent_shape is None:
-                return self._guide_latents(conditional, unconditional)
-            size = math.prod(latent_shape)
-            latents = (part[:, :size].unflatten(1, latent_shape) for part in (conditional, unconditional))
-            token = conditional[:, size:]
-            if self.cls_scale > 0:
-                token = guide(token, unconditional[:, size:], self.cls_scale)
-            return torch.cat([self._guide_latents(*latents).flatten(1), token], dim=1)
+                return model(state, times, condition).velocity
+            velocity = model(torch.cat([state, state]), times.repeat(2), both).velocity
+            latents, token = model.split(velocity)
+            if token is not None:
+                conditional, unconditional = token.chunk(2)
+                token = guide(conditional, unconditional, self.cls_scale) if self.cls_scale > 0 else conditional
+            return model.join(self._guide_latents(*latents.chunk(2)), token)
 
         return guided
 

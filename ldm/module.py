@@ -1,6 +1,6 @@
 """DiffusionModule: how a denoiser is trained on a tokenizer's latents, and how it samples."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,26 +13,26 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ldm import path
 from ldm.alignment import REPA
 from ldm.compatibility import DIFFUSION, begin_from, check_alignment, check_checkpoint, check_data, check_untrained
+from ldm.condition import Condition, Conditioning, LabelMode
 from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
 from ldm.models.denoiser import Denoiser
-from ldm.normalization import LatentNormalization
 from ldm.objective import block_features, denoising_errors, rehearse
-from ldm.pipeline import LatentDiffusion, draw_latents
-from ldm.samplers import Euler, Sampler
+from ldm.pipeline import LatentDiffusion, class_labels
+from ldm.samplers import Sampler
 from ldm.skipping import SkippedSteps
 from vfm_vae import schema
 from vfm_vae.checkpoints import check_state
 from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.data.latents import LatentStatistics, RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
+from vfm_vae.frozen import sha256_of
 from vfm_vae.images import Rounding, from_uint8, quantised
 from vfm_vae.metrics.reconstruction import MeanOverImages
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least, within
 from vfm_vae.tokenizer import FrozenTokenizer
 from vfm_vae.types import Batch, LatentBatch, Samples
-from vfm_vae.vfm import sha256_of
 
 
 class DiffusionModule(LightningModule):
@@ -47,8 +47,10 @@ class DiffusionModule(LightningModule):
         times: Distribution of training times.
         cosine_weight: Of the cosine error beside the squared error of the velocity.
         alignment: Aligns the denoiser to a VFM; null for none.
-        label_drop: Share of training labels that are replaced by none, so that guidance has something to guide from.
+        label_drop: Share of training labels, or whatever the denoiser is told, that are replaced by none, so that
+            guidance has something to guide from.
         label_mode: Classes of samples: `random`, as published numbers have it, or `balanced`, equally many of each.
+        conditioning: What the denoiser is told; null for class labels, which `label_mode` chooses for samples.
         predict: What prediction gives, decoded `images` or `latents`.
         rounding: How samples become 8 bits: to the nearest level, or down, as published gFIDs have it.
         statistics_images: Training images whose latents give the statistics for normalising, where the data is images.
@@ -61,9 +63,11 @@ class DiffusionModule(LightningModule):
         ValueError: if an option lies outside its range, or does not fit another.
 
     Attributes:
+        pipeline: Draws samples. It shares denoiser and statistics with this module and holds no weights of its own.
         images_seen: Images trained on, over all ranks.
     """
 
+    pipeline: LatentDiffusion
     flops_per_batch: float | None = None  # counted by callbacks.throughput.Throughput, in `rehearse`
 
     def __init__(
@@ -77,29 +81,30 @@ class DiffusionModule(LightningModule):
         cosine_weight: float = 1.0,
         alignment: REPA | None = None,
         label_drop: float = 0.1,
-        label_mode: Literal["random", "balanced"] = "random",
+        label_mode: LabelMode = "random",
         predict: Literal["images", "latents"] = "images",
         rounding: Rounding = "round",
         statistics_images: int = 10_000,
         init_from: str | None = None,
         torch_compile: Compile = "auto",
         seed: int = 0,
+        conditioning: Conditioning | None = None,
     ):
         super().__init__()
         at_least(0, cosine_weight=cosine_weight, seed=seed)
         at_least(1, statistics_images=statistics_images)
         within(0, 1, label_drop=label_drop)
         try_optimizers(optimizer=optimizer)
-        self.model = model
+        pipeline = LatentDiffusion(model, sampler, guidance, conditioning or class_labels(model, label_mode))
+        within(1, model.in_channels, **{"guidance.channels": pipeline.guidance.channels})
+        vars(self)["pipeline"] = pipeline  # outside the module registry, so that no weight has two names
+        self.model, self.normalization = pipeline.model, pipeline.normalization
         self.optimizer = optimizer
-        self.sampler, self.guidance = sampler or Euler(), guidance or Guidance()
-        within(1, model.in_channels, **{"guidance.channels": self.guidance.channels})
         self.tokenizer = tokenizer
         self.times: path.Times = times
         self.alignment = alignment
         self.weights = {"mse": 1.0, "cosine": cosine_weight} | (alignment.weights if alignment else {})
         self.label_drop = label_drop
-        self.label_mode = label_mode
         self.predict, self.rounding = predict, rounding
         self.statistics_images = statistics_images
         self.init_from = init_from
@@ -107,8 +112,7 @@ class DiffusionModule(LightningModule):
         self.seed = seed
         self.images_seen = 0
         self.skipped = SkippedSteps()
-        self.normalization = LatentNormalization(model.in_channels)
-        self.latent_source: dict[str, Any] | None = None if tokenizer is None else tokenizer.identity
+        pipeline.latent_source = None if tokenizer is None else tokenizer.identity
         self.train_loss_by_time, self.val_loss_by_time = LossByTime(), LossByTime()
         self.val_loss = MeanOverImages()
         self._drawn: Samples | None = None
@@ -126,18 +130,18 @@ class DiffusionModule(LightningModule):
     def training_step(self, batch: Batch | LatentBatch, batch_idx: int) -> Tensor:
         """One step of flow matching with velocity direction loss (LightningDiT, section 3)."""
         torch.manual_seed(seed_of(self.seed, self.global_rank, self.images_seen))  # a resumed run draws the same
-        x = self.normalization(self._latents(batch))  # [B, C, h, w]
-        features = self._features(batch)  # [B, 1 + N, D]
-        noise = torch.randn_like(x)
-        t = path.times(self.times, torch.randn(len(x), device=x.device))  # [B]
-        dropped = torch.rand(len(x), device=x.device) < self.label_drop
-        y = batch.labels.masked_fill(dropped, self.model.null_label)
-        noise_token = torch.randn(len(x), self.model.cls_channels, device=x.device)  # last, and empty without one
+        latents, features = self._latents(batch), self._features(batch)  # [B, C, h, w], [B, 1 + N, D]
+        noise = torch.randn_like(latents)
+        t = path.times(self.times, torch.randn(len(noise), device=noise.device))  # [B]
+        dropped = torch.rand(len(noise), device=noise.device) < self.label_drop
+        condition = self.pipeline.conditioning.of_batch(batch).drop(dropped)
+        noise_token = torch.randn(len(noise), self.model.cls_channels, device=noise.device)  # empty without one
+        state, noise = self._state(latents, features), self.model.join(noise, noise_token)
 
-        errors = denoising_errors(self.model, self.alignment, x, features, (noise, noise_token), t, y)
+        errors = denoising_errors(self.model, self.alignment, state, features, noise, t, condition)
         loss = sum(self.weights[name] * error.mean() for name, error in errors.items())
 
-        self.images_seen += len(x) * self.trainer.world_size
+        self.images_seen += len(t) * self.trainer.world_size
         self.train_loss_by_time.update(errors["mse"], t)
         self._losses = {"train/loss": loss.detach()}
         self._losses |= {f"train/loss_{name}": error.detach().mean() for name, error in errors.items()}
@@ -146,6 +150,11 @@ class DiffusionModule(LightningModule):
     def _features(self, batch: Batch | LatentBatch) -> Tensor | None:
         """The VFM's features of a batch, where the denoiser is aligned to them."""
         return None if self.alignment is None else self.alignment.features(batch)
+
+    def _state(self, latents: Tensor, features: Tensor | None) -> Tensor:
+        """What is diffused: normalised latents, and the VFM's class token where the denoiser has one."""
+        token = features[:, 0] if self.model.cls_channels else None
+        return self.model.join(self.normalization(latents), token)
 
     def _latents(self, batch: Batch | LatentBatch, noise: Tensor | None = None) -> Tensor:
         """Latents of a batch as the tokenizer gives them, a sample of the posterior where it holds images."""
@@ -184,7 +193,9 @@ class DiffusionModule(LightningModule):
 
     def rehearse(self, batch: Batch | LatentBatch) -> bool:
         """Does a step's products where they cost nothing, so that they can be counted; whether that can be done."""
-        return isinstance(batch, LatentBatch) and rehearse(self.model, self.alignment, len(batch.latents))
+        if isinstance(batch, LatentBatch):
+            rehearse(self.model, self.alignment, self.pipeline.conditioning.of_batch(batch))
+        return isinstance(batch, LatentBatch)
 
     def on_train_epoch_end(self) -> None:
         """Logs the losses by time."""
@@ -206,13 +217,14 @@ class DiffusionModule(LightningModule):
 
     def validation_step(self, batch: Batch | LatentBatch, batch_idx: int) -> None:
         """Measures the loss at one time for each latent, always the same."""
-        noise = IndexedNoise("validation", self.seed, batch.index, self.device)
+        numbers = IndexedNoise("validation", self.seed, batch.index, self.device)
         shape = self.model.latent_shape
-        t, noise_x = path.times(self.times, noise.normal()), noise.normal(*shape)
-        x = self.normalization(self._latents(batch, noise.normal(*shape)))
+        t, noise = path.times(self.times, numbers.normal()), numbers.normal(*shape)
         features = self._features(batch)
-        noise_token = noise.normal(self.model.cls_channels)
-        errors = denoising_errors(self.model, self.alignment, x, features, (noise_x, noise_token), t, batch.labels)
+        state = self._state(self._latents(batch, numbers.normal(*shape)), features)
+        noise = self.model.join(noise, numbers.normal(self.model.cls_channels))
+        condition = self.pipeline.conditioning.of_batch(batch)
+        errors = denoising_errors(self.model, self.alignment, state, features, noise, t, condition)
         self.val_loss.update(sum(self.weights[name] * error for name, error in errors.items())[batch.real])
         self.val_loss_by_time.update(errors["mse"][batch.real], t[batch.real])
 
@@ -244,12 +256,13 @@ class DiffusionModule(LightningModule):
 
         Args:
             batch: Latents or images.
-            time: Of the noisy latents, which the denoiser sees without a label; 0.5 if not given.
+            time: Of the noisy latents, of which the denoiser is told nothing else; 0.5 if not given.
         """
         noise = IndexedNoise("alignment", self.seed, batch.index, self.device)
-        x = self.normalization(self._latents(batch, noise.normal(*self.model.latent_shape)))
-        token = self._features(batch)[:, 0] if self.model.cls_channels else None
-        features = block_features(self.model, x, token, noise, 0.5 if time is None else time)
+        latents = self._latents(batch, noise.normal(*self.model.latent_shape))
+        state = self._state(latents, self._features(batch) if self.model.cls_channels else None)
+        condition = self.pipeline.conditioning.of_batch(batch).null()
+        features = block_features(self.model, state, condition, noise, 0.5 if time is None else time)
         return {f"block_{number:02d}": values for number, values in enumerate(features, start=1)}
 
     def evaluation_images(self, batch: Batch | LatentBatch) -> tuple[Tensor | None, Tensor]:
@@ -268,9 +281,9 @@ class DiffusionModule(LightningModule):
     # Sampling
 
     @property
-    def num_classes(self) -> int:
-        """Classes that samples can be drawn of."""
-        return self.model.num_classes
+    def num_classes(self) -> int | None:
+        """Classes that samples can be drawn of; None where they are drawn for something else."""
+        return self.pipeline.conditioning.num_classes
 
     @property
     def can_decode(self) -> bool:
@@ -281,55 +294,46 @@ class DiffusionModule(LightningModule):
     def draw(
         self,
         index: Tensor,
-        labels: Tensor | None = None,
+        condition: Condition | Sequence[Any] | Tensor | None = None,
         guidance_scale: float | None = None,
         decode: bool = True,
     ) -> Samples:
-        """Draws samples, images after 8 bits; each depends on the seed, its number and its label alone.
+        """Draws samples, images after 8 bits; each depends on the seed, its number and its condition alone.
 
         Args:
             index: Their numbers, int64 `[B]`.
-            labels: Their classes, int64 `[B]`; by default those of `sample_labels`.
+            condition: What they are drawn for, or plain values such as classes; `sample_condition` if not given.
             guidance_scale: Instead of the module's.
             decode: Whether images are wanted, or latents alone.
 
         Raises:
-            ValueError: if images are wanted but there is no tokenizer, a label is no class, or the statistics of
-                latents are not known.
+            ValueError: if images are wanted but there is no tokenizer, there is no condition for a value, or the
+                statistics of latents are not known.
         """
         if decode and not self.can_decode:
             raise ValueError("model.tokenizer: images need a tokenizer that decodes latents; or set predict: latents")
-        if labels is not None:
-            self.model.check_labels(labels)
-        index = index.to(self.device)
-        noise = IndexedNoise("sample", self.seed, index, self.device)
-        chosen = self._choose_labels(noise, index)  # drawn in any case, so that the noise is the same
-        labels = chosen if labels is None else labels.to(self.device)
-        guidance = self.guidance if guidance_scale is None else self.guidance.with_scale(guidance_scale)
-        latents = draw_latents(self.model, self.normalization, self.sampler, guidance, noise, labels)
-        images = quantised(self.tokenizer.decode(latents), self.rounding) if decode else None
-        return Samples(images, latents, labels, index)
+        condition = None if condition is None else self.pipeline.condition(condition)
+        samples = self.pipeline.draw(index, self.seed, condition, guidance_scale)
+        if not decode:
+            return samples
+        return samples._replace(images=quantised(self.tokenizer.decode(samples.latents), self.rounding))
 
-    def sample_labels(self, index: Tensor) -> Tensor:
-        """Classes that samples are drawn for, by their numbers, int64 `[B]`."""
-        return self._choose_labels(IndexedNoise("sample", self.seed, index, index.device), index)
-
-    def _choose_labels(self, noise: IndexedNoise, index: Tensor) -> Tensor:
-        random = noise.integers(self.model.num_classes)
-        return random if self.label_mode == "random" else index % self.model.num_classes
+    def sample_condition(self, index: Tensor) -> Condition:
+        """What samples are drawn for, by their numbers, int64 `[B]`."""
+        return self.pipeline.sample_condition(index, self.seed)
 
     def evaluation_settings(self) -> dict[str, Any]:
         """All that samples depend on; asked on all ranks, which may share the weights."""
         state = self.model.state_dict()
         weights = {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in state.items()}
         return {
-            "sampler": {"class": type(self.sampler).__name__, **self.sampler.arguments},
-            "guidance": self.guidance.arguments,
-            "label_mode": self.label_mode,
+            "sampler": {"class": type(self.pipeline.sampler).__name__, **self.pipeline.sampler.arguments},
+            "guidance": self.pipeline.guidance.arguments,
+            **self.pipeline.conditioning.settings(),
             "seed": self.seed,
             "content": self.predict,
             "rounding": self.rounding,
-            "tokenizer": self.latent_source,
+            "tokenizer": self.pipeline.latent_source,
             "decoder": self.tokenizer.fingerprint() if self.predict == "images" and self.can_decode else None,
             "precision": self.trainer.precision,
             "matmul_precision": torch.get_float32_matmul_precision(),
@@ -358,7 +362,7 @@ class DiffusionModule(LightningModule):
         """Looks whether data, tokenizer and denoiser fit each other, before anything is computed; compiles."""
         check_trainer(self.trainer)
         if stage == "fit":
-            self._described()  # what can't be described must not fail only when the first checkpoint is written
+            self.pipeline.described()  # what can't be described must not fail only when the first checkpoint is written
         if self.trainer.gradient_clip_algorithm == "value":
             raise ValueError("trainer.gradient_clip_algorithm: only 'norm' is supported")
         if should_compile(self.torch_compile, self.trainer.strategy.root_device, self.model):
@@ -368,17 +372,21 @@ class DiffusionModule(LightningModule):
         data = self.trainer.datamodule
         if stage == "predict" or data is None:
             return
-        self.latent_source = check_data(data, self.model, self.tokenizer, self.alignment, self.latent_source)
+        self.pipeline.latent_source = check_data(
+            data, self.model, self.tokenizer, self.alignment, self.pipeline.latent_source
+        )
         if data.latent_statistics is not None and not self.normalization.is_known:
             self.normalization.take(data.latent_statistics)
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
-            self.latent_source = begin_from(self.init_from, self, self.latent_source, self.normalization)
+            self.pipeline.latent_source = begin_from(
+                self.init_from, self, self.pipeline.latent_source, self.normalization
+            )
 
     def on_fit_start(self) -> None:
         """Looks whether all classes are trained; measures the latents' statistics where nothing brought any."""
         if self.trainer.datamodule is not None:
             begins = self.init_from is None and self.trainer.ckpt_path is None
-            check_untrained(self.trainer.datamodule, self.model, begins)
+            check_untrained(self.trainer.datamodule, self.num_classes, begins)
         if not self.normalization.is_known:
             self.normalization.take(self._measure_latents())
 
@@ -393,21 +401,15 @@ class DiffusionModule(LightningModule):
         running.sums = self.trainer.strategy.reduce(running.sums, reduce_op="sum")
         return running.compute()
 
-    def _described(self) -> dict[str, Any]:
-        """How to make the model again, with what sampling needs."""
-        diffusion = LatentDiffusion(self.model, self.sampler, self.guidance)
-        diffusion.latent_source = self.latent_source
-        return diffusion.described()
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds how to make the model again, counters, whose latents these are, and to which VFM it is aligned."""
         schema.write(
             checkpoint,
             DIFFUSION,
-            self._described(),
+            self.pipeline.described(),
             images_seen=self.images_seen,
             skipped_steps=self.skipped_steps,
-            tokenizer=self.latent_source,
+            tokenizer=self.pipeline.latent_source,
             aligned_to=None if self.alignment is None else self.alignment.identity(),
         )
 
@@ -419,10 +421,10 @@ class DiffusionModule(LightningModule):
                 the tokenizer at hand, or was aligned to another VFM.
         """
         stored = schema.take(checkpoint, DIFFUSION, "ckpt_path: the checkpoint")
-        check_checkpoint(stored, self.latent_source, self.normalization, "ckpt_path")
+        check_checkpoint(stored, self.pipeline.latent_source, self.normalization, "ckpt_path")
         check_state(self, checkpoint, "ckpt_path")
         if self.alignment is not None:
             self.alignment.go_on_as(checkpoint.get("aligned_to"))
         self.images_seen = stored.images_seen
         self.skipped.total = torch.tensor(checkpoint["skipped_steps"])
-        self.latent_source = self.latent_source or checkpoint["tokenizer"]
+        self.pipeline.latent_source = self.pipeline.latent_source or checkpoint["tokenizer"]

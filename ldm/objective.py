@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ldm import path
 from ldm.alignment import REPA
+from ldm.condition import Condition
 from ldm.models.denoiser import Denoiser
 from vfm_vae.data.sampling import IndexedNoise
 
@@ -12,70 +13,66 @@ from vfm_vae.data.sampling import IndexedNoise
 def denoising_errors(
     model: Denoiser,
     alignment: REPA | None,
-    x: Tensor,
+    state: Tensor,
     features: Tensor | None,
-    noise: tuple[Tensor, Tensor],
+    noise: Tensor,
     t: Tensor,
-    y: Tensor,
+    condition: Condition,
 ) -> dict[str, Tensor]:
     """The terms of the objective for each sample, `[B]`.
 
-    `mse` and `cosine` of the velocity (LightningDiT, arXiv 2501.01423, section 3.4), and those of the alignment.
+    `mse` and `cosine` of the latents' velocity (LightningDiT, arXiv 2501.01423, section 3.4); `align` for the
+    alignment; `cls` of the class token's velocity, where there is one (REG, arXiv 2507.01467, section 3).
 
     Args:
-        model: Predicts.
-        alignment: Of its tokens to a VFM's features; None for none.
-        x: Normalised latents, `[B, C, h, w]`.
+        model: The denoiser.
+        alignment: Aligns its tokens to a VFM's features; None for none.
+        state: What is diffused, of the data: normalised latents, with the class token where the model has one.
         features: The VFM's, `[B, 1 + N, D]`, where there is an alignment.
-        noise: Like the latents, and like the class token, `[B, cls_channels]`.
+        noise: Standard normal, like the state.
         t: Times, `[B]`.
-        y: Labels, int64 `[B]`.
+        condition: What the model is told.
     """
-    token = path.interpolate(features[:, 0], noise[1], t) if model.cls_channels else None
-    prediction = model(path.interpolate(x, noise[0], t), t, y, token, align=alignment is not None)
-    velocity, target = prediction.velocity.float(), path.velocity(x, noise[0])
+    prediction = model(path.interpolate(state, noise, t), t, condition, align=alignment is not None)
+    velocity, token_velocity = model.split(prediction.velocity.float())
+    target, token_target = model.split(path.velocity(state, noise))
     errors = {"mse": path.squared_error(velocity, target), "cosine": path.cosine_error(velocity, target)}
-    return errors | (alignment.errors(prediction, features, noise[1]) if alignment is not None else {})
+    if alignment is not None:
+        errors |= {"align": alignment.error(prediction.projected, features)}
+    if token_velocity is not None:
+        errors |= {"cls": path.squared_error(token_velocity, token_target)}
+    return errors
 
 
 def block_features(
-    model: Denoiser, x: Tensor, cls_token: Tensor | None, noise: IndexedNoise, time: float
+    model: Denoiser, state: Tensor, condition: Condition, noise: IndexedNoise, time: float
 ) -> list[Tensor]:
-    """Patch tokens after every block, averaged, float32 `[B, D]` each, of latents at one time and without a label.
+    """Patch tokens after every block, averaged, float32 `[B, D]` each, of noisy states at one time.
 
     Args:
-        model: Whose blocks.
-        x: Normalised latents, `[B, C, h, w]`.
-        cls_token: The VFM's, `[B, cls_channels]`, where the model has one.
-        noise: Of each sample, by its number.
-        time: In [0, 1], 0 being noise.
+        model: The denoiser.
+        state: What is diffused, of the data.
+        condition: What the model is told.
+        noise: Random numbers of each sample, by its number.
+        time: Time in [0, 1], 0 being noise.
     """
-    t, labels = x.new_full((len(x),), time), torch.full((len(x),), model.null_label, device=x.device)
-    x = path.interpolate(x, noise.normal(*model.latent_shape), t)
-    if cls_token is not None:
-        cls_token = path.interpolate(cls_token, noise.normal(model.cls_channels), t)
-    return model.block_features(x, t, labels, cls_token)
+    t = state.new_full((len(state),), time)
+    drawn = model.join(noise.normal(*model.latent_shape), noise.normal(model.cls_channels))
+    return model.block_features(path.interpolate(state, drawn, t), t, condition)
 
 
-def rehearse(model: Denoiser, alignment: REPA | None, batch_size: int) -> bool:
+def rehearse(model: Denoiser, alignment: REPA | None, condition: Condition) -> None:
     """Forward and backward pass on the meta device, which computes nothing but goes through all products.
 
     Args:
-        model: A twin of it is made from its arguments.
-        alignment: Of its tokens to a VFM's features; None for none.
-        batch_size: Of the step.
-
-    Returns:
-        Whether the model says what it was made of.
+        model: The denoiser, of which a twin is made from its arguments.
+        alignment: Aligns its tokens to a VFM's features; None for none.
+        condition: The condition of a step's batch.
     """
-    if not hasattr(model, "arguments"):
-        return False
     with torch.device("meta"):
         twin = type(model)(**model.arguments)
-        x, t = torch.empty(batch_size, *model.latent_shape), torch.empty(batch_size)
-        features = torch.empty(batch_size, 1 + model.grid[0] * model.grid[1], max(model.align_channels, 1))
-        noise = torch.empty_like(x), torch.empty(batch_size, model.cls_channels)
-        y = torch.empty(batch_size, dtype=torch.int64)
-        errors = denoising_errors(twin, alignment, x, features if alignment else None, noise, t, y)
+        state, t = torch.empty(len(condition), *model.state_shape), torch.empty(len(condition))
+        features = torch.empty(len(condition), 1 + model.grid[0] * model.grid[1], max(model.align_channels, 1))
+        features = features if alignment else None
+        errors = denoising_errors(twin, alignment, state, features, torch.empty_like(state), t, condition.to("meta"))
         sum(error.mean() for error in errors.values()).backward()
-    return True

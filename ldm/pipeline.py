@@ -1,13 +1,14 @@
-"""LatentDiffusion: from labels to images, without Lightning."""
+"""LatentDiffusion: from labels or other conditions to images, without Lightning."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from ldm.compatibility import DIFFUSION, check_tokenizer
+from ldm.condition import ClassLabels, Condition, Conditioning, LabelMode
 from ldm.guidance import Guidance
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
@@ -15,11 +16,14 @@ from ldm.samplers import Euler, Sampler
 from vfm_vae.data.sampling import IndexedNoise
 from vfm_vae.description import describe
 from vfm_vae.finite import check_finite
+from vfm_vae.frozen import Frozen
 from vfm_vae.options import at_least, named_as
 from vfm_vae.pretrained import Pretrained
+from vfm_vae.schema import Kind
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Samples
-from vfm_vae.vfm import Frozen
+
+STREAM = "sample"  # names the random numbers of samples
 
 CARD = """# {name} on latents of {channels} channels, {height}x{width}
 
@@ -41,20 +45,36 @@ class LatentDiffusion(nn.Module, Pretrained):
     Args:
         model: The denoiser.
         sampler: From noise to latents.
-        guidance: Of sampling.
+        guidance: How samples are guided.
+        conditioning: What the denoiser is told; class labels, as many as the denoiser knows, if not given.
 
     Attributes:
         normalization: Statistics of the latents that the denoiser was trained on.
         tokenizer: Holds the VFMVAE that decodes; None where latents are enough. It is not saved along.
         latent_source: Which tokenizer's latents these are, see `VFMVAE.latent_identity`; None where it is not known.
+
+    Raises:
+        ValueError: if denoiser and conditioning do not fit.
     """
 
-    kind = DIFFUSION
+    kind: ClassVar[Kind] = DIFFUSION
 
-    def __init__(self, model: Denoiser, sampler: Sampler | None = None, guidance: Guidance | None = None):
+    def __init__(
+        self,
+        model: Denoiser,
+        sampler: Sampler | None = None,
+        guidance: Guidance | None = None,
+        conditioning: Conditioning | None = None,
+    ):
         super().__init__()
         self.model = model
         self.sampler, self.guidance = sampler or Euler(), guidance or Guidance()
+        self.conditioning = conditioning or class_labels(model)
+        if self.conditioning.num_classes != model.num_classes:
+            raise ValueError(
+                f"model.num_classes: the denoiser has {model.num_classes}, but its conditioning has "
+                f"{self.conditioning.num_classes}; give both the same, null where nothing is a class"
+            )
         self.normalization = LatentNormalization(model.in_channels)
         self.tokenizer: Frozen | None = None
         self.latent_source: dict[str, Any] | None = None
@@ -131,7 +151,7 @@ class LatentDiffusion(nn.Module, Pretrained):
     @torch.no_grad()
     def sample(
         self,
-        labels: Sequence[int] | Tensor,
+        labels: Condition | Sequence[Any] | Tensor,
         seed: int = 0,
         guidance_scale: float | None = None,
         index: Tensor | None = None,
@@ -141,8 +161,8 @@ class LatentDiffusion(nn.Module, Pretrained):
         They are those that `python -m ldm predict` draws by the same seed, numbers and labels, but not yet in 8 bits.
 
         Args:
-            labels: Classes, `[B]`.
-            seed: Of the noise.
+            labels: Classes, `[B]`; or whatever values the model's conditioning takes, or a condition.
+            seed: Seed of the noise.
             guidance_scale: Instead of the model's.
             index: Numbers of the samples, int64 `[B]`; from 0 on if not given.
 
@@ -153,25 +173,70 @@ class LatentDiffusion(nn.Module, Pretrained):
             ValueError: if a label is no class, the seed is negative, the statistics of latents are not known, or what
                 comes out is not finite.
         """
-        device = self.normalization.mean.device
-        labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
-        self.model.check_labels(labels)
         at_least(0, seed=seed)
-        index = torch.arange(len(labels), device=device) if index is None else index.to(device)
-        noise = IndexedNoise("sample", seed, index, device)
-        noise.integers(self.model.num_classes)  # the command line may draw labels first
+        condition = self.condition(labels)
+        index = torch.arange(len(condition)) if index is None else index
+        samples = self.draw(index, seed, condition, guidance_scale)
+        if self.tokenizer is None:
+            return samples
+        images = self.tokenizer.network.decode(samples.latents).image.clamp(-1, 1)
+        check_finite("images", images)
+        return samples._replace(images=images)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        index: Tensor,
+        seed: int,
+        condition: Condition | None = None,
+        guidance_scale: float | None = None,
+    ) -> Samples:
+        """Draws latents as the tokenizer decodes them; each depends on the seed, its number and condition alone.
+
+        Args:
+            index: Numbers of the samples, int64 `[B]`.
+            seed: Seed of all that is random.
+            condition: What they are drawn for; what `sample_condition` says if not given.
+            guidance_scale: Instead of the model's.
+
+        Raises:
+            ValueError: if the statistics of latents are not known, or samples are not finite.
+        """
+        if not self.normalization.is_known:
+            raise ValueError(
+                "the statistics of latents are not known: only a trained model can sample; load its checkpoint"
+            )
+        device = self.normalization.mean.device
+        index = index.to(device)
+        noise = IndexedNoise(STREAM, seed, index, device)
+        # Comes first in any case: so a sample's noise is the same, whoever says what it is drawn for.
+        own = self.conditioning.of_samples(index, noise)
+        condition = own if condition is None else condition.to(device)
         guidance = self.guidance if guidance_scale is None else self.guidance.with_scale(guidance_scale)
-        latents = draw_latents(self.model, self.normalization, self.sampler, guidance, noise, labels)
-        images = None if self.tokenizer is None else self.tokenizer.network.decode(latents).image.clamp(-1, 1)
-        if images is not None:
-            check_finite("images", images)
-        return Samples(images, latents, labels, index)
+        field, shape = guidance.field(self.model, condition), self.model.state_shape
+        state = self.sampler(field, noise.normal(*shape), lambda: noise.normal(*shape))
+        latents = self.normalization.inverse(self.model.split(state)[0].float())
+        check_finite("samples", latents)
+        return Samples(None, latents, condition, index)
+
+    def sample_condition(self, index: Tensor, seed: int) -> Condition:
+        """What samples are drawn for by their numbers, int64 `[B]`, where nobody says so."""
+        return self.conditioning.of_samples(index, IndexedNoise(STREAM, seed, index, index.device))
+
+    def condition(self, values: Condition | Sequence[Any] | Tensor) -> Condition:
+        """A condition as it is, or the one that plain values stand for.
+
+        Raises:
+            ValueError: if there is none for a value.
+        """
+        return values if isinstance(values, Condition) else self.conditioning.of_values(values)
 
     def described(self) -> dict[str, Any]:
-        """How to make the model again, and whose latents it makes."""
+        """How to make the model again, and whose latents it makes; plain data."""
         model = describe(self)
-        # Both may be others than the model was made with.
-        model["init_args"] |= {"sampler": describe(self.sampler), "guidance": describe(self.guidance)}
+        # These may be others than the model was made with.
+        parts = {name: describe(getattr(self, name)) for name in ("sampler", "guidance", "conditioning")}
+        model["init_args"] |= parts
         return {"model": model, "tokenizer": self.latent_source}
 
     def pretrained_config(self) -> dict[str, Any]:
@@ -198,34 +263,12 @@ class LatentDiffusion(nn.Module, Pretrained):
         )
 
 
-def draw_latents(
-    model: Denoiser,
-    normalization: LatentNormalization,
-    sampler: Sampler,
-    guidance: Guidance,
-    noise: IndexedNoise,
-    labels: Tensor,
-) -> Tensor:
-    """Samples as the tokenizer decodes them, `[B, C, h, w]`.
-
-    Args:
-        model: The denoiser.
-        normalization: Of the latents that it was trained on.
-        sampler: From noise to latents.
-        guidance: Of sampling.
-        noise: Of each sample, by its number.
-        labels: Classes, int64 `[B]`.
+def class_labels(model: Denoiser, mode: LabelMode = "random") -> ClassLabels:
+    """The conditioning of a denoiser that is told a class.
 
     Raises:
-        ValueError: if the statistics of latents are not known, or samples are not finite.
+        ValueError: if it is told something else.
     """
-    if not normalization.is_known:
-        raise ValueError(
-            "the statistics of latents are not known: only a trained model can sample; load its checkpoint"
-        )
-    latent_shape = model.latent_shape if model.cls_channels else None
-    field, shape = guidance.field(model.velocity, labels, model.null_label, latent_shape), model.state_shape
-    state = sampler(field, noise.normal(*shape), lambda: noise.normal(*shape))  # [B, C, h, w], or flat
-    latents = normalization.inverse(model.latents_of(state).float())
-    check_finite("samples", latents)
-    return latents
+    if model.num_classes is None:
+        raise ValueError(f"model.conditioning: {type(model).__name__} knows no classes; give what it is told")
+    return ClassLabels(model.num_classes, mode)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from ldm.guidance import VelocityField
 from ldm.path import score
 from vfm_vae.description import Described
 from vfm_vae.finite import not_finite
 from vfm_vae.options import at_least, positive
 
 Noise = Callable[[], Tensor]
+VelocityField = Callable[[Tensor, Tensor], Tensor]  # of states and one time for all
 
 
 def time_grid(steps: int, shift: float = 1.0) -> Tensor:

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuples have a method of this name
 
     @property
     def real(self) -> Tensor:
@@ -45,7 +45,7 @@ class LatentBatch(NamedTuple):
 
     latents: Tensor
     labels: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuples have a method of this name
     features: Tensor | None = None
 
     @property
@@ -71,7 +71,7 @@ class Encoded(NamedTuple):
 
     tensors: Mapping[str, Tensor]
     labels: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuples have a method of this name
 
 
 class Conditions(Protocol):
@@ -103,7 +103,7 @@ class Samples(NamedTuple):
     images: Tensor | None
     latents: Tensor
     condition: Conditions
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuples have a method of this name
 
 
 class VFMFeatures(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the training module, guidance and samplers ask of a network."""
+"""The contract between a denoiser and all that trains, samples and measures it."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,39 +9,48 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from ldm.condition import Condition
 from vfm_vae.compilation import compile_regions
 from vfm_vae.description import Described
 from vfm_vae.options import at_least
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of noisy latents.
+    """What a denoiser says of noisy states.
 
     Attributes:
-        velocity: Of the latents, `[B, C, h, w]`.
-        cls_velocity: Of the class token, `[B, cls_channels]`; None where none is diffused along.
-        projected: Tokens within the network in the width of a VFM's, a class token first,
-            `[B, prefix + N, align_channels]`; None where they were not asked for, or there is no projector.
+        velocity: The state's velocity, in the state's shape.
+        projected: Tokens within the network, brought to the width of a VFM's, a class token first:
+            `[B, prefix + N, align_channels]`. None where they were not asked for, or there is no projector.
     """
 
     velocity: Tensor
-    cls_velocity: Tensor | None = None
     projected: Tensor | None = None
 
 
 class Denoiser(nn.Module, Described, ABC):
-    """Predicts the velocity of noisy latents, and of a class token where one is diffused along.
+    """Predicts the velocity of noisy states.
+
+    A state is what is diffused: a latent `[B, C, h, w]`; or, where a VFM's class token is diffused along (REG), the
+    latent laid flat with the token behind it, `[B, C · h · w + cls_channels]`. `split` and `join` lead from one to the
+    other.
+
+    A subclass calls this `__init__`, makes `blocks`, and has a `forward`; its arguments are plain data, so that
+    checkpoints can say how to make it again. It may also set `grid` and extend `regions`.
 
     Args:
         in_channels: Channels C of the latent.
         input_size: Sides (h, w) of the latent, or one number for a square.
-        num_classes: Labels; one more, `null_label`, stands for no label.
+        num_classes: Number of classes, for a denoiser that is told a class (see `ldm.condition.Labels`); null for one
+            that is told something else.
         cls_channels: Width of a VFM's class token that is diffused along with the latent (REG); 0 for none.
         align_channels: Width of a VFM's tokens, to which those within the network are projected (REPA and REG); 0 for
             no projector.
 
     Attributes:
-        blocks: The transformer's blocks, each from tokens to tokens `[B, prefix + N, D]`; subclasses make them.
+        grid: Rows and columns of the network's tokens; those of the latent, unless a subclass sets others.
+        blocks: The network's repeated parts; the list may be empty. Each is compiled and sharded by itself. Metrics
+            look at their outputs, tokens `[B, prefix + N, D]`.
 
     Raises:
         ValueError: if a number lies outside its range.
@@ -53,7 +62,7 @@ class Denoiser(nn.Module, Described, ABC):
         self,
         in_channels: int,
         input_size: int | tuple[int, int],
-        num_classes: int,
+        num_classes: int | None = None,
         cls_channels: int = 0,
         align_channels: int = 0,
     ):
@@ -62,22 +71,20 @@ class Denoiser(nn.Module, Described, ABC):
         at_least(0, cls_channels=cls_channels, align_channels=align_channels)
         self.in_channels = in_channels
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        self.grid: tuple[int, int] = self.input_size
         self.num_classes = num_classes
         self.cls_channels, self.align_channels = cls_channels, align_channels
 
-    @property
-    def null_label(self) -> int:
-        """The label that stands for no label."""
-        return self.num_classes
+    @abstractmethod
+    def forward(self, state: Tensor, t: Tensor, condition: Condition, align: bool = False) -> Prediction:
+        """The velocity of noisy states.
 
-    def check_labels(self, labels: Tensor) -> None:
-        """Sees that samples are asked for of classes, which `null_label` is none of.
-
-        Raises:
-            ValueError: if not.
+        Args:
+            state: Noisy states, `[B, *state_shape]`.
+            t: Times in [0, 1], 0 being noise, `[B]`.
+            condition: What the network is told of each.
+            align: Whether to project tokens to the VFM's width; sampling does without.
         """
-        if others := labels[(labels < 0) | (labels >= self.num_classes)].unique().tolist():
-            raise ValueError(f"labels: the classes are 0 to {self.num_classes - 1}, given {others}")
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -91,36 +98,27 @@ class Denoiser(nn.Module, Described, ABC):
 
     @property
     def state_shape(self) -> tuple[int, ...]:
-        """Of what a sampler integrates: the latent's, or where a class token goes along (C · h · w + cls_channels,)."""
+        """Shape of one state: the latent's, or with a class token (C · h · w + cls_channels,)."""
         return (math.prod(self.latent_shape) + self.cls_channels,) if self.cls_channels else self.latent_shape
 
-    @abstractmethod
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, cls_token: Tensor | None = None, align: bool = False
-    ) -> Prediction:
-        """Velocities of noisy latents and noisy class tokens.
+    def join(self, latents: Tensor, token: Tensor | None) -> Tensor:
+        """States of latents `[B, C, h, w]` and class tokens `[B, cls_channels]`; without cls_channels, latents alone.
 
-        Args:
-            x: `[B, C, h, w]`.
-            t: Times in [0, 1], 0 being noise, `[B]`.
-            y: Labels, int64 `[B]`; `null_label` for none.
-            cls_token: The VFM's class token as noisy as `x`, `[B, cls_channels]`, where the model has one.
-            align: Whether to project tokens to the VFM's width; sampling does without.
+        It serves noise and velocities, too.
+        """
+        return torch.cat([latents.flatten(1), token], dim=1) if self.cls_channels else latents
+
+    def split(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Latents `[B, C, h, w]` and class tokens `[B, cls_channels]` of states; None without cls_channels.
 
         Raises:
-            ValueError: if a model with a class token is given none, or one without is given one.
+            ValueError: if these are states of another model.
         """
-
-    def velocity(self, state: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Velocity of what a sampler integrates, `[B, …]` like `state`; other arguments as of `forward`."""
+        if state.shape[1:] != self.state_shape:
+            raise ValueError(f"state: the model's have the shape {self.state_shape}, given {tuple(state.shape[1:])}")
         if not self.cls_channels:
-            return self(state, t, y).velocity
-        prediction = self(self.latents_of(state), t, y, state[:, -self.cls_channels :])
-        return torch.cat([prediction.velocity.flatten(1), prediction.cls_velocity], dim=1)
-
-    def latents_of(self, state: Tensor) -> Tensor:
-        """The latents `[B, C, h, w]` in what a sampler integrates."""
-        return state[:, : -self.cls_channels].unflatten(1, self.latent_shape) if self.cls_channels else state
+            return state, None
+        return state[:, : -self.cls_channels].unflatten(1, self.latent_shape), state[:, -self.cls_channels :]
 
     @property
     def regions(self) -> list[nn.Module]:
@@ -145,7 +143,7 @@ class Denoiser(nn.Module, Described, ABC):
         register_fsdp_forward_method(self, "block_features")
 
     @torch.no_grad()
-    def block_features(self, x: Tensor, t: Tensor, y: Tensor, cls_token: Tensor | None = None) -> list[Tensor]:
+    def block_features(self, state: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
         """Patch tokens after every block, averaged, float32 `[B, D]` each; arguments as of `forward`."""
         features: list[Tensor] = []
 
@@ -154,7 +152,7 @@ class Denoiser(nn.Module, Described, ABC):
 
         hooks = [block.register_forward_hook(keep) for block in self.blocks]
         try:
-            self.forward(x, t, y, cls_token)
+            self.forward(state, t, condition)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.condition import Condition, labels_of
 from ldm.models.denoiser import Denoiser, Prediction
 from ldm.models.layers import (
     Block,
@@ -159,31 +160,23 @@ class LightningDiT(Denoiser):
         """Blocks, what follows them, and the projector; embeddings are a small share."""
         return [*super().regions, self.final, *([self.projector] if self.projector is not None else [])]
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor, cls_token: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens `[B, prefix + N, D]` and activated condition `[B, D]` for the blocks; arguments as of `forward`.
-
-        Raises:
-            ValueError: if a model with a class token is given none, or one without is given one.
-        """
-        if (cls_token is not None) != bool(self.cls_channels):
-            given = "none" if cls_token is None else "one"
-            raise ValueError(f"cls_token: the model's cls_channels is {self.cls_channels}, but {given} was given")
+    def embed(self, state: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """Tokens `[B, prefix + N, D]` and activated modulation `[B, D]` for the blocks; arguments as of `forward`."""
+        x, cls_token = self.split(state)
         tokens = self.patch_embed(x)  # [B, N, D]
         if cls_token is not None:
             cls = self.cls_norm(self.cls_embed(cls_token))  # [B, D]
             tokens = torch.cat([cls[:, None], tokens], dim=1)  # [B, 1 + N, D]
-        return tokens + self.position, F.silu(self.time_embed(t) + self.label_embed(y))
+        return tokens + self.position, F.silu(self.time_embed(t) + self.label_embed(labels_of(condition)))
 
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, cls_token: Tensor | None = None, align: bool = False
-    ) -> Prediction:
+    def forward(self, state: Tensor, t: Tensor, condition: Condition, align: bool = False) -> Prediction:
         """As `Denoiser` says."""
-        tokens, condition = self.embed(x, t, y, cls_token)  # [B, prefix + N, D], [B, D]
+        tokens, modulation = self.embed(state, t, condition)  # [B, prefix + N, D], [B, D]
         rotary = None if self.rotary_cos is None else (self.rotary_cos, self.rotary_sin)
         projected = None
         for number, block in enumerate(self.blocks, start=1):
-            tokens = run_block(block, tokens, condition, rotary, recompute=self.activation_checkpointing)
+            tokens = run_block(block, tokens, modulation, rotary, recompute=self.activation_checkpointing)
             if align and self.projector is not None and number == self.align_depth:
                 projected = self.projector(tokens)  # [B, prefix + N, align_channels]
-        patches, cls_velocity = self.final(tokens, condition)  # [B, N, p·p·C], [B, cls_channels]
-        return Prediction(unpatchify(patches, self.grid, self.patch_size), cls_velocity, projected)
+        patches, cls_velocity = self.final(tokens, modulation)  # [B, N, p·p·C], [B, cls_channels]
+        return Prediction(self.join(unpatchify(patches, self.grid, self.patch_size), cls_velocity), projected)

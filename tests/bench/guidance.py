@@ -4,19 +4,20 @@ import torch
 from timing import best_times, table
 from torch import Tensor
 
-from ldm.guidance import Guidance, VelocityField
+from ldm.condition import Labels
+from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
-from ldm.samplers import Euler
+from ldm.samplers import Euler, VelocityField
 
 SCALE, START, BATCH, STEPS = 4.0, 0.125, 16, 51
 
 
-def always_both(model: LightningDiT, labels: Tensor) -> VelocityField:
+def always_both(model: LightningDiT, labels: Labels) -> VelocityField:
     """Guidance as public code has it: two halves everywhere, of which one is thrown away outside the interval."""
-    both = torch.cat([labels, torch.full_like(labels, model.null_label)])
+    both = labels.cat(labels.null())
 
     def field(x: Tensor, t: Tensor) -> Tensor:
-        conditional, unconditional = model.velocity(x.repeat(2, 1, 1, 1), t.expand(2 * len(x)), both).chunk(2)
+        conditional, unconditional = model(x.repeat(2, 1, 1, 1), t.expand(2 * len(x)), both).velocity.chunk(2)
         guided = unconditional + SCALE * (conditional - unconditional)
         return torch.where(t < START, conditional, guided)
 
@@ -30,9 +31,9 @@ def main() -> None:
     model = LightningDiT(input_size=8, depth=8, width=192, num_heads=6, num_classes=13).eval()
     for parameter in model.parameters():  # an untrained output is zero
         torch.nn.init.normal_(parameter, std=0.05)
-    noise, labels = torch.randn(BATCH, *model.latent_shape), torch.arange(BATCH) % 13
+    noise, labels = torch.randn(BATCH, *model.latent_shape), Labels(torch.arange(BATCH) % 13, 13)
     sampler, guidance = Euler(STEPS, shift=0.3), Guidance(SCALE, START)
-    fields = {"interval": guidance.field(model.velocity, labels, model.null_label), "both": always_both(model, labels)}
+    fields = {"interval": guidance.field(model, labels), "both": always_both(model, labels)}
     samples = {name: sampler(field, noise) for name, field in fields.items()}
     difference = (samples["interval"] - samples["both"]).abs().max().item()
     assert difference < 1e-4, f"the samples differ by {difference:.1e}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ldm import path
+from ldm.condition import Labels
 from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
 from ldm.samplers import Dopri5, Euler, EulerMaruyama, Heun, time_grid
@@ -135,6 +136,6 @@ def test_the_state_stays_on_its_device(sampler, guidance):
     """The meta device computes nothing, but refuses to meet another, as a GPU does."""
     with torch.device("meta"):
         model = LightningDiT(4, 4, 1, 2, 32, 2, num_classes=3)
-        noise, labels = torch.empty(2, 4, 4, 4), torch.zeros(2, dtype=torch.int64)
-    samples = sampler(guidance.field(model.velocity, labels, model.null_label), noise)
+        noise, labels = torch.empty(2, 4, 4, 4), Labels(torch.zeros(2, dtype=torch.int64), 3)
+    samples = sampler(guidance.field(model, labels), noise)
     assert samples.device.type == "meta" and samples.dtype == torch.float32

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.condition import Labels
 from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
 from ldm.published import lightningdit_from_published, to_published
@@ -49,10 +50,11 @@ def test_embeddings(case):
     tensors, _, model = fixture(case)
     x, t, y = (tensors[f"inputs/{name}"] for name in "xty")
     close(model.patch_embed(x), tensors["intermediate/patch_embed"])
-    close(model.embed(x, t, y)[0], tensors["intermediate/tokens_in"])
+    close(model.embed(x, t, Labels(y, model.num_classes))[0], tensors["intermediate/tokens_in"])
     close(model.time_embed(t), tensors["intermediate/t_emb"])
     close(model.label_embed(y), tensors["intermediate/y_emb"])
-    labels = tensors["label_drop/labels"].masked_fill(tensors["label_drop/force_drop_ids"] == 1, model.null_label)
+    labels = Labels(tensors["label_drop/labels"], model.num_classes)
+    labels = labels.drop(tensors["label_drop/force_drop_ids"] == 1).labels
     assert torch.equal(labels, tensors["label_drop/effective_labels"])
     assert torch.equal(model.label_embed(labels), tensors["label_drop/embeddings"])
 
@@ -66,7 +68,7 @@ def test_guidance(case, time):
     t = tensors[f"cfg/{time}/t"][0]
     for start, name in ((settings["cfg_interval_start"], "on"), (0.0, "off")):
         guidance = Guidance(settings["cfg_scale"], start=start, channels=len(settings["guided_channels"]))
-        velocity = guidance.field(model.velocity, y, settings["null_label"])(x, t)
+        velocity = guidance.field(model, Labels(y, settings["null_label"]))(x, t)
         close(velocity, tensors[f"cfg/{time}/out_interval_{name}"][:3], 5e-5)
 
 

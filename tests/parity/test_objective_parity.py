@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.alignment import REG, alignment_error
+from ldm.condition import Labels
 from ldm.objective import denoising_errors
 from ldm.published import published_name, reg_from_published
 
@@ -24,8 +25,9 @@ def test_values_and_gradients():
     """Published time is 1 − t here; errors are the same."""
     model = reg_from_published(select("weights/"), SETTINGS["config"])
     alignment, given = REG(weight=SETTINGS["proj_coeff"], cls_weight=SETTINGS["cls_coeff"]), select("loss/")
-    noise = given["noise"], given["noise_cls"]
-    errors = denoising_errors(model, alignment, given["images"], given["zs"], noise, 1 - given["time"], given["y"])
+    state, noise = model.join(given["images"], given["zs"][:, 0]), model.join(given["noise"], given["noise_cls"])
+    condition = Labels(given["y"], model.num_classes)
+    errors = denoising_errors(model, alignment, state, given["zs"], noise, 1 - given["time"], condition)
     for ours, published in (("mse", "denoising"), ("cls", "cls")):
         assert (errors[ours] - given[f"{published}_per_sample"]).abs().max() <= 1e-5
     assert errors["align"].mean().item() == pytest.approx(given["proj"].item(), abs=1e-5)

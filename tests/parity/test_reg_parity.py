@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from ldm import path
+from ldm.condition import Labels
 from ldm.guidance import Guidance
 from ldm.models.denoiser import Prediction
 from ldm.models.sit import SIZES, SiT
@@ -43,17 +44,26 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5)
     assert (actual - expected).abs().max() <= tolerance
 
 
+def joined(model: SiT, latent: str, token: str) -> torch.Tensor:
+    return model.join(tensors()[latent], tensors()[token])
+
+
+def labels(name: str) -> Labels:
+    return Labels(tensors()[name], SETTINGS["config"]["num_classes"])
+
+
 @torch.no_grad()
 def test_outputs_and_every_block(model):
     reference = tensors()
     blocks = []
     for block in model.blocks:
         block.register_forward_hook(lambda *args: blocks.append(args[-1]))
-    inputs = reference["inputs/x"], 1 - reference["inputs/t"], reference["inputs/y"], reference["inputs/cls_token"]
-    velocity, cls_velocity, projected = model(*inputs, align=True)
+    inputs = joined(model, "inputs/x", "inputs/cls_token"), 1 - reference["inputs/t"], labels("inputs/y")
+    prediction = model(*inputs, align=True)
+    velocity, cls_velocity = model.split(prediction.velocity)
     close(velocity, -reference["outputs/velocity"])
     close(cls_velocity, -reference["outputs/cls"])
-    close(projected, reference["outputs/zs_tilde"])
+    close(prediction.projected, reference["outputs/zs_tilde"])
     assert len(blocks) == SETTINGS["config"]["depth"]
     for number, tokens in enumerate(blocks):
         close(tokens, reference[f"intermediate/block{number}_out"])
@@ -72,11 +82,11 @@ def test_embeddings(model):
     close(model.patch_embed(x), reference["intermediate/patch_embed"])
     close(model.time_embed(t), reference["intermediate/t_emb"])
     close(model.label_embed(y), reference["intermediate/y_emb"])
-    tokens, condition = model.embed(x, t, y, reference["inputs/cls_token"])
+    tokens, modulation = model.embed(joined(model, "inputs/x", "inputs/cls_token"), t, labels("inputs/y"))
     close(tokens, reference["intermediate/tokens_in"])
-    close(condition, F.silu(reference["intermediate/cond"]))
-    labels = reference["label_drop/labels"].masked_fill(reference["label_drop/force_drop_ids"] == 1, model.null_label)
-    assert torch.equal(labels, reference["label_drop/effective_labels"])
+    close(modulation, F.silu(reference["intermediate/cond"]))
+    dropped = labels("label_drop/labels").drop(reference["label_drop/force_drop_ids"] == 1)
+    assert torch.equal(dropped.labels, reference["label_drop/effective_labels"])
 
 
 def loss(model: SiT, reference: dict) -> tuple[Prediction, dict[str, torch.Tensor]]:
@@ -86,11 +96,12 @@ def loss(model: SiT, reference: dict) -> tuple[Prediction, dict[str, torch.Tenso
     x_t, cls_t = path.interpolate(data, noise, t), path.interpolate(cls, cls_noise, t)
     close(x_t, reference["loss/model_input"], 1e-6)
     close(cls_t, reference["loss/cls_input"], 1e-6)
-    output = model(x_t, t, reference["loss/y"], cls_t, align=True)
+    output = model(model.join(x_t, cls_t), t, labels("loss/y"), align=True)
+    velocity, cls_velocity = model.split(output.velocity)
     terms = {
-        "denoising": path.squared_error(output.velocity, path.velocity(data, noise)).mean(),
+        "denoising": path.squared_error(velocity, path.velocity(data, noise)).mean(),
         "proj": -F.cosine_similarity(output.projected, reference["loss/zs"], dim=-1).mean(),
-        "cls": path.squared_error(output.cls_velocity, path.velocity(cls, cls_noise)).mean(),
+        "cls": path.squared_error(cls_velocity, path.velocity(cls, cls_noise)).mean(),
     }
     return output, terms
 
@@ -98,8 +109,9 @@ def loss(model: SiT, reference: dict) -> tuple[Prediction, dict[str, torch.Tenso
 def test_losses_and_gradients(model):
     reference = tensors()
     output, terms = loss(model, reference)
-    close(output.velocity, -reference["loss/velocity"])
-    close(output.cls_velocity, -reference["loss/cls_output"])
+    velocity, cls_velocity = model.split(output.velocity)
+    close(velocity, -reference["loss/velocity"])
+    close(cls_velocity, -reference["loss/cls_output"])
     close(output.projected, reference["loss/zs_tilde"])
     for name, value in terms.items():
         close(value, reference[f"loss/{name}"], 1e-5)
@@ -208,23 +220,15 @@ def test_weights_that_do_not_fit_are_named():
 def test_stochastic_samples(model, run, scale, cls_scale):
     """Latent and class token together, with the noise of every step given."""
     reference, sizes = tensors(), []
-
-    def velocity(state: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(state))
-        return model.velocity(state, t, y)
-
-    def joined(latent: str, token: str) -> torch.Tensor:
-        return torch.cat([reference[latent].flatten(-3), reference[token]], dim=-1)
-
-    sampler, noises = (
-        EulerMaruyama(SETTINGS["sampler"]["num_steps"]),
-        iter(joined("sampler/noises", "sampler/cls_noises")),
-    )
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    sampler = EulerMaruyama(SETTINGS["sampler"]["num_steps"])
+    noises = map(model.join, reference["sampler/noises"], reference["sampler/cls_noises"])
     assert (1 - sampler.times - reference["sampler/t_grid"]).abs().max() <= 1e-12
     guidance = Guidance(scale, start=1 - SETTINGS["sampler"]["guidance_high"], cls_scale=cls_scale)
-    field = guidance.field(velocity, reference["sampler/y"], model.null_label, model.latent_shape)
-    state = sampler(field, joined("sampler/latents", "sampler/cls_latents"), lambda: next(noises))
-    close(model.latents_of(state), reference[f"sampler/{run}/final"].float(), 1e-4)
-    close(state[:, -model.cls_channels :], reference[f"sampler/{run}/cls_final"].float(), 1e-4)
+    field = guidance.field(model, labels("sampler/y"))
+    state = sampler(field, joined(model, "sampler/latents", "sampler/cls_latents"), lambda: next(noises))
+    latents, cls = model.split(state)
+    close(latents, reference[f"sampler/{run}/final"].float(), 1e-4)
+    close(cls, reference[f"sampler/{run}/cls_final"].float(), 1e-4)
     assert next(noises, None) is None
     assert sizes == reference[f"sampler/{run}/model_batch"].tolist()

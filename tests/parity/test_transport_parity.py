@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_lightningdit_parity import close, fixture
 
 from ldm import path
+from ldm.condition import Labels
 from ldm.guidance import Guidance
 from ldm.normalization import LatentNormalization
 from ldm.samplers import Dopri5, Euler, EulerMaruyama, Heun, time_grid
@@ -82,7 +83,7 @@ def test_grids_are_exact(steps, shift):
 def test_ode_samples(run, sampler, tolerance):
     _, _, model = fixture("a")
     guidance = Guidance() if "nocfg" in run else Guidance(4.0, start=0.125, channels=3)
-    samples = sampler(guidance.field(model.velocity, REFERENCE["ode/y"], NULL), REFERENCE["ode/noise"])
+    samples = sampler(guidance.field(model, Labels(REFERENCE["ode/y"], NULL)), REFERENCE["ode/noise"])
     close(samples, REFERENCE[f"ode/{run}/final"], tolerance)
 
 
