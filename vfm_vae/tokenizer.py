@@ -3,21 +3,24 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
 
 from vfm_vae.compilation import compile_regions
-from vfm_vae.description import describe
+from vfm_vae.contracts import VFM
+from vfm_vae.frozen import Frozen, sha256_of
+from vfm_vae.images import Interpolation
+from vfm_vae.losses.alignment import pool_tokens
 from vfm_vae.modules.adapter import Adapter, AttentionProjection
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.modules.quantizer import QuantizedPosterior, VectorQuantizer
 from vfm_vae.options import named_as
-from vfm_vae.pretrained import Pretrained
-from vfm_vae.types import Decoded
-from vfm_vae.vfm import FORMERLY, Frozen, FrozenVFM, check_vfm, sha256_of
+from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
+from vfm_vae.types import Decoded, Posterior, VFMFeatures
+from vfm_vae.vfm import FORMERLY, check_vfm, vfm_from
 
 CARD = """# VFM-VAE: latents of {channels} channels, {compression} times smaller than the image
 
@@ -34,7 +37,7 @@ images = model.decode(z).image
 """
 
 
-class VFMVAE(nn.Module, Pretrained):
+class VFMVAE(PretrainedTokenizer):
     """Frozen VFM → adapter → posterior → adapter → decoder.
 
     Args:
@@ -42,9 +45,6 @@ class VFMVAE(nn.Module, Pretrained):
         decoder: From latents to images.
         vfm: The encoder; without one the model takes VFM features from the caller, and decodes.
         quantizer: Makes the latent discrete; without one it is Gaussian.
-
-    Attributes:
-        absent_vfm: The VFM that the weights belong to, as `FrozenVFM.source` says it, where it is known by name alone.
 
     Raises:
         ValueError: if the parts do not fit each other.
@@ -54,7 +54,7 @@ class VFMVAE(nn.Module, Pretrained):
         self,
         adapter: Adapter,
         decoder: Decoder,
-        vfm: FrozenVFM | None = None,
+        vfm: VFM | None = None,
         quantizer: VectorQuantizer | None = None,
     ):
         super().__init__()
@@ -62,58 +62,11 @@ class VFMVAE(nn.Module, Pretrained):
         self.adapter = adapter
         self.decoder = decoder
         self.quantizer = quantizer
-        self.absent_vfm: dict[str, Any] | None = None
         self._check_quantizer()
         if vfm is not None:
             self._check_fit(vfm)
 
-    @classmethod
-    def from_pretrained(
-        cls, name: str | Path, vfm: bool = True, vfm_weights: str | None = None, **hub: Any
-    ) -> Self:
-        """Loads a folder that `save_pretrained` wrote, or a model of the Hugging Face hub.
-
-        Args:
-            name: The folder, or the hub's `owner/model`.
-            vfm: Whether to load the VFM, too; without it the model decodes, and encodes features.
-            vfm_weights: File with the VFM's weights, to take instead of a download.
-            **hub: Options of `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, `force_download`,
-                `local_files_only`, …
-
-        Returns:
-            The tokenizer, in eval mode.
-
-        Raises:
-            ValueError: if there is no such model, it is in a format that is not this version's, or its VFM can't be
-                had or has other weights than it was trained on.
-        """
-        model = super().from_pretrained(name, **hub)
-        return model.attach_vfm(vfm_weights) if vfm else model
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path, vfm: bool = True, vfm_weights: str | None = None) -> Self:
-        """Loads a checkpoint of training; its averaged weights where it has them.
-
-        Args:
-            path: File that training wrote.
-            vfm: Whether to load the VFM, too.
-            vfm_weights: File with the VFM's weights, where the one that training read is not at hand.
-
-        Returns:
-            The tokenizer, in eval mode.
-
-        Raises:
-            ValueError: if the file is no tokenizer's checkpoint, or its VFM can't be had or is another.
-        """
-        model = super().from_checkpoint(path)
-        return model.attach_vfm(vfm_weights) if vfm else model
-
-    def completed(self, config: Mapping[str, Any]) -> Self:
-        """Notes which VFM the weights belong to."""
-        self.absent_vfm = config["vfm"]
-        return self
-
-    def attach_vfm(self, weights: str | None = None) -> "VFMVAE":
+    def attach_vfm(self, weights: str | None = None) -> Self:
         """Loads the VFM that is known by name, and returns the model.
 
         Args:
@@ -124,8 +77,7 @@ class VFMVAE(nn.Module, Pretrained):
         """
         if self.absent_vfm is None:
             raise ValueError("vfm: the model does not say which VFM it was trained on; pass one to VFMVAE(…)")
-        arguments = FORMERLY | {name: value for name, value in self.absent_vfm.items() if name != "fingerprint"}
-        vfm = FrozenVFM(**arguments | ({} if weights is None else {"weights": weights}))
+        vfm = vfm_from(self.absent_vfm, weights)
         check_vfm(vfm, {"vfm": self.absent_vfm})
         self._check_fit(vfm)
         self.vfm = vfm
@@ -134,15 +86,6 @@ class VFMVAE(nn.Module, Pretrained):
     def vfm_source(self) -> dict[str, Any] | None:
         """The VFM that the weights belong to, with its fingerprint where that is known; None where nothing is."""
         return self.absent_vfm if self.vfm is None else self.vfm.source()
-
-    def described(self) -> dict[str, Any]:
-        """How to make it again on this machine: the model without the VFM, and which VFM that is."""
-        return {"model": describe(self, without=["vfm"]), "vfm": self.vfm_source()}
-
-    def pretrained_config(self) -> dict[str, Any]:
-        """The same on any machine: without the place of the VFM's weights."""
-        described, source = self.described(), self.vfm_source()
-        return described | {"vfm": None if source is None else source | {"weights": None}}
 
     def model_card(self) -> str:
         """What the card says."""
@@ -161,8 +104,8 @@ class VFMVAE(nn.Module, Pretrained):
                 f"quantizer: is {self.quantizer.width} wide, but the adapter has latent_channels={self.latent_channels}"
             )
 
-    def _check_fit(self, vfm: FrozenVFM) -> None:
-        widths = [vfm.width] * len(vfm.layers)
+    def _check_fit(self, vfm: VFM) -> None:
+        widths = list(vfm.widths)
         if self.adapter.feature_channels != widths:
             raise ValueError(
                 f"{vfm.name} gives layers {list(vfm.layers)} of widths {widths}, "
@@ -173,45 +116,47 @@ class VFMVAE(nn.Module, Pretrained):
                 f"{vfm.name} is {vfm.width} wide, but the adapter has "
                 f"alignment_channels={self.adapter.alignment_channels}"
             )
-        compression = vfm.patch_size * self.adapter.unshuffle / vfm.input_scale
+        compression = vfm.stride * self.adapter.unshuffle
         if compression != self.decoder.upscaling:
             raise ValueError(
-                f"patch_size {vfm.patch_size} · unshuffle {self.adapter.unshuffle} / input_scale {vfm.input_scale} "
+                f"{vfm.name} with a token for every {vfm.stride:g} pixels and unshuffle {self.adapter.unshuffle} "
                 f"compresses {compression:g} times, but {len(self.decoder.blocks)} decoder blocks enlarge "
-                f"{self.decoder.upscaling} times; change unshuffle, input_scale, or the decoder's compression or "
-                "number of channels"
+                f"{self.decoder.upscaling} times; change unshuffle, the VFM's input_scale, or the decoder's "
+                "compression or number of channels"
             )
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latent."""
+        return self.adapter.latent_channels
 
     @property
     def compression(self) -> int:
         """Sides of the image over sides of the latent."""
         return self.decoder.upscaling
 
-    def check_image_size(self, size: int) -> None:
-        """Says before anything runs whether images of this side can be tokenized.
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of the latent must divide by."""
+        return self.decoder.side_multiple
+
+    @property
+    def interpolation(self) -> Interpolation:
+        """How training resizes images: as suits the VFM.
 
         Raises:
-            ValueError: if not.
+            ValueError: if the model has no VFM.
         """
-        cells = self.decoder.side_multiple
-        step = cells * self.compression
-        if size < step or size % step:
-            raise ValueError(
-                f"image_size: {size} does not fit this tokenizer, whose latent needs sides that divide by {cells}: "
-                f"give a multiple of {step} ({cells} cells of {self.compression} pixels)"
-            )
+        if self.vfm is None:
+            raise ValueError("model: training needs a VFM, but model.vfm is None")
+        return self.vfm.target_interpolation
 
     def compile_regions(self) -> None:
         """Compiles adapter, decoder and VFM layer by layer, each where it is first called."""
         compile_regions((m for m in self.adapter.modules() if isinstance(m, AttentionProjection)), dynamic=True)
         self.decoder.compile_regions()
         if self.vfm is not None:
-            compile_regions(self.vfm.network.blocks, dynamic=True)
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latent."""
-        return self.adapter.latent_channels
+            self.vfm.compile_regions()
 
     def latent_identity(self) -> dict[str, Any]:
         """What a cache of latents, and a model trained on it, say of where they come from.
@@ -228,17 +173,15 @@ class VFMVAE(nn.Module, Pretrained):
         encoding = nn.ModuleDict({"layers": self.adapter.layers, "fuse": self.adapter.fuse}).state_dict()
         if self.quantizer is not None:
             encoding["codebooks"] = self.quantizer.codebooks
-        settings = [source["fingerprint"], list(source["layers"]), source["input_scale"], self.adapter.unshuffle]
-        settings += [] if source.get("antialias") is None else [source["antialias"]]
-        settings += [] if (FORMERLY | source)["antialias_positions"] else ["positions without antialias"]
+        known, settings = source["fingerprint"] is not None, _encoding_settings(source, self.adapter.unshuffle)
         return {
             "vfm": source["name"],
-            "fingerprint": None if source["fingerprint"] is None else sha256_of(encoding, str(settings)),
+            "fingerprint": sha256_of(encoding, str(settings)) if known else None,
             "channels": self.latent_channels,
             "compression": self.compression,
         }
 
-    def encode(self, images: Tensor) -> DiagonalGaussian | QuantizedPosterior:
+    def encode(self, images: Tensor) -> Posterior:
         """Encodes images.
 
         Args:
@@ -251,10 +194,18 @@ class VFMVAE(nn.Module, Pretrained):
         Raises:
             ValueError: if the model has no VFM, or the VFM does not take this size.
         """
+        return self.encode_with_features(images)[0]
+
+    def encode_with_features(self, images: Tensor) -> tuple[Posterior, VFMFeatures]:
+        """Encodes images `[B, 3, H, W]` in [-1, 1]; returns the VFM's features, too, of which the posterior is made.
+
+        Raises:
+            ValueError: if the model has no VFM, or the VFM does not take this size.
+        """
         if self.vfm is None:
             raise ValueError("this VFMVAE has no VFM: pass vfm=FrozenVFM(…), or call encode_features")
         features = self.vfm(images)
-        return self.encode_features(features.layers, features.grid)
+        return self.encode_features(features.layers, features.grid), features
 
     def encode_features(
         self, features: Sequence[Tensor], grid: tuple[int, int] | None = None
@@ -291,9 +242,32 @@ class VFMVAE(nn.Module, Pretrained):
         """
         return self.decoder(self.adapter.decode(z), truncation)
 
+    @property
+    def last_encoding_weight(self) -> nn.Parameter:
+        """Where the adaptive alignment weight compares gradients: the last weight before the posterior."""
+        return self.adapter.last_encoding_weight
 
+    def align(self, z: Tensor) -> Tensor:
+        """Projects latents `[B, C, h, w]` to the VFM's width, `[B, D, h, w]`."""
+        return self.adapter.align(z)
+
+    def alignment_target(self, features: VFMFeatures, z: Tensor) -> Tensor:
+        """The VFM's final tokens, averaged over each of the latents' positions, `[B, D, h, w]`."""
+        return pool_tokens(features.tokens, features.grid, z.shape[2:])
+
+
+def _encoding_settings(source: Mapping[str, Any], unshuffle: int) -> list[Any]:
+    """What latents depend on beside the adapter's weights; caches hold a hash of it, so its form is for ever."""
+    if "class_path" in source:  # another class than FrozenVFM, whose arguments are its own
+        return [{name: source[name] for name in sorted(source) if name != "weights"}, unshuffle]
+    settings = [source["fingerprint"], list(source["layers"]), source["input_scale"], unshuffle]
+    settings += [] if source.get("antialias") is None else [source["antialias"]]
+    return settings + ([] if (FORMERLY | source)["antialias_positions"] else ["positions without antialias"])
+
+
+@final
 class FrozenTokenizer(Frozen):
-    """A trained tokenizer; it never trains again and is never saved.
+    """A trained tokenizer of any class; it never trains again and is never saved.
 
     Computes in float32 or, under autocast, as that says.
 
@@ -301,23 +275,29 @@ class FrozenTokenizer(Frozen):
         checkpoint: File that `python -m vfm_vae fit` wrote, of which the averaged weights are taken where it has them;
             or a folder that `save_pretrained` or `python -m vfm_vae.convert` wrote, or `owner/model` on the hub.
         vfm_weights: File with the VFM's weights, where the one that training read is not at hand.
+        tokenizer_class: Class of the tokenizer, such as `my_package.MyVAE`. It has to be given where a folder holds a
+            tokenizer that is none of this project's; others are found by themselves.
 
     Attributes:
-        network: The VFMVAE.
-        identity: Of its latents, see `VFMVAE.latent_identity`.
+        network: The tokenizer.
+        identity: Of its latents, see `Tokenizer.latent_identity`.
 
     Raises:
         ValueError: if there is no such tokenizer, or its VFM can't be had.
     """
 
-    network: VFMVAE
+    network: PretrainedTokenizer
 
-    def __init__(self, checkpoint: str, vfm_weights: str | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: str,
+        vfm_weights: str | None = None,
+        tokenizer_class: type[PretrainedTokenizer] = PretrainedTokenizer,
+    ) -> None:
         if not Path(checkpoint).exists() and Path(checkpoint).suffix == ".ckpt":
             raise ValueError(f"checkpoint: there is no tokenizer at {checkpoint!r}; train one first")
-        read = VFMVAE.from_checkpoint if Path(checkpoint).is_file() else VFMVAE.from_pretrained
         with named_as(name="checkpoint", weights="vfm_weights"):
-            network = read(checkpoint, vfm_weights=vfm_weights)
+            network = read_tokenizer(checkpoint, tokenizer_class, vfm_weights=vfm_weights)
         super().__init__(network)
         self.identity = network.latent_identity()
 
@@ -325,7 +305,7 @@ class FrozenTokenizer(Frozen):
         """As the network has it."""
         self.network.compile_regions()
 
-    def encode(self, images: Tensor) -> DiagonalGaussian | QuantizedPosterior:
+    def encode(self, images: Tensor) -> Posterior:
         """The posterior of images `[B, 3, H, W]` in [-1, 1], without gradients."""
         with torch.no_grad():
             return self.network.encode(images)
@@ -334,3 +314,19 @@ class FrozenTokenizer(Frozen):
         """Images `[B, 3, H, W]` in [-1, 1] of latents `[B, C, h, w]`, without gradients."""
         with torch.no_grad():
             return self.network.decode(z).image.clamp(-1, 1)
+
+
+def read_tokenizer(
+    source: str | Path, kind: type[PretrainedTokenizer] = PretrainedTokenizer, **options: Any
+) -> PretrainedTokenizer:
+    """Loads a tokenizer.
+
+    Args:
+        source: A checkpoint of training, a folder that `save_pretrained` wrote, or `owner/model` on the hub.
+        kind: What it has to be; classes from outside of this project are built from a folder only if they are given.
+        **options: Of `from_pretrained` and `from_checkpoint` alike: `vfm`, `vfm_weights`.
+
+    Raises:
+        ValueError: if there is no such tokenizer, or its VFM can't be had.
+    """
+    return (kind.from_checkpoint if Path(source).is_file() else kind.from_pretrained)(source, **options)

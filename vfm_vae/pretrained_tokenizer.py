@@ -1,0 +1,163 @@
+"""What tokenizers have in common: folders, checkpoints, and what is said of their latents."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from vfm_vae.contracts import Tokenizer
+from vfm_vae.description import class_path, describe
+from vfm_vae.frozen import sha256_of
+from vfm_vae.images import Interpolation
+from vfm_vae.pretrained import Pretrained
+from vfm_vae.types import Posterior, VFMFeatures
+
+CARD = """# {name}: latents of {channels} channels, {compression} times smaller than the image
+
+A tokenizer for latent diffusion models (arXiv 2510.18457).
+
+```python
+from {module} import {name}
+
+model = {name}.from_pretrained("this folder, or owner/model on the hub")
+z = model.encode(images).mode()  # images [B, 3, H, W] in [-1, 1]
+images = model.decode(z).image
+```
+"""
+
+
+class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
+    """A tokenizer that is saved as a folder, and read from one or from a checkpoint of its training.
+
+    A subclass writes `encode`, `decode`, `latent_channels` and `compression`; what is here holds for one without a VFM.
+    One with a VFM takes it as its argument `vfm`, is built without it when it is read, and writes `attach_vfm` and
+    `vfm_source`, too.
+
+    Attributes:
+        absent_vfm: The VFM that the weights belong to, as `FrozenVFM.source` says it, where it is known by name alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vfm = None
+        self.absent_vfm: dict[str, Any] | None = None
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, vfm: bool = True, vfm_weights: str | None = None, **hub: Any) -> Self:
+        """Loads a folder that `save_pretrained` wrote, or a model of the Hugging Face hub.
+
+        Args:
+            name: The folder, or the hub's `owner/model`.
+            vfm: Whether to load the VFM, too, where the tokenizer has one; it decodes without it.
+            vfm_weights: File with the VFM's weights, to take instead of a download.
+            **hub: Options of `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, …
+
+        Returns:
+            The tokenizer, in eval mode.
+
+        Raises:
+            ValueError: if there is no such model, it is in a format that is not this version's, or its VFM can't be
+                had or has other weights than it was trained on.
+        """
+        model = super().from_pretrained(name, **hub)
+        return model.attach_vfm(vfm_weights) if vfm else model
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, vfm: bool = True, vfm_weights: str | None = None) -> Self:
+        """Loads a checkpoint of training; its averaged weights where it has them.
+
+        Args:
+            path: File that `python -m vfm_vae fit` wrote.
+            vfm: Whether to load the VFM, too, where the tokenizer has one.
+            vfm_weights: File with the VFM's weights, where the one that training read is not at hand.
+
+        Returns:
+            The tokenizer, in eval mode.
+
+        Raises:
+            ValueError: if the file is no tokenizer's checkpoint, or its VFM can't be had or is another.
+        """
+        model = super().from_checkpoint(path)
+        return model.attach_vfm(vfm_weights) if vfm else model
+
+    def completed(self, config: Mapping[str, Any]) -> Self:
+        """Notes the VFM that a config names, and returns the model."""
+        self.absent_vfm = config.get("vfm")
+        return self
+
+    def attach_vfm(self, weights: str | None = None) -> Self:
+        """Loads the VFM that the weights belong to, where there is one, and returns the model.
+
+        Args:
+            weights: File with its weights.
+
+        Raises:
+            ValueError: if it can't be had, or there is none to have these weights.
+        """
+        if weights is not None:
+            raise ValueError(f"vfm_weights: {type(self).__name__} has no VFM whose weights they could be")
+        return self
+
+    def vfm_source(self) -> dict[str, Any] | None:
+        """The VFM that the weights belong to, with its fingerprint where that is known; None where nothing is."""
+        return None
+
+    def encode_with_features(self, images: Tensor) -> tuple[Posterior, VFMFeatures | None]:
+        """Encodes images for training, and looks at them with the VFM, where there is one."""
+        return self.encode(images), None if self.vfm is None else self.vfm(images)
+
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of the latent must divide by."""
+        return 1
+
+    @property
+    def interpolation(self) -> Interpolation:
+        """How training resizes images for it."""
+        return "bicubic"
+
+    def check_image_size(self, size: int) -> None:
+        """Says before anything runs whether images of this side can be tokenized.
+
+        Raises:
+            ValueError: if not.
+        """
+        cells = self.side_multiple
+        step = cells * self.compression
+        if size < step or size % step:
+            raise ValueError(
+                f"image_size: {size} does not fit this tokenizer, whose latent needs sides that divide by {cells}: "
+                f"give a multiple of {step} ({cells} cells of {self.compression} pixels)"
+            )
+
+    def compile_regions(self) -> None:
+        """Compiles nothing unless a subclass does."""
+
+    def latent_identity(self) -> dict[str, Any]:
+        """What a cache of latents, and a model trained on it, say of where they come from.
+
+        The fingerprint is of the class and of all weights but those of a part called `decoder`.
+        """
+        encoding = {name: w for name, w in self.state_dict().items() if not name.startswith("decoder.")}
+        return {
+            "tokenizer": type(self).__name__,
+            "fingerprint": sha256_of(encoding, class_path(type(self))),
+            "channels": self.latent_channels,
+            "compression": self.compression,
+        }
+
+    def described(self) -> dict[str, Any]:
+        """How to make it again on this machine: the model without the VFM, and which VFM that is."""
+        return {"model": describe(self, without={"vfm"}), "vfm": self.vfm_source()}
+
+    def pretrained_config(self) -> dict[str, Any]:
+        """The same for any machine, where the VFM's weights lie elsewhere."""
+        config = self.described()
+        return config | {"vfm": config["vfm"] and config["vfm"] | {"weights": None}}
+
+    def model_card(self) -> str:
+        """What the card says."""
+        kind = type(self)
+        sizes = {"channels": self.latent_channels, "compression": self.compression}
+        return CARD.format(name=kind.__name__, module=kind.__module__, **sizes)
