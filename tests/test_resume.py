@@ -125,8 +125,14 @@ def kill(folder: Path, source: str, ranks: int) -> int:
     return at
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("source", ["folder", "shards", "latents"])
+@pytest.mark.parametrize(
+    ("source", "ranks"),
+    [("latents", 2)]
+    + [
+        pytest.param(source, ranks, marks=pytest.mark.slow)
+        for source, ranks in [("folder", 2), ("shards", 2), ("folder", 1), ("shards", 1), ("latents", 1)]
+    ],
+)
 def test_killed_and_resumed_equals_uninterrupted(folder: Path, source: str, ranks: int):
     whole = start(folder, source, ranks, "whole")
     assert whole.wait(timeout=240) == 0, (folder / "whole.err").read_text()[-2000:]
@@ -149,7 +155,8 @@ def test_killed_and_resumed_equals_uninterrupted(folder: Path, source: str, rank
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize(("ranks", "others"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "others"), [(2, 1), (1, 2)])
 def test_killed_and_resumed_on_other_ranks_sees_what_is_left(folder: Path, ranks: int, others: int):
     at = kill(folder, "latents", ranks)
     num_steps = at // BATCH + (IMAGES - at) // SMALLER + 2  # two of them in the second epoch
