@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 from vfm_vae.data.steps import batches_per_step
+from vfm_vae.lightning_private import logs_now
 from vfm_vae.options import at_least, positive
 from vfm_vae.types import num_images
 
@@ -129,7 +130,7 @@ class Throughput(Callback):
             return
         self._meters[RunningStage.TRAINING].note(self.batch_size_fn(batch), pl_module.flops_per_batch)
         # The connector, as in Lightning's own monitors: `log_dict` would copy to the device in each batch, and wait.
-        if not trainer.fit_loop._should_accumulate() and trainer._logger_connector.should_update_logs:
+        if logs_now(trainer):
             self._log(trainer)
 
     def _finish_counting(self, trainer: Trainer, pl_module: LightningModule) -> None:

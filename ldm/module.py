@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ldm import path
 from ldm.alignment import REPA
-from ldm.compatibility import DIFFUSION, begin_from, check_alignment, check_checkpoint, check_data, check_untrained
+from ldm.compatibility import DIFFUSION, begin_from, check_checkpoint, check_data, check_parts, check_untrained
 from ldm.condition import Condition, Conditioning, LabelMode
 from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
@@ -24,10 +24,11 @@ from ldm.skipping import SkippedSteps
 from vfm_vae import schema
 from vfm_vae.checkpoints import check_state
 from vfm_vae.compilation import Compile, should_compile
-from vfm_vae.data.latents import LatentStatistics, RunningStatistics
+from vfm_vae.data.latents import RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.frozen import sha256_of
 from vfm_vae.images import Rounding, from_uint8, quantised
+from vfm_vae.lightning_private import logs_now
 from vfm_vae.metrics.reconstruction import MeanOverImages
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least, within
@@ -118,12 +119,7 @@ class DiffusionModule(LightningModule):
         self._drawn: Samples | None = None
         self._losses: dict[str, Tensor] = {}
         self._grad_norm = torch.zeros(())
-        check_alignment(alignment, model)
-        if tokenizer is not None and tokenizer.identity["channels"] != model.in_channels:
-            raise ValueError(
-                f"model.in_channels: the tokenizer's latents have {tokenizer.identity['channels']} channels, but the "
-                f"denoiser takes {model.in_channels}"
-            )
+        check_parts(model, alignment, tokenizer)
 
     # Training
 
@@ -173,7 +169,7 @@ class DiffusionModule(LightningModule):
         self.skipped.judge(optimizer, self._grad_norm)
         counts = {"train/skipped_steps": self.skipped.total, "images_seen": float(self.images_seen)}
         log_where_due(self, self._losses | {"train/grad_norm": self._grad_norm} | counts, shown="train/loss")
-        if self.trainer._logger_connector.should_update_logs:
+        if logs_now(self.trainer):
             self.skipped.check()
 
     @property
@@ -228,27 +224,23 @@ class DiffusionModule(LightningModule):
         self.val_loss.update(sum(self.weights[name] * error for name, error in errors.items())[batch.real])
         self.val_loss_by_time.update(errors["mse"][batch.real], t[batch.real])
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs over all ranks."""
-        self._log_losses("val")
-
     def test_step(self, batch: Batch | LatentBatch, batch_idx: int) -> None:
         """Measures the loss, but where the batch only numbers samples, which the callbacks look at."""
         if isinstance(batch, LatentBatch) or batch.has_images:
             self.validation_step(batch, batch_idx)
 
-    def on_test_epoch_end(self) -> None:
-        """Logs over all ranks."""
-        self._log_losses("test")
-
-    def _log_losses(self, stage: str) -> None:
-        if self.trainer.testing and self.trainer.datamodule.num_samples is not None:
-            return  # there was nothing but numbers of samples
+    def on_validation_epoch_end(self) -> None:
+        """Logs over all ranks, unless there was nothing but numbers of samples."""
+        stage = "test" if self.trainer.testing else "val"
+        if stage == "test" and self.trainer.datamodule.num_samples is not None:
+            return
         values = {f"{stage}/loss": self.val_loss.compute()} | self.val_loss_by_time.named(stage)
         self.log_dict(values, rank_zero_only=False)
         with torch.inference_mode(False):  # or training after `validate` could not go on with these states
             self.val_loss.reset()
             self.val_loss_by_time.reset()
+
+    on_test_epoch_end = on_validation_epoch_end
 
     @torch.no_grad()
     def alignment_features(self, batch: Batch | LatentBatch, time: float | None = None) -> dict[str, Tensor]:
@@ -327,13 +319,10 @@ class DiffusionModule(LightningModule):
         state = self.model.state_dict()
         weights = {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in state.items()}
         return {
-            "sampler": {"class": type(self.pipeline.sampler).__name__, **self.pipeline.sampler.arguments},
-            "guidance": self.pipeline.guidance.arguments,
-            **self.pipeline.conditioning.settings(),
+            **self.pipeline.settings(),
             "seed": self.seed,
             "content": self.predict,
             "rounding": self.rounding,
-            "tokenizer": self.pipeline.latent_source,
             "decoder": self.tokenizer.fingerprint() if self.predict == "images" and self.can_decode else None,
             "precision": self.trainer.precision,
             "matmul_precision": torch.get_float32_matmul_precision(),
@@ -369,18 +358,14 @@ class DiffusionModule(LightningModule):
             self.model.compile_regions()
             if self.tokenizer is not None:
                 self.tokenizer.compile_regions()
-        data = self.trainer.datamodule
+        data, pipeline = self.trainer.datamodule, self.pipeline
         if stage == "predict" or data is None:
             return
-        self.pipeline.latent_source = check_data(
-            data, self.model, self.tokenizer, self.alignment, self.pipeline.latent_source
-        )
+        pipeline.latent_source = check_data(data, self.model, self.tokenizer, self.alignment, pipeline.latent_source)
         if data.latent_statistics is not None and not self.normalization.is_known:
             self.normalization.take(data.latent_statistics)
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
-            self.pipeline.latent_source = begin_from(
-                self.init_from, self, self.pipeline.latent_source, self.normalization
-            )
+            pipeline.latent_source = begin_from(self.init_from, self, pipeline.latent_source, self.normalization)
 
     def on_fit_start(self) -> None:
         """Looks whether all classes are trained; measures the latents' statistics where nothing brought any."""
@@ -388,18 +373,18 @@ class DiffusionModule(LightningModule):
             begins = self.init_from is None and self.trainer.ckpt_path is None
             check_untrained(self.trainer.datamodule, self.num_classes, begins)
         if not self.normalization.is_known:
-            self.normalization.take(self._measure_latents())
+            self._measure_latents()
 
     @torch.no_grad()
-    def _measure_latents(self) -> LatentStatistics:
-        """Statistics of `statistics_images` training images, spread over the data set, over all ranks."""
-        running = RunningStatistics(self.model.in_channels, self.device)
+    def _measure_latents(self) -> None:
+        """Takes statistics of `statistics_images` training images, spread over the data set, over all ranks."""
+        running, strategy = RunningStatistics(self.model.in_channels, self.device), self.trainer.strategy
         for batch in self.trainer.datamodule.spread_dataloader(self.statistics_images):
-            batch = self.trainer.strategy.batch_to_device(batch, self.device)
+            batch = strategy.batch_to_device(batch, self.device)
             noise = IndexedNoise("posterior", self.seed, batch.index, self.device)
             running.add(self._latents(batch, noise.normal(*self.model.latent_shape))[batch.real])
-        running.sums = self.trainer.strategy.reduce(running.sums, reduce_op="sum")
-        return running.compute()
+        running.sums = strategy.reduce(running.sums, reduce_op="sum")
+        self.normalization.take(running.compute())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds how to make the model again, counters, whose latents these are, and to which VFM it is aligned."""

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from vfm_vae import schema
 from vfm_vae.checkpoints import check_state
 from vfm_vae.compilation import Compile, should_compile
-from vfm_vae.contracts import WeightAverage
+from vfm_vae.contracts import VFM, Aligned, Tokenizer, WeightAverage
 from vfm_vae.data.sampling import IndexedNoise, seed_of
+from vfm_vae.derived import fill, shape_of
 from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
+from vfm_vae.frozen import sha256_of
 from vfm_vae.gan_losses import GANLosses
 from vfm_vae.images import Rounding, from_uint8, quantised, resize
+from vfm_vae.lightning_private import logs_now
 from vfm_vae.losses.alignment import settle
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.losses.objective import Objective
@@ -26,10 +29,9 @@ from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least
 from vfm_vae.schema import TOKENIZER
 from vfm_vae.stages import begin, check_optimizers, freeze_all_but, read_stage
-from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.two_players import TwoPlayers
 from vfm_vae.types import Batch, Decoded, Encoded, Posterior, VFMFeatures
-from vfm_vae.vfm import FrozenVFM, check_vfm, sha256_of, vfm_identity
+from vfm_vae.vfm import check_vfm, vfm_identity
 
 OPPONENTS = ("discriminator.", "patchgan.")
 
@@ -38,14 +40,14 @@ class Reconstruction(NamedTuple):
     """What the generator makes of a batch.
 
     Attributes:
-        features: The VFM's.
+        features: The VFM's, where the tokenizer has one.
         posterior: Of the untransformed images.
         z: Latents drawn from it, `[B, C, h, w]`.
         decoded: The decoder's images.
         target: What they should be, `[B, 3, H, W]` in [-1, 1].
     """
 
-    features: VFMFeatures
+    features: VFMFeatures | None
     posterior: Posterior
     z: Tensor
     decoded: Decoded
@@ -53,13 +55,13 @@ class Reconstruction(NamedTuple):
 
 
 class TokenizerModule(TwoPlayers):
-    """Trains a VFMVAE against one discriminator or two.
+    """Trains a tokenizer against one discriminator or two.
 
     Args:
         model: The tokenizer.
         discriminator: Its opponent.
         objective: The generator's losses.
-        optimizer: Of the adapter and the decoder.
+        optimizer: Of the tokenizer; of a VFMVAE, adapter and decoder train.
         discriminator_optimizer: Of the discriminator.
         patchgan: A second opponent, for the last stage; the discriminators' optimiser trains both.
         equivariance: Transforms latents or inputs in training; None leaves them alone.
@@ -70,8 +72,7 @@ class TokenizerModule(TwoPlayers):
         train_only: Parts of the model that train, by name, such as `decoder` or `decoder.blocks.5`; null for all. The
             others are set to the former stage's averages, which evaluation uses: so fine-tuning a decoder leaves the
             latents, and what was trained on them, as they are.
-        torch_compile: Compile adapter, decoder and VFM layer by layer; `auto` does it on GPUs, for models that are not
-            small.
+        torch_compile: Compile the tokenizer layer by layer; `auto` does it on GPUs, for models that are not small.
         evaluate: Which latent is decoded in evaluation: the posterior's mode, or a sample as published numbers do.
         rounding: How reconstructions become 8-bit images before they are measured: `round`, or `truncate` as in
             published numbers.
@@ -96,7 +97,7 @@ class TokenizerModule(TwoPlayers):
 
     def __init__(
         self,
-        model: VFMVAE,
+        model: Tokenizer,
         discriminator: ProjectedDiscriminator,
         objective: Objective,
         optimizer: OptimizerCallable,
@@ -114,18 +115,21 @@ class TokenizerModule(TwoPlayers):
         seed: int = 0,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
-        features: FrozenVFM | None = None,
+        features: VFM | None = None,
         order: Literal["simultaneous", "published"] = "simultaneous",
     ):
         super().__init__(guard, accumulate_grad_batches, gradient_clip_val)
         at_least(-1, max_images=max_images)
         at_least(0, seed=seed)
         try_optimizers(optimizer=optimizer, discriminator_optimizer=discriminator_optimizer)
-        if model.vfm is None:
-            raise ValueError("model: training needs a VFM, but model.vfm is None")
         for name in ("adversarial_patch", "feature_matching"):
             if objective.weights[name] and patchgan is None:
                 raise ValueError(f"objective.{name}: {objective.weights[name]:g} weighs nothing without a patchgan")
+        if objective.weights["alignment"] and not (isinstance(model, Aligned) and model.vfm is not None):
+            raise ValueError(
+                f"objective.alignment: {objective.weights['alignment']:g} would draw latents towards features of a VFM, "
+                f"but this {type(model).__name__} has none to be aligned to; set it to 0"
+            )
         if order not in ("simultaneous", "published"):
             raise ValueError(f"order: 'simultaneous' or 'published', given {order!r}")
         if features is not None and predict != "moments":
@@ -143,7 +147,7 @@ class TokenizerModule(TwoPlayers):
         self.evaluate, self.rounding = evaluate, rounding
         self.predict, self.features = predict, features
         self.seed = seed
-        self.interpolation = model.vfm.target_interpolation
+        self.interpolation = model.interpolation
         self._waiting: list[tuple[Tensor, int]] = []  # batches that the generator is still to learn from
         self._terms: dict[str, dict[str, Tensor]] = {}  # of each player's last turn
         self._average: Mapping[str, Any] | None = None
@@ -152,6 +156,18 @@ class TokenizerModule(TwoPlayers):
         perceptual = objective.perceptual_loss
         self.val_metrics = ReconstructionMetrics({perceptual.name: perceptual} if perceptual is not None else None)
         self.val_thumbnail = PSNR()
+
+    @classmethod
+    def complete(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
+        """Lets the discriminator resize images as the tokenizer's VFM has its targets, see `vfm_vae.derived`."""
+        opponent = init_args["discriminator"]
+        shape = None
+        if opponent["init_args"].get("interpolation", "its own") is None:
+            shape = shape_of((init_args["model"].get("init_args") or {}).get("vfm"))
+        if shape is None:
+            return dict(init_args)
+        options = fill(opponent["init_args"], interpolation=shape.target_interpolation)
+        return {**init_args, "discriminator": {**opponent, "init_args": options}}
 
     # Training
 
@@ -162,9 +178,9 @@ class TokenizerModule(TwoPlayers):
         step_ends = self.completes_step(batch_idx)
         if self.order == "simultaneous":
             made = self._reconstruct(batch.images, self._draw(batch.images, self.images_seen))
-            game = GANLosses(self.discriminator, self.patchgan, made.target)
-            self._train_generator(made, game, step_ends)
-            self._train_discriminators(made, game, step_ends)
+            gan = GANLosses(self.discriminator, self.patchgan, made.target)
+            self._train_generator(made, gan, step_ends)
+            self._train_discriminators(made, gan, step_ends)
         else:
             self._take_turns(batch.images, step_ends)
         self.finish_batch(len(batch.images), step_ends)
@@ -184,35 +200,34 @@ class TokenizerModule(TwoPlayers):
     def _draw(self, images: Tensor, images_seen: int, phase: str = "") -> Transform:
         """This rank's transform of a batch."""
         grid = [side // self.model.compression for side in images.shape[2:]]
-        multiple = self.model.decoder.side_multiple
+        multiple = self.model.side_multiple
         return self.equivariance.draw(images_seen, grid, rank=self.global_rank, phase=phase, side_multiple=multiple)
 
     def _reconstruct(self, images: Tensor, transform: Transform) -> Reconstruction:
         """Encodes uint8 images `[B, 3, H, W]`, and decodes a transformed sample of their latents."""
         images = transform.shrink(from_uint8(images), self.interpolation)
-        features = self.model.vfm(images)
-        posterior = self.model.encode_features(features.layers, features.grid)
+        posterior, features = self.model.encode_with_features(images)
         z = posterior.sample()  # [B, C, h, w]
         decoded = self.model.decode(transform.latent(z))
         return Reconstruction(features, posterior, z, decoded, transform.image(images, self.interpolation))
 
-    def _train_generator(self, made: Reconstruction, game: GANLosses, step_ends: bool) -> None:
+    def _train_generator(self, made: Reconstruction, gan: GANLosses, step_ends: bool) -> None:
         """Reconstruction, alignment and prior against the discriminators as they are."""
         decoded = made.decoded
         rec = self.objective.reconstruction(decoded, made.target, self.interpolation, self.images_seen)
         total = settle(self.objective.total(rec), [decoded.image, *decoded.multiscale])  # two passes follow
-        latent, scalars = self.objective.latent(made.posterior, made.z, made.features, self.model.adapter, total)
-        against = game.generator_terms(decoded.image, alone=self.order == "published")
+        latent, scalars = self.objective.latent(made.posterior, made.z, made.features, self.model, total)
+        against = gan.generator_terms(decoded.image, alone=self.order == "published")
         self.judge(reconstruction=rec, adversarial=against, others=latent)
         self.learn(self.GENERATOR, total + self.objective.total(latent | against), step_ends)
         self._remember("generator", rec | latent | against, scalars)
 
-    def _train_discriminators(self, made: Reconstruction, game: GANLosses, step_ends: bool) -> None:
+    def _train_discriminators(self, made: Reconstruction, gan: GANLosses, step_ends: bool) -> None:
         """Telling reconstructions, through which no gradient goes, from their targets."""
-        terms = game.discriminator_terms(made.decoded.image)
+        terms = gan.discriminator_terms(made.decoded.image)
         self.judge(adversarial=terms)
         self.learn(self.DISCRIMINATOR, sum(terms.values()), step_ends)
-        self._remember("discriminators", terms, game.logits)
+        self._remember("discriminators", terms, gan.logits)
 
     def _remember(self, player: str, losses: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
         terms = {f"train/loss_{name}": loss.detach() for name, loss in losses.items()}
@@ -223,7 +238,7 @@ class TokenizerModule(TwoPlayers):
         numbers |= {f"train/{name}": value for name, value in self.grad_norms.items()}
         counts = {"train/skipped_steps": self.guard.skipped, "images_seen": float(self.images_seen)}
         log_where_due(self, numbers | counts, shown="train/loss_l1")
-        if self.trainer._logger_connector.should_update_logs:
+        if logs_now(self.trainer):
             self.guard.check()
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -323,10 +338,15 @@ class TokenizerModule(TwoPlayers):
             return Encoded(tensors, batch.labels, batch.index)
         noise = IndexedNoise("posterior", self.seed, batch.index, self.device)
         views = {"latents": posterior, "latents_flip": self.model.encode(images.flip(3))}
-        latents = {name: view.sample(noise.normal(*view.mean.shape[1:])) for name, view in views.items()}
+        latents = {name: view.sample(noise.normal(*view.mode().shape[1:])) for name, view in views.items()}
         return Encoded(latents, batch.labels, batch.index)
 
-    def latent_identity(self) -> dict[str, str | int]:
+    @property
+    def vfm(self) -> VFM | None:
+        """The tokenizer's own VFM, which callbacks may use, too."""
+        return self.model.vfm
+
+    def latent_identity(self) -> dict[str, Any]:
         """What a cache notes of the tokenizer."""
         return self.model.latent_identity()
 
@@ -357,8 +377,8 @@ class TokenizerModule(TwoPlayers):
         if image_size is not None:
             self.model.check_image_size(image_size)
         device = self.trainer.strategy.root_device
-        if device.type == "cuda":
-            self.model.vfm.hold_products_in(torch.bfloat16)  # in which it runs there
+        if device.type == "cuda" and self.vfm is not None:
+            self.vfm.hold_products_in(torch.bfloat16)  # in which it runs there
         if should_compile(self.torch_compile, device, self.model):
             self.model.compile_regions()
             if stage == "fit":
@@ -371,7 +391,7 @@ class TokenizerModule(TwoPlayers):
 
     def _begin_from(self, path: str) -> None:
         """Carries over weights, discriminator, averages and the image counter; optimisers start fresh."""
-        stored = read_stage(path, self.model.vfm)
+        stored = read_stage(path, self.vfm)
         begin(self, stored, fresh=OPPONENTS)
         self.images_seen, self._average = stored.images_seen, stored.average
 
@@ -393,7 +413,7 @@ class TokenizerModule(TwoPlayers):
             images_seen=self.images_seen,
             guard=self.guard.state_dict(),
             alignment=self.objective.progress(),
-            vfm=vfm_identity(self.model.vfm),
+            vfm=vfm_identity(self.vfm),
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -405,7 +425,7 @@ class TokenizerModule(TwoPlayers):
             ValueError: if the weights are of another model or VFM, or training is to go on and lacks optimisers.
         """
         stored = schema.take(checkpoint, TOKENIZER, "ckpt_path: the checkpoint")
-        check_vfm(self.model.vfm, checkpoint)
+        check_vfm(self.vfm, checkpoint)
         self._average = None  # a run that goes on has averages of its own
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from numbers import Real
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -9,6 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from vfm_vae.lightning_private import logs_now
 from vfm_vae.options import at_least, finite, positive
 
 PRECISIONS = ("bf16-mixed", "32-true")
@@ -48,7 +50,7 @@ def try_optimizers(**options: OptimizerCallable) -> None:
             (group,) = make([nn.Parameter(torch.zeros(1))]).param_groups
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        finite(**{f"{name}.{option}": value for option, value in group.items() if isinstance(value, Real)})
+        finite(**{f"{name}.{option}": float(value) for option, value in group.items() if isinstance(value, Real)})
 
 
 def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
@@ -67,11 +69,12 @@ def step_unless(refused: Tensor, optimizer: torch.optim.Optimizer, step: Callabl
         step: Takes it.
     """
     if takes_found_inf(optimizer):
-        optimizer.found_inf = refused
+        flagged: Any = optimizer  # torch reads the attribute, but does not declare it
+        flagged.found_inf = refused
         try:
             step()
         finally:
-            del optimizer.found_inf
+            del flagged.found_inf
     elif not refused.item():
         step()
 
@@ -86,7 +89,7 @@ def log_where_due(module: LightningModule, values: Mapping[str, Tensor | float],
         values: Scalars by name.
         shown: The name of the one that the progress bar shows.
     """
-    if not module.trainer._logger_connector.should_update_logs:
+    if not logs_now(module.trainer):
         return
     tensors = {name: value.detach().float() for name, value in values.items() if isinstance(value, Tensor)}
     fetched = torch.stack(list(tensors.values())).tolist() if tensors else []

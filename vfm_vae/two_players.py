@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vfm_vae.data.steps import batches_per_step
+from vfm_vae.lightning_private import forget_logged
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.modules.maps import without_autocast
 from vfm_vae.optimization import step_unless
@@ -48,6 +50,12 @@ class TwoPlayers(LightningModule):
         self.images_seen = 0
         self.grad_norms: dict[str, Tensor] = {}  # of the last step
         self._refused: Tensor | None = None  # what the guard says of the step at hand
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Lets each step log its own numbers, where the trainer counts steps."""
+        accumulated = self.trainer.accumulate_grad_batches
+        if accumulated > 1 and batch_idx % accumulated == 0:
+            forget_logged(self.trainer)
 
     def completes_step(self, batch_idx: int) -> bool:
         """Whether a batch is the last of those that make a step."""
