@@ -186,15 +186,7 @@ def test_a_file_of_the_averages_alone(published, monkeypatch, models):
 
 
 def test_our_own_checkpoint_is_shared_as_a_folder(tiny_module, trainer, data, tmp_path, monkeypatch):
-    class Described(type(tiny_module())):
-        """The command line's modules know their hyper-parameters; this one is told them."""
-
-        def on_save_checkpoint(self, checkpoint):
-            super().on_save_checkpoint(checkpoint)
-            checkpoint["hyper_parameters"] = {"model": convert.describe(self.model)}
-
     module = tiny_module()
-    module.__class__ = Described
     fitted = trainer(max_steps=1, limit_val_batches=0, callbacks=[EMA(half_life_images=100)])
     fitted.fit(module, data())
     fitted.save_checkpoint(tmp_path / "last.ckpt")

@@ -124,7 +124,7 @@ MISTAKES = {
     ),
     "no tokenizer's checkpoint": (
         ["--model.tokenizer.init_args.checkpoint=foreign/other.ckpt"],
-        "'foreign/other.ckpt' does not describe a tokenizer",
+        "'foreign/other.ckpt' is not a tokenizer's: give a checkpoint that `python -m vfm_vae fit` wrote",
     ),
     "no Inception": (
         ["--trainer.callbacks+=callbacks.distribution.DistributionCallback", "--trainer.callbacks.network", INCEPTION],
