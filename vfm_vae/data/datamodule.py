@@ -169,11 +169,11 @@ class ImageNetDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Gives back what the trainer was changed in for training."""
-        self._steps.end(self.trainer)
+        self._steps.end()
 
     def on_exception(self, exception: BaseException) -> None:
         """Gives it back."""
-        self._steps.end(self.trainer)
+        self._steps.end()
 
     @property
     def classes(self) -> list[str]:
@@ -191,7 +191,7 @@ class ImageNetDataModule(LightningDataModule):
         """By which latents are normalised: the training split's; None where the data has none."""
         return self._source.latent_statistics()
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented; on every rank the same number of full batches, which make whole steps.
 
         Raises:
@@ -212,28 +212,28 @@ class ImageNetDataModule(LightningDataModule):
         )
         return ResumableLoader(dataset, batch_size=size, sampler=sampler, trainer=self.trainer, **loading)
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Every validation image once, in order; padding that makes ranks equal has index -1. Nothing without any."""
         return [] if self.val_set is None else self._evaluation_loader(self.val_set)
 
-    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The validation images, or the numbers of `num_samples` samples."""
         if self.num_samples is not None:
             return self._evaluation_loader(SampleNumbers(self.num_samples))
         return self.val_dataloader()
 
-    def evaluation_dataloader(self, split: Split) -> DataLoader:
+    def evaluation_dataloader(self, split: Split) -> DataLoader[Any]:
         """A split once, in order and without randomness, divided over the ranks as in validation."""
         return self._evaluation_loader(self._predicted(split))
 
-    def spread_dataloader(self, num_images: int) -> DataLoader:
+    def spread_dataloader(self, num_images: int) -> DataLoader[Any]:
         """So many training images, spread evenly over the data set, which may be sorted by class; a rank's part."""
         dataset, ranks = self._trained(), self._ranks()
         count = min(num_images, len(dataset))
         positions = [number * len(dataset) // count for number in range(count)]
         return self._evaluation_loader(dataset, positions[ranks["rank"] :: ranks["num_replicas"]])
 
-    def predict_dataloader(self) -> list[DataLoader]:
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
         """A loader for each of the `predict_sets`."""
         return [
             self._evaluation_loader(dataset, self.predict_indices.get(name))
@@ -247,13 +247,14 @@ class ImageNetDataModule(LightningDataModule):
         return self.train_set
 
     def _predicted(self, name: str) -> SampleSet:
-        drawn = self.num_samples is not None and name == "samples"
-        dataset = SampleNumbers(self.num_samples) if drawn else self._source.evaluated(name)
+        if self.num_samples is not None and name == "samples":
+            return SampleNumbers(self.num_samples)
+        dataset = self._source.evaluated(name)
         if dataset is None:
             raise ValueError(f"root: the latents in {str(self.root)!r} have no split {name!r}")
         return dataset
 
-    def _evaluation_loader(self, dataset: SampleSet, indices: Sequence[int] | None = None) -> DataLoader:
+    def _evaluation_loader(self, dataset: SampleSet, indices: Sequence[int] | None = None) -> DataLoader[Any]:
         ranks = self._ranks()
         size = self._evaluated_at_once(ranks["num_replicas"])
         sampler = EvaluationSampler(dataset, size, **ranks) if indices is None else GivenOrder(dataset, indices)

@@ -4,17 +4,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.progress import _BatchProgress
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from vfm_vae.data.sampling import TrainingSampler
-from vfm_vae.types import Batch
 
 FORMER = -1  # an epoch before all that are to come
 
 
-class ResumableLoader(DataLoader):
+class ResumableLoader(DataLoader[Any]):
     """A `DataLoader` over a `TrainingSampler` whose place in the data goes into Lightning's checkpoint.
 
     The place is an epoch and how many images of its order were handed out, over all ranks. Loading it leaves those out,
@@ -62,9 +60,9 @@ class ResumableLoader(DataLoader):
                 "are seen twice or not at all"
             )
         if self.trainer is not None:
-            self._recount(self.trainer.fit_loop.epoch_loop.batch_progress, state["batches_per_step"])
+            self._recount(self.trainer, state["batches_per_step"])
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         """The batches of one epoch, or what is left of it."""
         sampler = self.sampler
         sampler.start = self._images if self._resumed and self._epoch == sampler.epoch else 0
@@ -75,13 +73,13 @@ class ResumableLoader(DataLoader):
             self._images = seen if number < count else len(self.sampler.dataset)
             yield batch
 
-    def _recount(self, progress: _BatchProgress, former_batches_per_step: int) -> None:
+    def _recount(self, trainer: Trainer, former_batches_per_step: int) -> None:
         """Puts batches of now in the place of those that Lightning has counted; what they were for stays as it is.
 
         In the epoch, the batches before the present place are those that are not left of a whole epoch, so that each
         epoch has equally many. Over all epochs, as many steps as before were made: by them validations are timed.
         """
-        batches_per_step = self.sampler.batches_per_step
+        progress, batches_per_step = trainer.fit_loop.epoch_loop.batch_progress, self.sampler.batches_per_step
         seen = len(self) - self.sampler.batches_behind(self._images)
         made = -(-progress.total.ready // former_batches_per_step) * batches_per_step
         if (seen, made) == (progress.current.ready, progress.total.ready):

@@ -19,7 +19,7 @@ class Steps:
 
     def __init__(self, batch_size: int, micro_batch_size: int | None) -> None:
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
-        self._given: tuple[int, int | float | None] | None = None  # what the trainer had before
+        self._given: tuple[Trainer, int, int | float | None] | None = None  # a trainer, and what it had before
 
     def of_rank(self, num_ranks: int) -> int:
         """Images that one of so many GPUs takes at a time.
@@ -51,16 +51,17 @@ class Steps:
                 "leave the latter out, and let batch_size be that of a whole step"
             )
         interval = getattr(trainer, "val_check_interval", None)  # none where validations go by the clock
-        self._given = trainer.accumulate_grad_batches, interval
+        self._given = trainer, trainer.accumulate_grad_batches, interval
         number = self.batch_size // (self.of_rank(trainer.world_size) * trainer.world_size)
         trainer.accumulate_grad_batches = number
         if counts_batches(interval):
             trainer.val_check_interval = interval * number
 
-    def end(self, trainer: Trainer) -> None:
+    def end(self) -> None:
         """Gives the trainer back what it had."""
         if self._given is not None:
-            trainer.accumulate_grad_batches, interval = self._given
+            trainer, number, interval = self._given
+            trainer.accumulate_grad_batches = number
             if interval is not None:
                 trainer.val_check_interval = interval
             self._given = None
