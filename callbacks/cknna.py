@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from callbacks.evaluation import EvaluationCallback, by_name, first_loader, rows_of, settings_of
+from callbacks.evaluation import EvaluationCallback, by_name, first_loader, needed_vfm, rows_of, settings_of
 from callbacks.heatmap import block_heat_map
 from callbacks.images import show
-from vfm_vae.contracts import AlignmentFeatures, EncodesImages
+from vfm_vae.contracts import VFM, AlignmentFeatures, EncodesImages
 from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.transforms import CentreCrop
@@ -27,7 +27,6 @@ from vfm_vae.metrics.semantic import geometric, names_of, published_numbers, tra
 from vfm_vae.options import at_least, within
 from vfm_vae.trial import is_trial
 from vfm_vae.types import Batch, LatentBatch
-from vfm_vae.vfm import FrozenVFM
 
 
 class CKNNACallback(EvaluationCallback):
@@ -50,7 +49,7 @@ class CKNNACallback(EvaluationCallback):
     images, with VFMs in float32 (`precision: float32`).
 
     Args:
-        vfms: the references.
+        vfms: the references; null for the module's own VFM, of which there is no second copy then.
         num_images: compare on so many images, spread evenly over the data set and always the same; null for all.
         k: number of neighbours.
         times: of the diffusion, where the module is a denoiser: 1 is data, 0 is noise; null for 0.5.
@@ -60,13 +59,14 @@ class CKNNACallback(EvaluationCallback):
         every_n_images: measure at the first validation after so many training images; null at every validation.
 
     Raises:
-        ValueError: if there is no VFM, or two of the same name; when validation starts, if the module has no
-            `alignment_features`, or there are no images to compare with.
+        ValueError: if two VFMs have the same name; when a run starts, if none is given and the module has none of its
+            own; when validation starts, if the module has no `alignment_features`, or there are no images to compare
+            with.
     """
 
     def __init__(
         self,
-        vfms: Sequence[FrozenVFM],
+        vfms: Sequence[VFM] | None = None,
         num_images: int | None = None,
         k: int = 10,
         times: Sequence[float] | None = None,
@@ -78,11 +78,13 @@ class CKNNACallback(EvaluationCallback):
         super().__init__(num_images)
         at_least(1, k=k, image_size=image_size, every_n_images=every_n_images)
         within(0, 1, times=times)
-        if not vfms:
-            raise ValueError("vfms: at least one is needed to compare with; got none.")
+        if vfms is not None and not vfms:
+            raise ValueError(
+                "vfms: at least one is needed to compare with; got none. Leave them out to take the module's own."
+            )
         if num_images is not None and num_images <= k:
             raise ValueError(f"num_images: {k} neighbours need more than {k} images; got {num_images}.")
-        self.vfms = by_name(vfms)
+        self.vfms, self._adopts = by_name(vfms or ()), vfms is None
         self.k = k
         self.times: list[float | None] = list(times) if times else [None]
         self.se_cknna, self.every_n_images = se_cknna, every_n_images
@@ -117,6 +119,11 @@ class CKNNACallback(EvaluationCallback):
         of = ["cknna/<feature>" + ("" if len(self.times) == 1 else f"/t{time:g}") for time in self.times]
         of += ["se_cknna/<feature>/<transformation>"] if self.se_cknna else []
         return {name if len(self.vfms) == 1 else f"{name}/{vfm}" for name in of for vfm in self.vfms}
+
+    def adopt(self, pl_module: LightningModule) -> None:
+        """Takes the module's own VFM where none was given."""
+        if self._adopts:
+            self.vfms = by_name([needed_vfm(pl_module, "vfms")])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learns where to write, on all ranks: asking Lightning for it later on one alone would wait for the others."""

@@ -6,16 +6,14 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.evaluation import EvaluationCallback, first_loader
-from vfm_vae.contracts import EvaluationImages
-from vfm_vae.frozen import Frozen
+from callbacks.evaluation import EvaluationCallback, first_loader, needed_vfm
+from vfm_vae.contracts import VFM, EvaluationImages
 from vfm_vae.images import to_uint8
 from vfm_vae.metrics.inception import Inception
 from vfm_vae.metrics.reference import Reference, ReferenceImages, network_settings
 from vfm_vae.metrics.suite import DistributionSuite, suite_names
 from vfm_vae.options import at_least
 from vfm_vae.types import Batch, LatentBatch
-from vfm_vae.vfm import FrozenVFM
 
 
 class DistributionCallback(EvaluationCallback):
@@ -28,7 +26,7 @@ class DistributionCallback(EvaluationCallback):
     another number of images. Real images are looked at once, not at every validation.
 
     Args:
-        network: whose features are compared: `vfm_vae.metrics.inception.Inception` or `vfm_vae.vfm.FrozenVFM`.
+        network: whose features are compared: `vfm_vae.metrics.inception.Inception` or a VFM; null for the module's own.
         num_images: generate so many images, numbered evenly over the data set; null for as many as it has.
         reference: real images: an `.npz` such as ADM's, or a folder, `<reference>/<class>/*`, which is measured once;
             null takes the images of the data that is validated.
@@ -39,13 +37,14 @@ class DistributionCallback(EvaluationCallback):
         remeasure: measure a folder again, whatever is saved.
 
     Raises:
-        ValueError: if the reference is missing; when training or validation starts, if the module has no
-            `evaluation_images`, or there are no real ones and no reference.
+        ValueError: if the reference is missing; when a run starts, if no network is given and the module has no VFM of
+            its own; when training or validation starts, if the module has no `evaluation_images`, or there are no real
+            ones and no reference.
     """
 
     def __init__(
         self,
-        network: Frozen,
+        network: Inception | VFM | None = None,
         num_images: int | None = None,
         reference: str | None = None,
         image_size: int = 256,
@@ -55,9 +54,9 @@ class DistributionCallback(EvaluationCallback):
     ) -> None:
         super().__init__(num_images)
         at_least(1, image_size=image_size)
-        if not isinstance(network, Inception | FrozenVFM):
-            raise ValueError(f"network: Inception or a FrozenVFM; given {type(network).__name__}.")
-        self.network = network
+        if not isinstance(network, Inception | VFM | None):
+            raise ValueError(f"network: Inception or a VFM; given {type(network).__name__}.")
+        self.network, self._adopts = network, network is None
         self.reference = reference
         self.precision_recall = precision_recall
         if precision_recall is None:
@@ -65,6 +64,11 @@ class DistributionCallback(EvaluationCallback):
         self._images = ReferenceImages(reference, image_size, statistics, remeasure) if reference else None
         self._measured: Reference | None = None
         self._suite: DistributionSuite | None = None
+
+    def adopt(self, pl_module: LightningModule) -> None:
+        """Takes the module's own VFM where no network was given."""
+        if self._adopts and self.network is not (vfm := needed_vfm(pl_module, "network")):
+            self.network, self._measured = vfm, None
 
     def names(self) -> set[str]:
         """By network and, of a VFM, by reference."""

@@ -9,10 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vfm_vae.metrics.reference import view_of
+from vfm_vae.contracts import VFM, HasVFM
 from vfm_vae.options import at_least
 from vfm_vae.types import Batch, LatentBatch
-from vfm_vae.vfm import FrozenVFM
 
 
 class EvaluationCallback(Callback, ABC):
@@ -76,11 +75,20 @@ class EvaluationCallback(Callback, ABC):
     def results(self) -> dict[str, Tensor]:
         """What to log, by name without the prefix `val/` or `test/`; the same on every rank."""
 
+    def adopt(self, pl_module: LightningModule) -> None:
+        """Takes the module's own VFM where it was given none; called before names are compared, perhaps repeatedly.
+
+        Raises:
+            ValueError: if the module has none, and one is needed.
+        """
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Looks whether another callback logs the same: Lightning would log the average of both."""
+        self.adopt(pl_module)
         for other in trainer.callbacks:
             if other is self or not isinstance(other, EvaluationCallback):
                 continue
+            other.adopt(pl_module)
             if shared := sorted(self.names() & other.names()):
                 raise ValueError(
                     f"trainer.callbacks: {type(self).__name__} and another {type(other).__name__} would both log "
@@ -143,7 +151,28 @@ def rows_of(batch: Batch | LatentBatch, chosen: Tensor) -> Batch | LatentBatch:
     return type(batch)(*(None if tensor is None else tensor[chosen] for tensor in batch))
 
 
-def by_name(vfms: Sequence[FrozenVFM]) -> dict[str, FrozenVFM]:
+def own_vfm(pl_module: LightningModule) -> VFM | None:
+    """The VFM that the module has itself, which needs no second copy; None where it has none."""
+    return pl_module.vfm if isinstance(pl_module, HasVFM) else None
+
+
+def needed_vfm(pl_module: LightningModule, option: str) -> VFM:
+    """The same, for a callback that can't do without.
+
+    Args:
+        pl_module: The module.
+        option: Of the callback, that would set a VFM.
+
+    Raises:
+        ValueError: if the module has none.
+    """
+    vfm = own_vfm(pl_module)
+    if vfm is None:
+        raise ValueError(f"{option}: {type(pl_module).__name__} has no VFM of its own here; give one")
+    return vfm
+
+
+def by_name(vfms: Sequence[VFM]) -> dict[str, VFM]:
     """VFMs by their names.
 
     Raises:
@@ -155,16 +184,16 @@ def by_name(vfms: Sequence[FrozenVFM]) -> dict[str, FrozenVFM]:
     return dict(zip(names, vfms, strict=True))
 
 
-def by_short_name(vfms: Sequence[FrozenVFM]) -> dict[str, FrozenVFM]:
+def by_short_name(vfms: Sequence[VFM]) -> dict[str, VFM]:
     """VFMs by their names without the tag of their weights, but where it alone tells two apart; raises as `by_name`."""
     short = [vfm.name.split(".")[0] for vfm in vfms]
     named = zip(by_name(vfms).items(), short, strict=True)
     return {name if short.count(start) > 1 else start: vfm for (name, vfm), start in named}
 
 
-def settings_of(vfms: Iterable[FrozenVFM]) -> dict[str, Any]:
+def settings_of(vfms: Iterable[VFM]) -> dict[str, Any]:
     """Among settings: which VFMs, by name, hash of their weights, and how they see images and compute."""
-    return {"vfms": {vfm.name: {"weights": vfm.fingerprint(), **view_of(vfm)} for vfm in vfms}}
+    return {"vfms": {vfm.name: {"weights": vfm.fingerprint(), **vfm.view()} for vfm in vfms}}
 
 
 def first_loader(loaders: Any) -> DataLoader:

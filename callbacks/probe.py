@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from callbacks.evaluation import EvaluationCallback, by_short_name, rows_of, settings_of
-from vfm_vae.contracts import AlignmentFeatures, DrawsSamples, EvaluationImages
+from callbacks.evaluation import EvaluationCallback, by_short_name, needed_vfm, own_vfm, rows_of, settings_of
+from vfm_vae.contracts import VFM, AlignmentFeatures, DrawsSamples, EvaluationImages
 from vfm_vae.data.folder import list_classes
 from vfm_vae.images import from_uint8, quantised
 from vfm_vae.metrics.features import FeatureStore
@@ -19,7 +19,6 @@ from vfm_vae.metrics.reconstruction import MeanOverImages
 from vfm_vae.metrics.reference import folder_features
 from vfm_vae.options import at_least, within
 from vfm_vae.types import Batch, LatentBatch
-from vfm_vae.vfm import FrozenVFM
 
 
 class ClassAccuracyCallback(EvaluationCallback):
@@ -28,26 +27,34 @@ class ClassAccuracyCallback(EvaluationCallback):
     The probe is fitted on real images, when the first validation starts, and never sees a sample before it judges it.
 
     Args:
-        vfm: whose features are probed.
         images: folder of the images to fit on, `<images>/<class>/*`, centre-cropped to `image_size`.
+        vfm: whose features are probed; null for the module's own VFM.
         image_size: their side in pixels.
         num_images: draw so many samples, numbered evenly over the data set; null for as many as it has.
 
     Raises:
         ValueError: if an option lies outside its range; when a run starts, if the images are of other classes than the
-            module's; when validation starts, if the module draws no samples.
+            module's, or no VFM is given and it has none of its own; when validation starts, if it draws no samples.
     """
 
-    def __init__(self, vfm: FrozenVFM, images: str, image_size: int = 256, num_images: int | None = None) -> None:
+    def __init__(
+        self, images: str, vfm: VFM | None = None, image_size: int = 256, num_images: int | None = None
+    ) -> None:
         super().__init__(num_images)
         at_least(1, image_size=image_size)
-        self.vfm, self.images, self.image_size = vfm, Path(images), image_size
+        self.vfm, self._adopts = vfm, vfm is None
+        self.images, self.image_size = Path(images), image_size
         self._probe: LinearProbe | None = None
         self._hits = MeanOverImages()
 
     def names(self) -> set[str]:
         """One number."""
         return {"class_accuracy"}
+
+    def adopt(self, pl_module: LightningModule) -> None:
+        """Takes the module's own VFM where none was given."""
+        if self._adopts and self.vfm is not (vfm := needed_vfm(pl_module, "vfm")):
+            self.vfm, self._probe = vfm, None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compares the classes with the module's."""
@@ -97,7 +104,8 @@ class LinearProbeCallback(EvaluationCallback):
     its top-1 accuracy is on validation images.
 
     Args:
-        vfms: VFMs to compare with; they need images, not cached latents.
+        vfms: VFMs to compare with; they need images, not cached latents. Null takes the module's own, where it has one
+            and there are images; `[]` takes none.
         num_train_images: fit to so many images, spread evenly over the training split; null for all.
         num_images: measure on so many images; null for all.
         time: of the diffusion, where the module is a denoiser; null for 0.5.
@@ -109,7 +117,7 @@ class LinearProbeCallback(EvaluationCallback):
 
     def __init__(
         self,
-        vfms: Sequence[FrozenVFM] = (),
+        vfms: Sequence[VFM] | None = None,
         num_train_images: int | None = None,
         num_images: int | None = None,
         time: float | None = None,
@@ -117,11 +125,18 @@ class LinearProbeCallback(EvaluationCallback):
         super().__init__(num_images)
         at_least(2, num_train_images=num_train_images)
         within(0, 1, time=time)
-        self.vfms, self.num_train_images, self.time = by_short_name(vfms), num_train_images, time
+        self.vfms, self._adopts = by_short_name(vfms or ()), vfms is None
+        self.num_train_images, self.time = num_train_images, time
         self._train: DataLoader | None = None
         self._num_fitted = 0
         self._probes: dict[str, LinearProbe] = {}
         self._hits: dict[str, MeanOverImages] = {}
+
+    def adopt(self, pl_module: LightningModule) -> None:
+        """Takes the module's own VFM where none was given."""
+        if self._adopts:
+            vfm = own_vfm(pl_module)
+            self.vfms = by_short_name([] if vfm is None else [vfm])
 
     def names(self) -> set[str]:
         """By feature."""
@@ -169,6 +184,8 @@ class LinearProbeCallback(EvaluationCallback):
 
     def _features(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> Mapping[str, Tensor]:
         features = dict(pl_module.alignment_features(batch, self.time))
+        if self._adopts and not isinstance(batch, Batch):
+            self.vfms = {}  # the module's own has no images to see
         for name, vfm in self.vfms.items():
             if not isinstance(batch, Batch):
                 raise ValueError("vfms: the data holds latents, so VFMs have no images to see; leave them out.")

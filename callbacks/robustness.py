@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.evaluation import EvaluationCallback, by_short_name, rows_of, settings_of
-from vfm_vae.contracts import EncodesImages
+from callbacks.evaluation import EvaluationCallback, by_short_name, own_vfm, rows_of, settings_of
+from vfm_vae.contracts import VFM, EncodesImages
 from vfm_vae.images import from_uint8
 from vfm_vae.metrics.reconstruction import MeanOverImages
 from vfm_vae.metrics.semantic import is_identity, names_of, transformed
 from vfm_vae.types import Batch
-from vfm_vae.vfm import FrozenVFM
 
 
 class RobustnessCallback(EvaluationCallback):
@@ -25,17 +24,23 @@ class RobustnessCallback(EvaluationCallback):
     name, without the tag of its weights unless that alone tells two apart.
 
     Args:
-        vfms: VFMs to compare with.
+        vfms: VFMs to compare with; null for the module's own, where it has one; `[]` for none.
         num_images: measure on so many images, spread evenly over the data set; null for all.
 
     Raises:
         ValueError: if a VFM is given twice; when validation starts, if the module encodes no images.
     """
 
-    def __init__(self, vfms: Sequence[FrozenVFM] = (), num_images: int | None = None) -> None:
+    def __init__(self, vfms: Sequence[VFM] | None = None, num_images: int | None = None) -> None:
         super().__init__(num_images)
-        self.vfms = by_short_name(vfms)
+        self.vfms, self._adopts = by_short_name(vfms or ()), vfms is None
         self._similarities: dict[str, dict[str, MeanOverImages]] = {}
+
+    def adopt(self, pl_module: LightningModule) -> None:
+        """Takes the module's own VFM where none was given."""
+        if self._adopts:
+            vfm = own_vfm(pl_module)
+            self.vfms = by_short_name([] if vfm is None else [vfm])
 
     def names(self) -> set[str]:
         """By feature."""

@@ -11,10 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.denoiser import Denoiser
+from vfm_vae.contracts import VFM
 from vfm_vae.images import from_uint8
 from vfm_vae.options import at_least
 from vfm_vae.types import Batch, LatentBatch
-from vfm_vae.vfm import FrozenVFM, check_vfm, vfm_identity
+from vfm_vae.vfm import check_vfm, vfm_identity
+
+# What a VFM's source says that changes no features, or that the fingerprint tells.
+UNSEEN = {"layers", "weights", "precision", "pretrained", "model_args", "target_interpolation"}
 
 
 def alignment_error(projected: Tensor, features: Tensor) -> Tensor:
@@ -40,7 +44,7 @@ class REPA(nn.Module):
 
     has_class_token = False
 
-    def __init__(self, vfm: FrozenVFM | None = None, weight: float = 0.5):
+    def __init__(self, vfm: VFM | None = None, weight: float = 0.5):
         super().__init__()
         at_least(0, weight=weight)
         self.vfm, self.weight = vfm, weight
@@ -86,7 +90,7 @@ class REPA(nn.Module):
 
         Args:
             shape: (1 + N, D) of those that a cache holds; None where it holds none.
-            source: What it says of their VFM, see `FrozenVFM.source`; None where it says nothing.
+            source: What it says of their VFM, see `VFM.source`; None where it says nothing.
             model: The denoiser.
             place: Names the cache.
 
@@ -100,7 +104,7 @@ class REPA(nn.Module):
         self._check_shape(model, shape, f"data.root: the features in {place} have")
         if self.vfm is not None and source is not None:
             ours = self.vfm.source()
-            compared = ("name", "fingerprint", "input_scale", "antialias", "antialias_positions")
+            compared = sorted({*ours, *source} - UNSEEN)
             if other := [name for name in compared if source.get(name) != ours.get(name)]:
                 raise ValueError(
                     f"data.root: the features in {place} are of another VFM than model.alignment.vfm: {other}; give it "
@@ -121,8 +125,8 @@ class REPA(nn.Module):
             ValueError: if it is another VFM.
         """
         if self.vfm is not None:
-            unknown = {"name": self.vfm.name, "fingerprint": None}
-            check_vfm(self.vfm, {"vfm": stored or unknown}, "model.alignment.vfm")
+            known = {name: value for name, value in vfm_identity(self.vfm).items() if name in ("name", "class_path")}
+            check_vfm(self.vfm, {"vfm": stored or known | {"fingerprint": None}}, "model.alignment.vfm")
 
     def check_images(self, image_size: int, model: Denoiser) -> None:
         """Sees that there is a VFM for images, which gives as many tokens as the denoiser has.
@@ -132,8 +136,8 @@ class REPA(nn.Module):
         """
         if self.vfm is None:
             raise ValueError("model.alignment.vfm: training on images needs the VFM; give it, or cached features")
-        side = round(image_size * self.vfm.input_scale) // self.vfm.patch_size
-        self._check_shape(model, (1 + side * side, self.vfm.width), f"model.alignment.vfm: {self.vfm.name} gives")
+        rows, columns = self.vfm.grid(image_size, image_size)
+        self._check_shape(model, (1 + rows * columns, self.vfm.width), f"model.alignment.vfm: {self.vfm.name} gives")
 
     def _check_shape(self, model: Denoiser, shape: tuple[int | None, int], what: str) -> None:
         num_tokens, width = shape
@@ -156,7 +160,7 @@ class REG(REPA):
 
     has_class_token = True
 
-    def __init__(self, vfm: FrozenVFM | None = None, weight: float = 0.5, cls_weight: float = 0.03):
+    def __init__(self, vfm: VFM | None = None, weight: float = 0.5, cls_weight: float = 0.03):
         super().__init__(vfm, weight)
         at_least(0, cls_weight=cls_weight)
         self.cls_weight = cls_weight

@@ -11,6 +11,8 @@ import torch
 
 from vfm_vae.data.latents import LatentDataset
 
+ROOT = Path(__file__).parents[1]
+
 SCRIPT = """
 import sys
 from functools import partial
@@ -179,7 +181,7 @@ module = DiffusionModule(denoiser, partial(torch.optim.AdamW, lr=1e-3), Euler(4)
 data = ImageNetDataModule(cache, source="latents", batch_size=8, val_batch_size=6, num_workers=0, num_samples=10)
 statistics = str(out / f"statistics{devices}.npz")
 watch = [DistributionCallback(FrozenVFM(name), 20, f"{photos}/val", 64, statistics, True)]
-watch += [ClassAccuracyCallback(FrozenVFM(name), f"{photos}/train", 64)]
+watch += [ClassAccuracyCallback(f"{photos}/train", FrozenVFM(name), 64)]
 watch += [CKNNACallback([FrozenVFM(name)], k=5, times=[0.3, 0.5], images=f"{photos}/val", image_size=64)]
 watch += [LinearProbeCallback()]
 metrics = trainer(*watch).validate(module, datamodule=data, verbose=False)[0]
@@ -292,27 +294,52 @@ torch.save({"history": history, "weights": weights}, out / f"2_{run.global_rank}
 """
 
 
-def launch(folder: Path, photos: Path, devices: int, text: str = SCRIPT) -> list[dict]:
-    script = folder / "script.py"
-    script.write_text(text)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    process = subprocess.run(
-        [sys.executable, str(script), str(devices), str(photos), str(folder)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    results = sorted(folder.glob(f"{devices}_*.pt"))
-    assert len(results) == devices, process.stderr[-3000:]  # the files count: a crash at teardown would not matter
-    return [torch.load(path, weights_only=True) for path in results]
+SCRIPTS = {"tokenizer": SCRIPT, "diffusion": DIFFUSION, "aligned": ALIGNED, "poison": POISON}
+ALL = """
+import runpy
+import sys
+
+for name in sys.argv[4:]:
+    sys.argv[3] = name
+    runpy.run_path(f"{name}.py", run_name="__main__")
+"""
 
 
-def test_two_processes_validate_as_one_and_train_alike(tmp_path: Path, photos: Path):
-    (one,) = launch(tmp_path, photos, 1)
-    first, second = launch(tmp_path, photos, 2)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
+    """What all scripts leave behind, each in a folder of its name: run by one process, then by two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "all.py").write_text(ALL)
+    for name, text in SCRIPTS.items():
+        (folder / f"{name}.py").write_text(text)
+        (folder / name).mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    for devices, names in ((1, ["tokenizer", "diffusion", "aligned"]), (2, list(SCRIPTS))):
+        process = subprocess.run(
+            [sys.executable, "all.py", str(devices), str(photos), "", *names],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+        (folder / "stderr").write_text(process.stderr)
+    return folder
+
+
+def results(folder: Path, name: str, devices: int) -> list[dict]:
+    """What each rank found."""
+    found = sorted((folder / name).glob(f"{devices}_*.pt"))
+    # The files count: a crash at teardown would not matter.
+    assert len(found) == devices, (folder / "stderr").read_text()[-3000:]
+    return [torch.load(path, weights_only=True) for path in found]
+
+
+def test_two_processes_validate_as_one_and_train_alike(folder: Path):
+    (one,) = results(folder, "tokenizer", 1)
+    first, second = results(folder, "tokenizer", 2)
     assert first["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-6)
     assert second["metrics"] == first["metrics"]
     assert first["images_seen"] == one["images_seen"] == 48
@@ -327,29 +354,32 @@ def test_two_processes_validate_as_one_and_train_alike(tmp_path: Path, photos: P
     assert first["draws"]["simultaneous"] == one["draws"]["simultaneous"]
 
 
-def test_two_processes_cache_measure_and_sample_as_one(tmp_path: Path, photos: Path):
-    (one,) = launch(tmp_path, photos, 1, DIFFUSION)
-    first, second = launch(tmp_path, photos, 2, DIFFUSION)
+def test_two_processes_cache_measure_and_sample_as_one(folder: Path):
+    (one,) = results(folder, "diffusion", 1)
+    first, second = results(folder, "diffusion", 2)
     for split, size in (("train", 52), ("val", 26)):
-        ours, theirs = (LatentDataset(tmp_path / f"cache{n}" / split, train=False) for n in (1, 2))
+        ours, theirs = (LatentDataset(folder / "diffusion" / f"cache{n}" / split, train=False) for n in (1, 2))
         assert len(ours) == len(theirs) == size and (ours.labels == theirs.labels).all()
         rows = [torch.stack([dataset[index][0] for index in range(size)]) for dataset in (ours, theirs)]
         assert torch.allclose(*rows, atol=1e-4)
     assert first["metrics"] == pytest.approx(one["metrics"], rel=1e-4, abs=1e-5)
     assert first["metrics"]["val/loss"] == pytest.approx(one["metrics"]["val/loss"], rel=1e-5)
     assert second["metrics"] == first["metrics"]
-    with np.load(tmp_path / "samples1.npz") as ours, np.load(tmp_path / "samples2.npz") as theirs:
+    with (
+        np.load(folder / "diffusion" / "samples1.npz") as ours,
+        np.load(folder / "diffusion" / "samples2.npz") as theirs,
+    ):
         assert np.abs(ours["arr_0"].astype(int) - theirs["arr_0"]).max() <= 1 and len(ours["arr_0"]) == 11
         assert (ours["arr_1"] == theirs["arr_1"]).all()
     assert first["images_seen"] == one["images_seen"] == 24
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
 
 
-def test_two_processes_align_as_one(tmp_path: Path, photos: Path):
-    (one,) = launch(tmp_path, photos, 1, ALIGNED)
-    first, second = launch(tmp_path, photos, 2, ALIGNED)
+def test_two_processes_align_as_one(folder: Path):
+    (one,) = results(folder, "aligned", 1)
+    first, second = results(folder, "aligned", 2)
     for split, size in (("train", 52), ("val", 26)):
-        ours, theirs = (LatentDataset(tmp_path / f"cache{n}" / split, train=False) for n in (1, 2))
+        ours, theirs = (LatentDataset(folder / "aligned" / f"cache{n}" / split, train=False) for n in (1, 2))
         for position in range(size):
             (latent, _, _, features), (other, _, _, others) = ours[position], theirs[position]
             assert torch.allclose(latent, other, atol=1e-4)
@@ -360,8 +390,8 @@ def test_two_processes_align_as_one(tmp_path: Path, photos: Path):
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
 
 
-def test_a_nan_on_one_rank_skips_the_step_on_both(tmp_path: Path, photos: Path):
-    first, second = launch(tmp_path, photos, 2, POISON)
+def test_a_nan_on_one_rank_skips_the_step_on_both(folder: Path):
+    first, second = results(folder, "poison", 2)
     for name in ("tokenizer", "diffusion"):
         kept, skipped = zip(*first["history"][name], strict=True)
         assert kept == (False, True, False)  # the second step alone changes nothing

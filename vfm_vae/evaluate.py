@@ -19,8 +19,9 @@ from vfm_vae.cli import MATMUL_PRECISION, add_matmul_precision, set_matmul_preci
 from vfm_vae.data.archive import ImageArchive
 from vfm_vae.data.decoding import decode
 from vfm_vae.data.listing import list_images
+from vfm_vae.frozen import device_of
 from vfm_vae.metrics.inception import Inception
-from vfm_vae.metrics.reference import ReferenceImages, name_of, network_settings
+from vfm_vae.metrics.reference import Network, ReferenceImages, name_of, network_settings
 from vfm_vae.metrics.suite import DistributionSuite
 from vfm_vae.metrics.summary import (
     check_entries,
@@ -112,7 +113,7 @@ def _ends_with(file: Path, end: bytes) -> bool:
 def measure(
     samples: SampleFiles,
     reference: ReferenceImages,
-    network: Inception | FrozenVFM,
+    network: Network,
     precision_recall: bool = True,
     batch_size: int = 64,
 ) -> dict[str, Tensor]:
@@ -128,7 +129,7 @@ def measure(
     Returns:
         The numbers by the names that `DistributionSuite` gives them.
     """
-    device = next(network.network.parameters()).device
+    device = device_of(network)
     suite = DistributionSuite(
         network, samples.num_images, reference.load(network, precision_recall, batch_size), precision_recall
     ).to(device)
@@ -179,7 +180,7 @@ def evaluate_samples(
     positive(vfm_input_scale=vfm_input_scale)
     files, real = SampleFiles(samples), ReferenceImages(reference, image_size, statistics, remeasure)
     check_entries(Path(metrics_file), "metrics_file")
-    network: Inception | FrozenVFM
+    network: Network
     if vfm is None:
         with named_as(weights="inception"):
             network = Inception(inception)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ def sha256_of(tensors: Mapping[str, Tensor], *texts: str) -> str:
     for text in texts:
         digest.update(text.encode())
     return digest.hexdigest()
+
+
+def device_of(network: Any) -> torch.device:
+    """Where an `nn.Module` has its weights."""
+    module = network.network if isinstance(network, Frozen) else network
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 class Frozen(nn.Module):

@@ -15,6 +15,7 @@ from callbacks.distribution import DistributionCallback
 from callbacks.images import SampleImages
 from callbacks.probe import ClassAccuracyCallback
 from callbacks.writers import LatentWriter, SampleWriter, keep_settings
+from ldm.condition import Labels
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import LatentDataset
 from vfm_vae.data.sampling import IndexedNoise
@@ -36,13 +37,13 @@ class Painter(LightningModule):
         self.root, self.predict, self.guided, self.drawn = root, predict, [], 0
         self.bias = torch.nn.Parameter(torch.zeros(()))
 
-    def sample_labels(self, index):
-        return index % NUM_CLASSES
+    def sample_condition(self, index):
+        return Labels(index % NUM_CLASSES, NUM_CLASSES)
 
     can_decode, num_classes = True, NUM_CLASSES
 
-    def draw(self, index, labels=None, guidance_scale=None, decode=True):
-        labels = self.sample_labels(index) if labels is None else labels
+    def draw(self, index, condition=None, guidance_scale=None, decode=True):
+        labels = self.sample_condition(index).labels if condition is None else torch.as_tensor(condition)
         self.guided.append(guidance_scale)
         self.drawn += len(index)
         shown = torch.where(index % 4 == 3, (labels + 5) % NUM_CLASSES, labels)
@@ -50,7 +51,8 @@ class Painter(LightningModule):
         files = [sorted((self.root / "train" / names[label]).iterdir())[0] for label in shown.tolist()]
         images = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
         latents = IndexedNoise("test", 0, index).normal(2, 3, 3)
-        return Samples(from_uint8(images) if self.predict == "images" else None, latents, labels, index)
+        images = from_uint8(images) if self.predict == "images" else None
+        return Samples(images, latents, Labels(labels, NUM_CLASSES), index)
 
     def evaluation_images(self, batch):
         return None, self.draw(batch.index).images
@@ -91,7 +93,7 @@ def test_distance_to_a_folder(painter, photos, trainer):
 def test_settings_name_the_reference_and_its_crops(painter, photos, trainer):
     vfm = FrozenVFM(VFM)
     distance = DistributionCallback(vfm, num_images=20, reference=str(photos / "train"), image_size=64)
-    accuracy = ClassAccuracyCallback(vfm, str(photos / "train"), image_size=64)
+    accuracy = ClassAccuracyCallback(str(photos / "train"), vfm, image_size=64)
     trainer(distance, accuracy).validate(painter, photos_data(photos), verbose=False)
     settings = distance.settings()
     assert settings["reference"] == str(photos / "train") and settings["reference_image_size"] == 64
@@ -120,7 +122,7 @@ def test_no_reference_is_refused_before_a_sample_is_drawn(painter, photos, train
     painter.test_step = painter.validation_step
     painter.training_step = lambda *args: pytest.fail("trained for nothing")
     painter.configure_optimizers = lambda: None
-    accuracy = ClassAccuracyCallback(FrozenVFM(VFM), str(photos / "train"), image_size=64)
+    accuracy = ClassAccuracyCallback(str(photos / "train"), FrozenVFM(VFM), image_size=64)
     with pytest.raises(ValueError, match="reference: Painter on this data has no real images to compare with"):
         getattr(trainer(accuracy, DistributionCallback(FrozenVFM(VFM))), evaluation)(painter, data)
     assert painter.drawn == 0
@@ -147,7 +149,7 @@ def test_parts_of_a_folder_make_the_whole(photos):
 
 
 def test_class_accuracy_finds_wrong_classes(painter, photos, trainer):
-    run = trainer(ClassAccuracyCallback(FrozenVFM(VFM), str(photos / "train"), image_size=64))
+    run = trainer(ClassAccuracyCallback(str(photos / "train"), FrozenVFM(VFM), image_size=64))
     run.validate(painter, photos_data(photos), verbose=False)
     expected = sum(i % 4 != 3 for i in range(26)) / 26
     assert run.callback_metrics["val/class_accuracy"].item() == pytest.approx(expected, abs=0.04)
@@ -227,7 +229,7 @@ def test_samples_as_latents(photos, tmp_path):
     assert torch.cat([part["index"] for part in stored]).tolist() == list(range(12))
     expected = painter.draw(torch.arange(12))
     assert torch.equal(torch.cat([part["latents"] for part in stored]), expected.latents)
-    assert torch.equal(torch.cat([part["labels"] for part in stored]), expected.labels)
+    assert torch.equal(torch.cat([part["labels"] for part in stored]), expected.condition.labels)
 
 
 def test_sampling_needs_a_number(painter, photos, tmp_path):

@@ -79,6 +79,6 @@ def test_a_negative_cached_label_names_its_shard(diffusion, latents, trainer, ca
 
 
 def test_a_probe_of_other_classes_is_refused(diffusion, latents, trainer, photos):
-    probe = ClassAccuracyCallback(FrozenVFM("vit_photos_patch8_64"), str(photos / "train"), image_size=64)
+    probe = ClassAccuracyCallback(str(photos / "train"), FrozenVFM("vit_photos_patch8_64"), image_size=64)
     with pytest.raises(ValueError, match=r"^images: '.*photos/train' has 13 classes, but samples are of 3; give"):
         trainer(callbacks=[probe, Never()], max_steps=1).fit(diffusion(), latents())

@@ -190,7 +190,7 @@ class LatentDataset(SampleSet):
         shape: (C, h, w) of a latent.
         tokenizer: what the cache says of its tokenizer; None where it says nothing.
         features_shape: (1 + N, D) of the features that the cache holds for each image; None where it holds none.
-        features_source: what the cache says of the VFM that made them, see `FrozenVFM.source`.
+        features_source: what the cache says of the VFM that made them, see `VFM.source`.
 
     Raises:
         ValueError: a shard can't be read, differs from the others or has a negative label; there are features

@@ -16,6 +16,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.models import VGG16_Weights
 
 from vfm_vae.checkpoints import fill, read_published_weights, read_weights
+from vfm_vae.contracts import VFM
 from vfm_vae.frozen import Frozen
 from vfm_vae.images import Interpolation, resize
 from vfm_vae.modules.maps import in_fast_layout
@@ -109,9 +110,9 @@ class VFMPerceptualLoss(nn.Module):
         name: Name of the distance in logs, which contains the VFM's.
     """
 
-    def __init__(self, vfm: FrozenVFM | Mapping[str, Any]) -> None:
+    def __init__(self, vfm: VFM | Mapping[str, Any]) -> None:
         super().__init__()
-        self.vfm = vfm if isinstance(vfm, FrozenVFM) else FrozenVFM(**vfm)
+        self.vfm = FrozenVFM(**vfm) if isinstance(vfm, Mapping) else vfm
         self.name = f"perceptual_{self.vfm.name.split('.')[0]}"
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:

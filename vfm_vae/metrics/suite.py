@@ -5,11 +5,10 @@ from torch import Tensor, nn
 
 from vfm_vae.metrics.distribution import FrechetDistance, InceptionScore, PrecisionRecall
 from vfm_vae.metrics.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
-from vfm_vae.metrics.reference import Reference, extract, name_of
-from vfm_vae.vfm import FrozenVFM
+from vfm_vae.metrics.reference import Network, Reference, extract, name_of
 
 
-def suite_names(network: Inception | FrozenVFM, reconstructions: bool, precision_recall: bool) -> dict[str, str]:
+def suite_names(network: Network, reconstructions: bool, precision_recall: bool) -> dict[str, str]:
     """What the suite's numbers are called, by what computes them; without spatial statistics there is no sFID."""
     if isinstance(network, Inception):
         samples = {"distance": "gfid", "spatial": "sfid", "score": "inception_score"}
@@ -41,7 +40,7 @@ class DistributionSuite(nn.Module):
 
     def __init__(
         self,
-        network: Inception | FrozenVFM,
+        network: Network,
         num_images: int,
         reference: Reference | None = None,
         precision_recall: bool = False,
@@ -51,7 +50,7 @@ class DistributionSuite(nn.Module):
         self._network = (network,)
         is_paired = reference is None if reconstructions is None else reconstructions
         is_inception = isinstance(network, Inception)
-        width = POOL_WIDTH if is_inception else network.width
+        width = POOL_WIDTH if isinstance(network, Inception) else network.width
         if reference is not None and len(reference.pool.mean) != width:
             raise ValueError(
                 f"reference: its statistics are of {len(reference.pool.mean)} features, but {name_of(network)} has "
@@ -82,9 +81,9 @@ class DistributionSuite(nn.Module):
         """
         features = extract(self._network[0], images)
         self.distance.update(features.pool, real=real)
-        if "spatial" in self.names:
+        if "spatial" in self.names and features.spatial is not None:
             self.spatial.update(features.spatial, real=real)
-        if "score" in self.names and not real:
+        if "score" in self.names and features.logits is not None and not real:
             self.score.update(features.logits, index)
         if self.neighbours is not None:
             self.neighbours.update(features.pool, index, real=real)
@@ -92,7 +91,8 @@ class DistributionSuite(nn.Module):
     @torch.no_grad()
     def compute(self) -> dict[str, Tensor]:
         """Every number by its name, float32 scalars, the same on all ranks."""
-        parts = {part: getattr(self, part).compute() for part in ("distance", "spatial", "score") if part in self.names}
+        measured = (part for part in ("distance", "spatial", "score") if part in self.names)
+        parts: dict[str, Tensor] = {part: getattr(self, part).compute() for part in measured}
         if self.neighbours is not None:
             parts |= self.neighbours.compute()
         return {name: parts[part] for part, name in self.names.items()}
