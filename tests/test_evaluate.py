@@ -232,5 +232,5 @@ def test_remeasure_insists(samples, photos):
     assert (samples / "real.npz").stat().st_mtime_ns == before
     main([*paths, "--remeasure"])
     assert (samples / "real.npz").stat().st_mtime_ns > before
-    with pytest.raises(ValueError, match=r"^remeasure: '.*real\.npz' is a file, which has its statistics"):
+    with pytest.raises(ValueError, match=r"^remeasure: '.*real\.npz' is a file of statistics"):
         main(["--samples", str(samples / "samples"), "--reference", str(samples / "real.npz"), "--remeasure"])

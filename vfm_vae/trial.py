@@ -51,7 +51,7 @@ def cut_short_by(options: Mapping[str, Any], command: str) -> str | None:
 
 def is_trial(trainer: Trainer) -> bool:
     """Whether what a trainer does at present is a trial."""
-    return cut_short_by(vars(trainer), trainer.state.fn.value) is not None
+    return trainer.state.fn is not None and cut_short_by(vars(trainer), trainer.state.fn.value) is not None
 
 
 def without_output(options: Mapping[str, Any]) -> dict[str, Any]:

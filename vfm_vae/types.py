@@ -1,7 +1,7 @@
 """Data that crosses the borders between packages."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -166,6 +166,11 @@ class Posterior(Protocol):
 
     def moments(self) -> Tensor:
         """What a cache stores to sample from later."""
+
+
+@runtime_checkable
+class Variational(Posterior, Protocol):
+    """A posterior that has a prior."""
 
     def kl(self) -> Tensor:
         """Divergence from the prior, summed over latent dimensions, `[B]`."""

@@ -13,6 +13,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,7 +45,7 @@ class NotWritten(OSError, ValueError):
 
 
 @contextmanager
-def whole_file(path: str | Path, size: int = 0, option: str | None = None) -> Iterator[BinaryIO]:
+def whole_file(path: str | Path, size: int = 0, option: str | None = None) -> Iterator[BufferedWriter]:
     """Opens a file that appears under its name when the block ends well, whole and on the disk.
 
     Args:
@@ -151,7 +152,7 @@ def put_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     described += b" " * (-len(described) % 8)
     file.write(len(described).to_bytes(8, "little") + described)
     for name in order:
-        file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def num_bytes(content: Any) -> int:
@@ -172,7 +173,7 @@ def num_bytes(content: Any) -> int:
     return sum(storages.values())
 
 
-def _begin(path: Path, size: int) -> BinaryIO:
+def _begin(path: Path, size: int) -> BufferedWriter:
     """A file beside its place, which no other process writes, and which is known to be nobody's once this one ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
@@ -194,7 +195,7 @@ def _begin(path: Path, size: int) -> BinaryIO:
         file.close()
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedWriter:
     return open(path, "wb", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
 
 

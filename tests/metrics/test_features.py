@@ -34,7 +34,7 @@ def test_store_merges_ranks_of_which_one_is_empty():
 
 def test_store_names_bad_arguments():
     for features, index in ((torch.rand(3), torch.arange(3)), (torch.rand(3, 2), torch.arange(2))):
-        with pytest.raises(ValueError, match=r"features and index: \[B, d\] and \[B\] are wanted"):
+        with pytest.raises(ValueError, match=r"features and index must be \[B, d\] and \[B\]"):
             FeatureStore().update(features, index)
 
 

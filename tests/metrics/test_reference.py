@@ -129,7 +129,7 @@ def test_what_can_not_be_stored_is_said_before_anything_is_measured(vfm, folder,
         ReferenceImages(str(folder), 64, str(tmp_path / "file/here.npz")).load(vfm, with_features=False)
     np.savez(tmp_path / "theirs.npz", mu=np.zeros(3))
     theirs = (tmp_path / "theirs.npz").read_bytes()
-    with pytest.raises(ValueError, match=r"^statistics: '.*' was not measured here, and would be replaced"):
+    with pytest.raises(ValueError, match=r"^statistics: '.*' was made elsewhere and would be overwritten"):
         ReferenceImages(str(folder), 64, str(tmp_path / "theirs.npz")).load(vfm, with_features=False)
     assert (tmp_path / "theirs.npz").read_bytes() == theirs
     usage = type(shutil.disk_usage("/"))

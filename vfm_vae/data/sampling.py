@@ -22,7 +22,7 @@ class Draw(NamedTuple):
         padding: the sample only makes ranks equal; metrics are to leave it out.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuples have a method of this name
     epoch: int = 0
     padding: bool = False
 

@@ -8,10 +8,9 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import timm
 import torch
 from PIL import Image, ImageDraw
 from sklearn.decomposition import PCA
@@ -19,10 +18,11 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from vfm_vae.embedded import photos
-from vfm_vae.embedded.vit import WEIGHTS
+from vfm_vae.embedded.vit import WEIGHTS, vit_photos_patch8_64
 from vfm_vae.writing import write_picture
 
 SHOWN = ("astronaut", "camera", "cat", "china", "coffee", "flower", "motorcycle", "rocket")
@@ -75,7 +75,7 @@ def place_of(boxes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def extract(vit: nn.Module, root: Path, split: photos.Split) -> Features:
+def extract(vit: VisionTransformer, root: Path, split: photos.Split) -> Features:
     """Features of every crop of a split of the data set at `root`."""
     manifest = json.loads((root / photos.MANIFEST).read_text())["boxes"]
     names = list(photos.PHOTOS)
@@ -88,7 +88,8 @@ def extract(vit: nn.Module, root: Path, split: photos.Split) -> Features:
             labels.append(names.index(name))
             boxes.append(relative_box(photos.Box(*box), *sizes[name]))
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    mean, std = (torch.tensor(vit.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    config: Any = vit.pretrained_cfg
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     tokens = torch.cat([vit.forward_features((chunk / 255 - mean) / std) for chunk in batch.split(256)])  # [n, N, C]
     places = place_of(torch.tensor(boxes)).numpy()
     return Features(batch, np.array(labels), places, tokens.numpy(), tokens.mean(1).numpy())
@@ -142,10 +143,10 @@ def report(weights: Path = WEIGHTS, picture: Path | None = None) -> dict[str, fl
         picture: PNG file to write, if any.
     """
     overlay = {"file": str(weights)}
-    vit = timm.create_model("vit_photos_patch8_64", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    vit = vit_photos_patch8_64(pretrained=True, pretrained_cfg_overlay=overlay).eval()
     with tempfile.TemporaryDirectory() as folder:
         root = photos.write_photos(Path(folder) / "photos")
-        train, val = (extract(vit, root, split) for split in ("train", "val"))
+        train, val = extract(vit, root, "train"), extract(vit, root, "val")
     numbers = measure(train, val)
     for name, value in numbers.items():
         print(f"{name:20s} {value:.3f}")

@@ -147,12 +147,13 @@ def write_photos(
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
         partial = Path(folder) / "photos"
         boxes: dict[str, Box] = {}
+        counts: dict[Split, int] = {"train": train_per_class, "val": val_per_class}
         for label, name in enumerate(PHOTOS):
-            for split, count in (("train", train_per_class), ("val", val_per_class)):
+            for split, count in counts.items():
                 # A stream for each class and split: the first crops do not depend on how many follow.
                 generator = np.random.default_rng((seed, label, split == "val"))
                 boxes |= _write_class(partial, name, split, count, size, generator)
-        for split in SIDES:
+        for split in counts:
             _write_shards(partial, split)
         (partial / MANIFEST).write_text(json.dumps({"settings": settings, "boxes": boxes}, indent=1))
         try:
@@ -211,7 +212,7 @@ def _write_shards(root: Path, split: str) -> None:
 
 def main() -> None:
     """Command line: write the data set."""
-    parser = argparse.ArgumentParser(description=write_photos.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Write a small data set of crops from public photographs.")
     parser.add_argument("--root", type=Path, default=Path("data/photos"), help="folder to write (%(default)s)")
     parser.add_argument("--size", type=int, default=64, help="side of the crops in pixels (%(default)s)")
     parser.add_argument("--train-per-class", type=int, default=200, help="training crops (%(default)s)")

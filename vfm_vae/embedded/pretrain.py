@@ -18,13 +18,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vfm_vae.embedded import evaluate, photos
-from vfm_vae.embedded.vit import WEIGHTS
+from vfm_vae.embedded.vit import WEIGHTS, vit_photos_patch8_64
 from vfm_vae.writing import write_tensors
 
 PLACE_WEIGHT = 1.0
@@ -54,7 +55,8 @@ class CropSampler:
         images, boxes = [], []
         for label in labels:
             photo = self.photos[label]
-            box = photos.sample_box(self.generator, *photo.size, "train")
+            width, height = photo.size
+            box = photos.sample_box(self.generator, width, height, "train")
             images.append(np.asarray(photos.crop(photo, box, self.size)))
             boxes.append(evaluate.relative_box(box, *photo.size))
         batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
@@ -102,13 +104,14 @@ class Pretraining(nn.Module):
     """The network and its three linear readouts.
 
     Args:
-        vit: the network to train.
-        num_classes: number of photographs.
+        vit: The network to train.
+        num_classes: Number of photographs.
     """
 
-    def __init__(self, vit: nn.Module, num_classes: int):
+    def __init__(self, vit: VisionTransformer, num_classes: int):
         super().__init__()
         self.vit = vit
+        assert isinstance(vit.patch_embed, PatchEmbed) and vit.patch_embed.grid_size is not None
         self.patch = vit.patch_embed.patch_size[0]
         self.grid = vit.patch_embed.grid_size[0]
         self.mask_token = nn.Parameter(torch.zeros(vit.embed_dim))
@@ -144,7 +147,7 @@ class Pretraining(nn.Module):
         }
 
 
-def pretrain(steps: int, batch_size: int, learning_rate: float, seed: int) -> nn.Module:
+def pretrain(steps: int, batch_size: int, learning_rate: float, seed: int) -> VisionTransformer:
     """Train a new network; prints the losses as it goes.
 
     Returns:
@@ -152,7 +155,7 @@ def pretrain(steps: int, batch_size: int, learning_rate: float, seed: int) -> nn
     """
     torch.manual_seed(seed)
     sampler = CropSampler(seed=seed)
-    model = Pretraining(timm.create_model("vit_photos_patch8_64"), len(photos.PHOTOS))
+    model = Pretraining(vit_photos_patch8_64(), len(photos.PHOTOS))
     print(
         f"{sum(p.numel() for p in model.vit.parameters()) / 1e6:.2f} M parameters, {steps} steps of {batch_size} crops"
     )

@@ -42,7 +42,7 @@ def vit_photos_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionTrans
             are float32.
         kwargs: anything timm's `VisionTransformer` takes, `dynamic_img_size=True` for one.
     """
-    architecture = {
+    architecture: dict[str, Any] = {
         "img_size": 64,
         "patch_size": 8,
         "embed_dim": 128,

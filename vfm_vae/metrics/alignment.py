@@ -299,4 +299,5 @@ class CKNNA(Metric):
         except ValueError as error:
             rank_zero_warn(f"CKNNA is not defined here: {error}")
             return torch.tensor(math.nan, device=self.device)
-        return cknna(*(prepare_features(x, self.quantile) for x in (a, b)), self.k, self.unbiased)
+        a, b = (prepare_features(x, self.quantile) for x in (a, b))
+        return cknna(a, b, self.k, self.unbiased)

@@ -64,6 +64,7 @@ class Moments(Metric):
 
     full_state_update = False
     is_differentiable = False
+    count: Tensor
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -108,6 +109,9 @@ class FrechetDistance(Metric):
     full_state_update = False
     higher_is_better = False
     is_differentiable = False
+    real_count: Tensor
+    generated_count: Tensor
+    generated_sum: Tensor
 
     def __init__(self, num_features: int, reference: Gaussian | None = None) -> None:
         super().__init__()
@@ -148,7 +152,7 @@ class FrechetDistance(Metric):
                     "a Fréchet distance needs at least two generated samples beside its reference; got "
                     f"{self.generated_count.item()}."
                 )
-            real = [statistic.to(self.generated_sum.device) for statistic in self._reference]
+            real = Gaussian(*(statistic.to(self.generated_sum.device) for statistic in self._reference))
         else:
             if min(self.real_count, self.generated_count) < 2:
                 raise ValueError(
@@ -226,6 +230,9 @@ class InceptionScore(Metric):
     higher_is_better = True
     is_differentiable = False
     split: Tensor
+    count: Tensor
+    negentropy: Tensor
+    sum: Tensor
 
     def __init__(self, num_images: int, split_size: int = 5000, num_classes: int = 1008) -> None:
         super().__init__()
@@ -305,6 +312,8 @@ class PrecisionRecall(Metric):
 
     full_state_update = False
     is_differentiable = False
+    real_index: list[Tensor]
+    generated_index: list[Tensor]
 
     def __init__(self, k: int = 3, reference: Tensor | None = None) -> None:
         super().__init__()
@@ -336,11 +345,12 @@ class PrecisionRecall(Metric):
         Raises:
             ValueError: if there are not more than k samples of either kind.
         """
-        generated = kept_features(self, "generated_") if len(self.generated_index) else ()
+        none = torch.zeros(0)
+        generated = kept_features(self, "generated_") if len(self.generated_index) else none
         if self._reference is not None:
             real = self._reference.to(self.device).float()
         else:
-            real = kept_features(self, "real_") if len(self.real_index) else ()
+            real = kept_features(self, "real_") if len(self.real_index) else none
         if min(len(real), len(generated)) <= self.k:
             raise ValueError(
                 f"precision and recall with k = {self.k} need more than {self.k} real and generated samples; got "

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,21 +14,22 @@ from vfm_vae.finite import check_finite
 
 @contextmanager
 def float32_arithmetic(device: torch.device) -> Iterator[None]:
-    """Full float32 and no gradients, whatever the training run allows its own products."""
+    """Full float32 precision and no gradients, whatever precision training allows for its own products."""
     precision = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.conv.fp32_precision
+    cudnn: Any = torch.backends.cudnn
+    convolutions = cudnn.conv.fp32_precision
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    cudnn.conv.fp32_precision = "ieee"
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.conv.fp32_precision = convolutions
+        cudnn.conv.fp32_precision = convolutions
 
 
 def add_feature_states(metric: Metric, prefix: str = "") -> None:
-    """Gives a metric the states that `keep_features` fills."""
+    """Adds the states that `keep_features` fills to a metric."""
     metric.add_state(f"{prefix}features", default=[], dist_reduce_fx="cat")
     metric.add_state(f"{prefix}index", default=[], dist_reduce_fx="cat")
 
@@ -36,29 +38,29 @@ def keep_features(metric: Metric, features: Tensor, index: Tensor, prefix: str =
     """Adds samples to a metric's states.
 
     Args:
-        metric: whose.
+        metric: The metric.
         features: `[B, d]`, any floating-point type; kept in float32.
-        index: which sample each is, int64 `[B]`; negative ones are left out.
-        prefix: of the states' names.
+        index: Number of each sample, int64 `[B]`; samples with a negative number are left out.
+        prefix: Prefix of the states' names.
 
     Raises:
-        ValueError: features and index don't belong together.
+        ValueError: if the shapes of features and index do not match.
     """
     if features.ndim != 2 or index.shape != features.shape[:1]:
         raise ValueError(
-            f"features and index: [B, d] and [B] are wanted; got {tuple(features.shape)} and {tuple(index.shape)}."
+            f"features and index must be [B, d] and [B]; got {tuple(features.shape)} and {tuple(index.shape)}."
         )
     real = index >= 0
-    # In float32 whatever they came in: ranks can only gather what is of one type.
+    # Always in float32, because ranks can only gather tensors of the same type.
     getattr(metric, f"{prefix}features").append(features[real].detach().float())
     getattr(metric, f"{prefix}index").append(index[real])
 
 
 def kept_features(metric: Metric, prefix: str = "") -> Tensor:
-    """All features of a metric's states, float32 `[n, d]`, each sample's once, in the order of the indices.
+    """All features in a metric's states, float32 `[n, d]`, each sample once, in the order of their numbers.
 
     Raises:
-        ValueError: if they hold nan or inf, which no search for neighbours would notice; on all ranks.
+        ValueError: if they hold nan or inf, which no search for neighbours would notice; raised on all ranks.
     """
     index = dim_zero_cat(getattr(metric, f"{prefix}index"))
     order = index.argsort(stable=True)
@@ -71,10 +73,10 @@ def kept_features(metric: Metric, prefix: str = "") -> Tensor:
 
 
 class FeatureStore(Metric):
-    """Keeps features until they are all there, in the order of their samples' indices.
+    """Collects features over batches and ranks, in the order of their samples' numbers.
 
-    A sample seen twice counts once, padding (negative index) not at all, and neither batches nor ranks matter. A rank
-    without samples adds none of the same width, so that all have the same states to gather.
+    A sample seen twice counts once, and padding (a negative number) not at all. A rank without samples must add an
+    empty `[0, d]`, so that all ranks have the same states to gather.
     """
 
     full_state_update = False
@@ -89,5 +91,5 @@ class FeatureStore(Metric):
         keep_features(self, features, index)
 
     def compute(self) -> Tensor:
-        """All features, float32 `[n, d]`, each sample's once, in the order of the indices."""
+        """All features, float32 `[n, d]`, each sample once, in the order of their numbers."""
         return kept_features(self)

@@ -1,4 +1,4 @@
-"""How well images are reconstructed: means over images of what each one scores."""
+"""How well images are reconstructed: means of scores over images."""
 
 from collections.abc import Callable
 
@@ -11,32 +11,25 @@ from vfm_vae.finite import not_finite
 from vfm_vae.images import quantised, to_uint8
 
 
-class MeanOverImages(Metric):
+class _Mean(Metric):
     """Mean of one number per image, the same however the images are spread over batches and ranks.
 
     Attributes:
-        may_be_infinite: whether that is a value like others.
+        may_be_infinite: Whether an infinite mean is allowed.
     """
 
     full_state_update = False
     may_be_infinite = False
+    total: Tensor
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, values: Tensor) -> None:
-        """Adds images.
-
-        Args:
-            values: a number for each image, `[B]`.
-
-        Raises:
-            ValueError: if `values` is no vector.
-        """
-        if values.ndim != 1:
-            raise ValueError(f"values must hold one number per image, [B]; got shape {tuple(values.shape)}.")
+    def add(self, values: Tensor) -> None:
+        """Adds one number for each image, `[B]`."""
         self.total += values.detach().double().sum()
         self.count += len(values)
 
@@ -44,17 +37,34 @@ class MeanOverImages(Metric):
         """The mean, a float32 scalar; nan if no image was seen.
 
         Raises:
-            ValueError: if it is not finite although some were; on all ranks.
+            ValueError: if there were images and the mean is not finite; raised on all ranks.
         """
         if self.total.isnan() or (self.total.isinf() and not self.may_be_infinite):
             raise not_finite(f"{type(self).__name__}: over {int(self.count)} images it is {float(self.total)}")
         return (self.total / self.count).float()
 
 
-class PSNR(MeanOverImages):
-    """Peak signal-to-noise ratio in dB of each image, then the mean; images go through 8 bits first.
+class MeanOverImages(_Mean):
+    """Mean of numbers that are given for each image."""
 
-    An image that is reproduced exactly scores inf, and so does the mean then.
+    def update(self, values: Tensor) -> None:
+        """Adds images.
+
+        Args:
+            values: A number for each image, `[B]`.
+
+        Raises:
+            ValueError: if `values` is no vector.
+        """
+        if values.ndim != 1:
+            raise ValueError(f"values must hold one number per image, [B]; got shape {tuple(values.shape)}.")
+        self.add(values)
+
+
+class PSNR(_Mean):
+    """Peak signal-to-noise ratio in dB of each image, averaged over images, which go through 8 bits first.
+
+    The score of an image that is reproduced exactly is inf, and so is the mean then.
     """
 
     higher_is_better = True
@@ -68,13 +78,13 @@ class PSNR(MeanOverImages):
             images: the originals, alike.
         """
         difference = to_uint8(reconstructions).double() - to_uint8(images).double()
-        super().update(10 * torch.log10(255**2 / difference.square().mean(dim=(1, 2, 3))))
+        self.add(10 * torch.log10(255**2 / difference.square().mean(dim=(1, 2, 3))))
 
 
-class SSIM(MeanOverImages):
-    """Structural similarity (Wang et al. 2004) of each image, then the mean; images go through 8 bits first.
+class SSIM(_Mean):
+    """Structural similarity (Wang et al. 2004) of each image, averaged over images, which go through 8 bits first.
 
-    Gaussian window of 11 with sigma 1.5, data range 2.
+    The window is a Gaussian of 11x11 pixels with σ = 1.5.
     """
 
     higher_is_better = True
@@ -83,8 +93,8 @@ class SSIM(MeanOverImages):
         """Adds images.
 
         Args:
-            reconstructions: `[B, 3, H, W]`, nominally in [-1, 1], sides above 5.
-            images: the originals, alike.
+            reconstructions: `[B, 3, H, W]`, nominally in [-1, 1]; height and width above 5.
+            images: The originals, of the same shape.
         """
         if not len(images):
             return
@@ -92,16 +102,17 @@ class SSIM(MeanOverImages):
             similarity = structural_similarity_index_measure(
                 quantised(reconstructions), quantised(images), data_range=2.0, reduction="none"
             )
-        super().update(similarity.reshape(-1))
+        assert isinstance(similarity, Tensor)
+        self.add(similarity.reshape(-1))
 
 
-class PerceptualDistance(MeanOverImages):
+class PerceptualDistance(_Mean):
     """Mean of a network's distance between image and reconstruction (LPIPS, or features of a VFM).
 
     Args:
-        distance: takes reconstructions and images, `[B, 3, H, W]` in [-1, 1] after 8 bits, and returns the distance
-            of each pair, `[B]`, or its mean over the batch, as losses do. It is only called, not owned: whoever owns
-            its weights moves them.
+        distance: Takes reconstructions and images, `[B, 3, H, W]` in [-1, 1] after 8 bits, and returns the distance
+            of each pair, `[B]`, or its mean over the batch, as losses do. The metric does not own its weights, so
+            whoever does must move them to the device.
     """
 
     higher_is_better = False
@@ -121,7 +132,7 @@ class PerceptualDistance(MeanOverImages):
             return
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             distance = self._distance[0](quantised(reconstructions), quantised(images))
-        super().update(distance.expand(len(images)))
+        self.add(distance.expand(len(images)))
 
 
 class ReconstructionMetrics(MetricCollection):
@@ -130,10 +141,10 @@ class ReconstructionMetrics(MetricCollection):
     `update(reconstructions, images)` takes tensors `[B, 3, H, W]`, nominally in [-1, 1], without padding samples.
 
     Args:
-        perceptual: for each name the distance as `PerceptualDistance` takes it, such as `{"lpips": network}`.
+        perceptual: Distances by name, as `PerceptualDistance` takes them, such as `{"lpips": network}`.
     """
 
     def __init__(self, perceptual: dict[str, Callable[[Tensor, Tensor], Tensor]] | None = None) -> None:
-        metrics: dict[str, Metric] = {"psnr": PSNR(), "ssim": SSIM()}
+        metrics: dict[str, Metric | MetricCollection] = {"psnr": PSNR(), "ssim": SSIM()}
         metrics |= {name: PerceptualDistance(distance) for name, distance in (perceptual or {}).items()}
         super().__init__(metrics, compute_groups=False)

@@ -1,6 +1,7 @@
 """Transformed images, by which it is asked what of an image's meaning its features keep (VFM-VAE, section 3)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
@@ -58,8 +59,8 @@ def rotate(maps: Tensor, degrees: int) -> Tensor:
 
 def geometric_transformations() -> dict[str, Callable[[Tensor], Tensor]]:
     """Scales and rotations of images or latents `[B, C, H, W]` by name: `scale_0.25`, …, `rotation_270`."""
-    scales = {f"scale_{factor:g}": lambda maps, factor=factor: scale(maps, factor) for factor in SCALES}
-    return scales | {f"rotation_{angle}": lambda maps, angle=angle: rotate(maps, angle) for angle in ROTATIONS}
+    scales = {f"scale_{factor:g}": partial(scale, factor=factor) for factor in SCALES}
+    return {**scales, **{f"rotation_{angle}": partial(rotate, degrees=angle) for angle in ROTATIONS}}
 
 
 def is_identity(name: str) -> bool:

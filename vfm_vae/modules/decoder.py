@@ -1,7 +1,7 @@
 """The decoder: a latent to images at growing resolutions."""
 
 from collections.abc import Sequence
-from typing import Literal, final, get_args
+from typing import Any, Literal, final, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from vfm_vae.types import Decoded
 # The published decoder is coarse in its first blocks and takes larger kernels after.
 COARSE_KERNEL_BLOCKS, COARSE_BLUR_BLOCKS, EXTRA_LAYER_BLOCKS = 2, 3, 4
 
+CHANNELS = (512, 512, 512, 512, 256, 128)  # of the published decoder
 Downsampling = Literal["unshuffle", "pooling"]
 
 
@@ -182,7 +183,7 @@ class Decoder(nn.Module, Described):
     def __init__(
         self,
         in_channels: int | None = None,
-        channels: Sequence[int] = (512, 512, 512, 512, 256, 128),
+        channels: Sequence[int] = CHANNELS,
         route_channels: Sequence[int] = (512, 256, 128, 128),
         attention_depths: Sequence[int] = (2, 2, 2),
         num_res_blocks: int = 2,
@@ -244,6 +245,11 @@ class Decoder(nn.Module, Described):
                     activation_checkpointing=activation_checkpointing,
                 )
             )
+
+    @staticmethod
+    def upscaling_of(channels: Sequence[int] = CHANNELS, compression: int | None = None, **_: Any) -> int:
+        """The `upscaling` of a decoder with these options."""
+        return compression or 2 ** (len(channels) - 2)
 
     def compile_regions(self) -> None:
         """Compiles layer by layer; one compilation serves latents of any size, and all layers that are alike."""
