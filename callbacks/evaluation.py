@@ -161,7 +161,7 @@ def needed_vfm(pl_module: LightningModule, option: str) -> VFM:
 
     Args:
         pl_module: The module.
-        option: Of the callback, that would set a VFM.
+        option: The callback's option that would set a VFM.
 
     Raises:
         ValueError: if the module has none.

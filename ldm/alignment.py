@@ -39,7 +39,7 @@ class REPA(nn.Module):
 
     Args:
         vfm: Makes features of images; null where they are cached beside the latents.
-        weight: Of the alignment error.
+        weight: Weight of the alignment error in the loss.
     """
 
     has_class_token = False
@@ -154,8 +154,8 @@ class REG(REPA):
 
     Args:
         vfm: As of REPA.
-        weight: Of the alignment error.
-        cls_weight: Of the class token's squared error.
+        weight: Weight of the alignment error in the loss.
+        cls_weight: Weight of the class token's squared error in the loss.
     """
 
     has_class_token = True

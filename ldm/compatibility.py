@@ -43,7 +43,7 @@ def check_data(
     """Sees that data sets are what a denoiser can be trained and measured on.
 
     Args:
-        data: Of latents or images, set up.
+        data: The DataModule of latents or images, already set up.
         denoiser: Takes the latents.
         tokenizer: Encodes images.
         alignment: Aligns the denoiser to a VFM.
@@ -70,8 +70,8 @@ def check_data(
     return latent_source
 
 
-def check_alignment(alignment: REPA | None, denoiser: Denoiser) -> None:
-    """Sees that a denoiser has parts for alignment where there is one, and nowhere else.
+def check_parts(denoiser: Denoiser, alignment: REPA | None, tokenizer: FrozenTokenizer | None) -> None:
+    """Sees that a denoiser takes the tokenizer's latents, and has parts for alignment where there is one, only then.
 
     Raises:
         ValueError: if not.
@@ -82,6 +82,11 @@ def check_alignment(alignment: REPA | None, denoiser: Denoiser) -> None:
         raise ValueError(
             "model.alignment: the denoiser has align_channels or cls_channels, which nothing would train; set both to "
             "0, or give an alignment"
+        )
+    if tokenizer is not None and tokenizer.identity["channels"] != denoiser.in_channels:
+        raise ValueError(
+            f"model.in_channels: the tokenizer's latents have {tokenizer.identity['channels']} channels, but the "
+            f"denoiser takes {denoiser.in_channels}"
         )
 
 
@@ -166,7 +171,7 @@ def begin_from(
         source: The checkpoint.
         module: Takes the weights.
         latent_source: Identity of the tokenizer at hand, where it is known.
-        normalization: Of the module.
+        normalization: The module's normalization.
 
     Returns:
         That identity, from the checkpoint where it was not known.
@@ -189,7 +194,7 @@ def check_checkpoint(
     """Compares the latents that a checkpoint was trained on with those at hand.
 
     Args:
-        stored: Of a diffusion model's training.
+        stored: A checkpoint of a diffusion model's training.
         latent_source: Identity of the tokenizer at hand, where it is known.
         normalization: At hand.
         option: Names the checkpoint.

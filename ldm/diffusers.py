@@ -174,7 +174,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             class_labels: Classes, `[B]`.
             guidance_scale: Instead of the model's; 1 is no guidance.
             generator: A seed is drawn from it; from torch's own one if neither is given.
-            seed: Of the noise, as `LatentDiffusion.sample` takes it: the images are the same.
+            seed: Seed of the noise, as for `LatentDiffusion.sample`, which gives the same images.
             index: Numbers of the samples, int64 `[B]`; from 0 on if not given.
             num_inference_steps: The sampler's option `steps`, instead of the model's.
             output_type: `pil`, `np` (`[B, H, W, 3]` in [0, 1]), `pt` (`[B, 3, H, W]` in [0, 1]) or `latent` (as the

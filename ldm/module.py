@@ -24,6 +24,7 @@ from ldm.skipping import SkippedSteps
 from vfm_vae import schema
 from vfm_vae.checkpoints import check_state
 from vfm_vae.compilation import Compile, should_compile
+from vfm_vae.contracts import VFM
 from vfm_vae.data.latents import RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.frozen import sha256_of
@@ -41,12 +42,12 @@ class DiffusionModule(LightningModule):
 
     Args:
         model: The denoiser.
-        optimizer: Of the denoiser.
+        optimizer: Optimizer of the denoiser.
         sampler: From noise to latents, in validation and prediction.
-        guidance: Of sampling.
+        guidance: Guidance of sampling.
         tokenizer: Decodes samples, and encodes images where the data has no latents; null where neither is wanted.
         times: Distribution of training times.
-        cosine_weight: Of the cosine error beside the squared error of the velocity.
+        cosine_weight: Weight of the velocity's cosine error, which is added to its squared error.
         alignment: Aligns the denoiser to a VFM; null for none.
         label_drop: Share of training labels, or whatever the denoiser is told, that are replaced by none, so that
             guidance has something to guide from.
@@ -58,7 +59,7 @@ class DiffusionModule(LightningModule):
         init_from: Checkpoint whose weights training begins with, averaged ones where it has them; its optimiser and its
             counters are left.
         torch_compile: Compile the denoiser, block by block; `auto` does so on CUDA, unless it is small.
-        seed: Of every step's randomness, and of samples.
+        seed: Seed of all random numbers in training, and of samples.
 
     Raises:
         ValueError: if an option lies outside its range, or does not fit another.
@@ -242,13 +243,19 @@ class DiffusionModule(LightningModule):
 
     on_test_epoch_end = on_validation_epoch_end
 
+    @property
+    def vfm(self) -> VFM | None:
+        """The VFM that is at hand: the tokenizer's, or the one that the denoiser is aligned to."""
+        vfm = None if self.tokenizer is None else self.tokenizer.network.vfm
+        return self.alignment.vfm if vfm is None and self.alignment is not None else vfm
+
     @torch.no_grad()
     def alignment_features(self, batch: Batch | LatentBatch, time: float | None = None) -> dict[str, Tensor]:
         """Patch tokens after every block, averaged, `[B, D]`, as `block_01`, `block_02` and so on.
 
         Args:
             batch: Latents or images.
-            time: Of the noisy latents, of which the denoiser is told nothing else; 0.5 if not given.
+            time: Time of the noisy latents, 0 to 1; 0.5 if not given.
         """
         noise = IndexedNoise("alignment", self.seed, batch.index, self.device)
         latents = self._latents(batch, noise.normal(*self.model.latent_shape))

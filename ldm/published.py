@@ -48,7 +48,7 @@ class Family(NamedTuple):
 
     Attributes:
         model: Our class.
-        prefix: Of the names of its sizes.
+        prefix: What the names of its sizes begin with.
         options: Published arguments → ours.
         defaults: What the public class takes where its configuration is silent, by our names.
         fixed: Arguments that may have this one value alone; others change the network in ways that no published

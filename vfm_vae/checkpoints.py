@@ -125,7 +125,7 @@ def read_published_weights(weights: str | Path | None, url: str, owner: str) -> 
 
     Args:
         weights: The file; None is for `$TORCH_HOME/hub/checkpoints`, to which it is downloaded where it is missing.
-        url: Of the file; the hash in its name is checked when it comes.
+        url: Address of the file; the hash in its name is checked after the download.
         owner: Whose weights they are, in messages.
 
     Returns:
@@ -234,7 +234,7 @@ def check_state(module: nn.Module, checkpoint: Mapping[str, Any], option: str) -
 
     Args:
         module: Is to take them.
-        checkpoint: Of training.
+        checkpoint: A training checkpoint.
         option: Names the checkpoint.
 
     Raises:

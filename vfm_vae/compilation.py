@@ -29,7 +29,7 @@ def should_compile(option: Compile, device: torch.device, model: nn.Module) -> b
     """Whether to compile: as the option says, or with `auto` on CUDA and for models that are not small.
 
     Args:
-        option: Of the command line.
+        option: The option as given: true, false or `auto`.
         device: Where the model runs.
         model: All of it.
     """

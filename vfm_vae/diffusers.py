@@ -58,8 +58,8 @@ class AutoencoderVFM(WholeModel, AutoencoderMixin, ConfigMixin):
 
     Args:
         description: The tokenizer and its VFM, as the `config.json` of a VFMVAE says them.
-        in_channels: Of images.
-        out_channels: Of images.
+        in_channels: Channels of the images.
+        out_channels: Channels of the reconstructions.
         latent_channels: C.
         block_out_channels: Channels of the decoder's finest blocks, fine to coarse: one more than there are halvings
             from image to latent, for diffusers computes the compression from their number. Where that is one more than
@@ -67,8 +67,8 @@ class AutoencoderVFM(WholeModel, AutoencoderMixin, ConfigMixin):
         sample_size: Side of the images in pixels that pipelines are to expect.
         scaling_factor: 1 over the standard deviation of all latents; 1 where it is not known.
         shift_factor: The mean of all latents; 0 where it is not known.
-        latents_mean: Of each channel, `[C]`, where it is known.
-        latents_std: Of each channel, `[C]`, where it is known.
+        latents_mean: Mean of each latent channel, `[C]`, if it is known.
+        latents_std: Standard deviation of each latent channel, `[C]`, if it is known.
         force_upcast: Asks pipelines in float16 to decode in float32.
 
     Attributes:
@@ -112,8 +112,8 @@ class AutoencoderVFM(WholeModel, AutoencoderMixin, ConfigMixin):
 
         Args:
             model: The tokenizer.
-            latents_mean: Of each channel of its latents, C numbers; sets `shift_factor`, too.
-            latents_std: Of each channel of its latents, C numbers; sets `scaling_factor`, too.
+            latents_mean: Mean of each channel of its latents, C numbers; also sets `shift_factor`.
+            latents_std: Standard deviation of each channel, C numbers; also sets `scaling_factor`.
             sample_size: Side of the images in pixels that pipelines are to expect.
 
         Raises:
@@ -193,7 +193,7 @@ class AutoencoderVFM(WholeModel, AutoencoderMixin, ConfigMixin):
             sample: The images.
             sample_posterior: Whether to sample the latent instead of taking the most likely one.
             return_dict: Whether not to return a tuple.
-            generator: Of that sample.
+            generator: Random numbers for that sample.
         """
         latent_dist = self.encode(sample).latent_dist
         z = latent_dist.sample(generator) if sample_posterior else latent_dist.mode()

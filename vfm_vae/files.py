@@ -15,7 +15,7 @@ def read_image(path: str | Path, size: int) -> Tensor:
     """Reads an image file, turned as its EXIF orientation says, on white where it is transparent.
 
     Args:
-        path: Of anything that Pillow reads.
+        path: A file in any format that Pillow reads.
         size: Sides in pixels, to which it is brought by ADM's centre crop, as diffusion models are trained.
 
     Returns:

@@ -58,7 +58,7 @@ class Frozen(nn.Module):
         of the weights as they were read.
 
         Args:
-            dtype: Of autocast.
+            dtype: The precision of autocast.
         """
         self.fingerprint()
         for layer in self.network.modules():

@@ -19,7 +19,7 @@ from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.frozen import sha256_of
 from vfm_vae.gan_losses import GANLosses
 from vfm_vae.images import Rounding, from_uint8, quantised, resize
-from vfm_vae.lightning_private import logs_now
+from vfm_vae.lightning_private import has_trainer, logs_now
 from vfm_vae.losses.alignment import settle
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.losses.objective import Objective
@@ -41,7 +41,7 @@ class Reconstruction(NamedTuple):
 
     Attributes:
         features: The VFM's, where the tokenizer has one.
-        posterior: Of the untransformed images.
+        posterior: The posterior of the untransformed images.
         z: Latents drawn from it, `[B, C, h, w]`.
         decoded: The decoder's images.
         target: What they should be, `[B, 3, H, W]` in [-1, 1].
@@ -61,8 +61,8 @@ class TokenizerModule(TwoPlayers):
         model: The tokenizer.
         discriminator: Its opponent.
         objective: The generator's losses.
-        optimizer: Of the tokenizer; of a VFMVAE, adapter and decoder train.
-        discriminator_optimizer: Of the discriminator.
+        optimizer: Optimizer of the tokenizer; in a VFMVAE, adapter and decoder are trained.
+        discriminator_optimizer: Optimizer of the discriminator.
         patchgan: A second opponent, for the last stage; the discriminators' optimiser trains both.
         equivariance: Transforms latents or inputs in training; None leaves them alone.
         guard: Decides which steps are taken.
@@ -79,7 +79,7 @@ class TokenizerModule(TwoPlayers):
         predict: What prediction returns: `reconstructions`; or, for a cache, `latents`, a posterior sample of each
             image and of its mirror image; or the `moments` of the posterior, mean then standard deviation.
         features: VFM whose features a cache of `moments` holds beside the latents, for models that are aligned to it.
-        seed: Of every step's randomness.
+        seed: Seed of all random numbers in training.
         accumulate_grad_batches: Batches whose gradients make one step.
         gradient_clip_val: Largest gradient norm of either player; None or 0 clips nothing.
         order: How the players take turns. `simultaneous`: both learn from one generator forward, the generator first.
@@ -127,8 +127,8 @@ class TokenizerModule(TwoPlayers):
                 raise ValueError(f"objective.{name}: {objective.weights[name]:g} weighs nothing without a patchgan")
         if objective.weights["alignment"] and not (isinstance(model, Aligned) and model.vfm is not None):
             raise ValueError(
-                f"objective.alignment: {objective.weights['alignment']:g} would draw latents towards features of a VFM, "
-                f"but this {type(model).__name__} has none to be aligned to; set it to 0"
+                f"objective.alignment: {objective.weights['alignment']:g} draws latents towards a VFM's features, but "
+                f"this {type(model).__name__} has no VFM to be aligned to; set it to 0"
             )
         if order not in ("simultaneous", "published"):
             raise ValueError(f"order: 'simultaneous' or 'published', given {order!r}")
@@ -427,7 +427,7 @@ class TokenizerModule(TwoPlayers):
         stored = schema.take(checkpoint, TOKENIZER, "ckpt_path: the checkpoint")
         check_vfm(self.vfm, checkpoint)
         self._average = None  # a run that goes on has averages of its own
-        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        fitting = has_trainer(self) and self.trainer.state.fn == TrainerFn.FITTING
         if fitting:
             check_optimizers(self._trained(), checkpoint)
         if not fitting:

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from vfm_vae.checkpoints import fill, read_json, read_weights
-from vfm_vae.description import Described, class_path, describe
+from vfm_vae.description import Described, class_at, class_path, describe
 from vfm_vae.schema import TOKENIZER, Kind, read
 from vfm_vae.writing import put_tensors, whole_file
 
@@ -46,7 +46,7 @@ class Pretrained(Described):
     """A model that is saved, loaded and shared as a folder, or read from a checkpoint; mixed into an `nn.Module`.
 
     Attributes:
-        kind: Of its checkpoints.
+        kind: The kind of checkpoint that holds such a model.
     """
 
     kind: ClassVar[Kind] = TOKENIZER
@@ -142,8 +142,8 @@ class Pretrained(Described):
         Args:
             name: `owner/model`; made if it is missing.
             private: Whether a new one is.
-            token: Of the hub; the one that `hf auth login` stored if not given.
-            commit_message: Of the upload.
+            token: Access token for the hub; the default is the one that `hf auth login` stored.
+            commit_message: Message of the commit that uploads the files.
             **options: Further ones of `huggingface_hub.HfApi.upload_folder`: `revision`, `create_pr`, …
 
         Returns:
@@ -251,8 +251,16 @@ def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> Non
     packages = {*PACKAGES, base.__module__.partition(".")[0]}
     if foreign := [path for path in paths if path.partition(".")[0] not in packages]:
         raise ValueError(f"name: {str(name)!r} asks for {foreign}, but only classes of this project are built")
-    if config["model"]["class_path"] != class_path(base):
-        raise ValueError(f"name: {str(name)!r} holds a {config['model']['class_path']}, and no {base.__qualname__}")
+    path = config["model"]["class_path"]
+    if path != class_path(base) and not _names_subclass(path, base):
+        raise ValueError(f"name: {str(name)!r} holds a {path}, and no {base.__qualname__}")
+
+
+def _names_subclass(path: str, base: type) -> bool:
+    try:
+        return issubclass(class_at(path), base)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return False
 
 
 def _class_paths(description: Any) -> Iterator[str]:

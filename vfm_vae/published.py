@@ -105,7 +105,7 @@ def patchgan_names(num_scales: int, features: bool) -> Names:
     """Names of the PatchGAN, whose scales count down from the full size.
 
     Args:
-        num_scales: Of its discriminators.
+        num_scales: Number of its discriminator's scales.
         features: Whether it is the published variant that gives the features of its layers; the other's layers lie in
             one sequence, activations counted.
     """
@@ -191,7 +191,7 @@ def write_training(folder: str | Path, checkpoint: Mapping[str, Any], overlay: M
     """Puts what the command lines go on from beside a model: a checkpoint, and what says what the model is.
 
     Args:
-        folder: Of the model.
+        folder: The model's folder.
         checkpoint: As Lightning reads it.
         overlay: A config that goes after others.
     """

@@ -30,7 +30,7 @@ class Kind:
     """A kind of checkpoint.
 
     Attributes:
-        name: Of the model.
+        name: Name of the model.
         program: Whose `fit` writes such checkpoints.
         parts: Where in the checkpoint the model's weights are, by the beginnings of their names, and how these names
             begin in the model.
@@ -60,7 +60,7 @@ class Stored:
 
     Attributes:
         content: All that it says.
-        kind: Of model.
+        kind: Kind of the model.
         place: Names the option that gave it, and perhaps the file, in messages.
     """
 
@@ -112,7 +112,7 @@ def read(path: str | Path, option: str, kind: Kind) -> Stored:
     Args:
         path: The checkpoint.
         option: Names what gave it in messages.
-        kind: Of model that is wanted.
+        kind: Kind of model that is wanted.
 
     Raises:
         ValueError: if there is no such file, it can't be read, or it is of another kind or of a later version.
@@ -125,7 +125,7 @@ def take(content: Mapping[str, Any], kind: Kind, place: str) -> Stored:
 
     Args:
         content: All that the checkpoint says; where ranks share its weights, they are in the model already.
-        kind: Of model that is wanted.
+        kind: Kind of model that is wanted.
         place: Names the option that gave it in messages.
 
     Raises:
@@ -152,7 +152,7 @@ def write(checkpoint: dict[str, Any], kind: Kind, config: Mapping[str, Any], *, 
 
     Args:
         checkpoint: Gets it.
-        kind: Of model.
+        kind: Kind of the model.
         config: How to make the model again, in plain data.
         images_seen: Images that it was trained on.
         **facts: Further ones of this kind, in plain data and tensors.
@@ -166,7 +166,7 @@ def write_average(checkpoint: dict[str, Any], weights: Mapping[str, Tensor], ima
 
     Args:
         checkpoint: Gets them.
-        weights: Of some or all parameters, by the names of `state_dict`.
+        weights: Some or all parameters, by their names in `state_dict`.
         images_seen: Images that the average has seen.
     """
     checkpoint[AVERAGE] = {"weights": dict(weights), "images_seen": images_seen}

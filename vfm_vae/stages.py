@@ -1,4 +1,4 @@
-"""Going from one stage of training to the next, with the same vision foundation model."""
+"""Going from one stage of training to the next, with the same vision foundation model, where there is one."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from vfm_vae.checkpoints import fill
+from vfm_vae.contracts import VFM
 from vfm_vae.schema import TOKENIZER, Stored, read
-from vfm_vae.vfm import FrozenVFM, check_vfm
+from vfm_vae.vfm import check_vfm
 
 
-def read_stage(path: str, vfm: FrozenVFM) -> Stored:
+def read_stage(path: str, vfm: VFM | None) -> Stored:
     """Reads the checkpoint of a former stage.
 
     Args:
@@ -60,7 +61,7 @@ def check_optimizers(trained: Sequence[Sequence[nn.Parameter]], checkpoint: Mapp
 
     Args:
         trained: What each optimiser trains.
-        checkpoint: Of training.
+        checkpoint: A training checkpoint.
 
     Raises:
         ValueError: if not.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vfm_vae.compilation import compile_regions
 from vfm_vae.contracts import VFM
+from vfm_vae.derived import fill, shape_of
 from vfm_vae.frozen import Frozen, sha256_of
 from vfm_vae.images import Interpolation
 from vfm_vae.losses.alignment import pool_tokens
@@ -65,6 +66,20 @@ class VFMVAE(PretrainedTokenizer):
         self._check_quantizer()
         if vfm is not None:
             self._check_fit(vfm)
+
+    @classmethod
+    def complete(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
+        """Fills in the widths and the factors that follow from the VFM and from each other, see `vfm_vae.derived`."""
+        adapter, decoder = init_args.get("adapter") or {}, init_args.get("decoder") or {}
+        shape = None
+        if any(adapter.get(name) is None for name in ("feature_channels", "unshuffle", "alignment_channels")):
+            shape = shape_of(init_args.get("vfm"))
+        if shape is not None:
+            unshuffle = max(1, round(Decoder.upscaling_of(**decoder) / shape.stride))
+            widths = {"feature_channels": list(shape.widths), "alignment_channels": shape.width}
+            adapter = fill(adapter, unshuffle=unshuffle, **widths)
+        decoder = fill(decoder, in_channels=adapter.get("decoded_channels"))
+        return {**init_args, "adapter": adapter, "decoder": decoder}
 
     def attach_vfm(self, weights: str | None = None) -> Self:
         """Loads the VFM that is known by name, and returns the model.
@@ -196,7 +211,7 @@ class VFMVAE(PretrainedTokenizer):
         """
         return self.encode_with_features(images)[0]
 
-    def encode_with_features(self, images: Tensor) -> tuple[Posterior, VFMFeatures]:
+    def encode_with_features(self, images: Tensor) -> tuple[Posterior, VFMFeatures | None]:
         """Encodes images `[B, 3, H, W]` in [-1, 1]; returns the VFM's features, too, of which the posterior is made.
 
         Raises:
@@ -280,7 +295,7 @@ class FrozenTokenizer(Frozen):
 
     Attributes:
         network: The tokenizer.
-        identity: Of its latents, see `Tokenizer.latent_identity`.
+        identity: What identifies its latents, see `Tokenizer.latent_identity`.
 
     Raises:
         ValueError: if there is no such tokenizer, or its VFM can't be had.

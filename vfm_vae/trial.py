@@ -30,7 +30,7 @@ def cut_short_by(options: Mapping[str, Any], command: str) -> str | None:
     """Which option makes a run a trial.
 
     Args:
-        options: Of the trainer; `vars` of one has them, too.
+        options: The trainer's options; `vars(trainer)` has them, too.
         command: `fit`, `validate`, `test` or `predict`.
 
     Returns:
@@ -58,7 +58,7 @@ def without_output(options: Mapping[str, Any]) -> dict[str, Any]:
     """A trainer's options without all that would write: checkpoints, logs, and the callbacks that are `Output`.
 
     Args:
-        options: Of a trial run, its callbacks in a list.
+        options: The trainer's options for a trial run, with its callbacks in a list.
     """
     dropped: tuple[type, ...] = (Output, Checkpoint)
     changed: dict[str, Any] = {"enable_checkpointing": False, "logger": DummyLogger()}

@@ -44,7 +44,7 @@ def load_vit(network: nn.Module, name: str, weights: str | Path) -> None:
     """Gives a network all of its weights from a file.
 
     Args:
-        network: Of timm, without its classifier.
+        network: A network of timm's, without its classifier.
         name: What it is called in messages.
         weights: safetensors or a checkpoint of torch, in timm's or the family's published layout; within a checkpoint
             of training and behind common prefixes, too. Classifiers, text towers and the like are passed over.

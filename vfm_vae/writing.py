@@ -49,7 +49,7 @@ def whole_file(path: str | Path, size: int = 0, option: str | None = None) -> It
     """Opens a file that appears under its name when the block ends well, whole and on the disk.
 
     Args:
-        path: Of the file; folders that are missing are made.
+        path: The file; missing folders are created.
         size: Bytes that it will have at least, where that is known: so much space must be there to begin with.
         option: What gave the path, for the message; None where nothing in particular did.
 

@@ -113,7 +113,7 @@ class PatchEmbed(nn.Module):
 
     Args:
         in_channels: Channels of the map.
-        width: Of the tokens.
+        width: Width of the tokens.
         patch_size: Side of a patch.
     """
 
@@ -136,7 +136,7 @@ class TimeEmbedding(nn.Module):
     """Time in [0, 1] as a vector: 128 frequencies from 1 down to 1/10000, cosines then sines, and an MLP.
 
     Args:
-        width: Of the vector.
+        width: Width of the vector.
         num_frequencies: Half the width of what enters the MLP.
     """
 
@@ -155,8 +155,8 @@ class SwiGLU(nn.Module):
     """Gated MLP (Shazeer 2020, arXiv 2002.05202): `out(silu(gate) · value)`, gate and value from one linear layer.
 
     Args:
-        width: Of the tokens.
-        hidden: Of gate and value.
+        width: Width of the tokens.
+        hidden: Width of gate and value.
     """
 
     def __init__(self, width: int, hidden: int):
@@ -174,7 +174,7 @@ class MLP(nn.Sequential):
     """Linear, GELU in its tanh form, linear.
 
     Args:
-        width: Of the tokens.
+        width: Width of the tokens.
         hidden: Between the two.
     """
 
@@ -198,7 +198,7 @@ class Attention(nn.Module):
     """Self-attention, with norms on queries and keys and a rotary embedding where asked for.
 
     Args:
-        width: Of the tokens.
+        width: Width of the tokens.
         num_heads: Has to divide it.
         norm: Makes the norm of queries and keys of a head's width; null for none.
     """
@@ -231,8 +231,8 @@ class Block(nn.Module):
     """Attention and MLP, each normalised, modulated and gated by the condition.
 
     Args:
-        width: Of the tokens.
-        num_heads: Of attention.
+        width: Width of the tokens.
+        num_heads: Number of attention heads.
         norm: Makes the norms in front of both.
         qk_norm: Makes the norms of queries and keys; null for none.
         swiglu: Whether the MLP is gated.
@@ -266,7 +266,7 @@ class FinalLayer(nn.Module):
     """From tokens to patches of velocity, and from a class token in front of them to its velocity.
 
     Args:
-        width: Of the tokens.
+        width: Width of the tokens.
         out_features: Numbers in a patch.
         norm: Makes the norm.
         cls_channels: Width of the class token's velocity; 0 where there is none.
@@ -298,9 +298,9 @@ class Projector(nn.Sequential):
     """From tokens to the width of a VFM's (REPA, Yu et al. 2025, arXiv 2410.06940): three linear layers with SiLU.
 
     Args:
-        width: Of the tokens.
+        width: Width of the tokens.
         hidden: Between the layers.
-        out: Of the VFM's tokens.
+        out: Width of the VFM's tokens.
     """
 
     def __init__(self, width: int, hidden: int, out: int):

@@ -6,8 +6,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from vfm_vae.contracts import Aligned, Tokenizer
 from vfm_vae.images import Interpolation
-from vfm_vae.losses.alignment import adaptive_weight, pool_tokens, vf_loss
+from vfm_vae.losses.alignment import adaptive_weight, vf_loss
 from vfm_vae.losses.reconstruction import (
     LPIPSLoss,
     SSIMLoss,
@@ -16,10 +17,9 @@ from vfm_vae.losses.reconstruction import (
     l2,
     multi_resolution_l1,
 )
-from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.quantizer import QuantizedPosterior
 from vfm_vae.options import at_least
-from vfm_vae.types import Decoded, Posterior, VFMFeatures
+from vfm_vae.types import Decoded, Posterior, Variational, VFMFeatures
 
 
 @final
@@ -109,6 +109,9 @@ class Objective(nn.Module):
             target: What they should be, `[B, 3, H, W]` in [-1, 1].
             interpolation: How targets are resized.
             images_seen: Images the tokenizer was trained on.
+
+        Raises:
+            ValueError: if multi-scale images are weighed, and there are none.
         """
         terms = {
             "l1": lambda: l1(decoded.image, target),
@@ -117,29 +120,38 @@ class Objective(nn.Module):
             "ssim": lambda: self.ssim_loss(decoded.image, target),
         }
         if images_seen < self.multi_resolution_images:
+            if self.weights["multi_resolution"] and not decoded.multiscale:
+                raise ValueError("objective.multi_resolution: the tokenizer makes no smaller images; set it to 0")
             terms["multi_resolution"] = lambda: multi_resolution_l1(decoded.multiscale, target, interpolation)
         return {name: term() for name, term in terms.items() if self.weights[name]}
 
     def latent(
-        self, posterior: Posterior, z: Tensor, features: VFMFeatures, adapter: Adapter, reconstruction: Tensor
+        self,
+        posterior: Posterior,
+        z: Tensor,
+        features: VFMFeatures | None,
+        tokenizer: Tokenizer,
+        reconstruction: Tensor,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Unweighted terms on the latent by name, and the numbers that explain them.
 
         Args:
-            posterior: Of the untransformed images.
+            posterior: The posterior of the untransformed images.
             z: Latents drawn from it, `[B, C, h, w]`.
-            features: The VFM's, of the same images.
-            adapter: Projects z to the VFM's width, and holds the weight at which gradients are compared.
+            features: The VFM's, of the same images; None where there is none, and no alignment.
+            tokenizer: Made the posterior; where alignment is weighed, it is `Aligned`.
             reconstruction: Weighted sum of the reconstruction terms.
 
         Returns:
             Terms, to be weighted; the alignment term already includes its adaptive weight. Then scalars to log.
 
         Raises:
-            ValueError: if losses of a quantizer are weighed, and the posterior is none's.
+            ValueError: if losses are weighed that this posterior does not have.
         """
         terms, extra = {}, {}
         if self.weights["kl"]:
+            if not isinstance(posterior, Variational):
+                raise ValueError("objective.kl: the tokenizer's latents have no prior to diverge from; set it to 0")
             terms["kl"] = posterior.kl().mean()
         if isinstance(posterior, QuantizedPosterior):
             extra["codebook_usage"] = posterior.usage
@@ -150,12 +162,12 @@ class Objective(nn.Module):
                 "quantization, entropy: the tokenizer has no quantizer whose losses they weigh; set both to 0"
             )
         if self.weights["alignment"]:
-            target = pool_tokens(features.tokens, features.grid, z.shape[2:])
-            loss = vf_loss(adapter.align(z), target, **self.margins)
+            assert isinstance(tokenizer, Aligned) and features is not None  # else there would be no such weight
+            loss = vf_loss(tokenizer.align(z), tokenizer.alignment_target(features, z), **self.margins)
             extra |= {"alignment_distance": loss.distance.detach(), "alignment_cosine": loss.cosine.detach()}
             terms["alignment"] = loss.loss
             if self.adaptive_alignment:
-                weight = self._alignment_weight(reconstruction, loss.loss, adapter.last_encoding_weight)
+                weight = self._alignment_weight(reconstruction, loss.loss, tokenizer.last_encoding_weight)
                 extra |= {"alignment": loss.loss.detach(), "alignment_weight": weight}
                 terms["alignment"] = weight * loss.loss
         return terms, extra
