@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from ldm.condition import Condition
 from vfm_vae.compilation import compile_regions
 from vfm_vae.description import Described
+from vfm_vae.hooks import run_and_keep
 from vfm_vae.options import at_least
 
 
@@ -145,15 +147,8 @@ class Denoiser(nn.Module, Described, ABC):
     @torch.no_grad()
     def block_features(self, state: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
         """Patch tokens after every block, averaged, float32 `[B, D]` each; arguments as of `forward`."""
-        features: list[Tensor] = []
-
-        def keep(block: nn.Module, args: tuple[Tensor, ...], tokens: Tensor) -> None:
-            features.append(tokens[:, self.num_prefix_tokens :].float().mean(1))
-
-        hooks = [block.register_forward_hook(keep) for block in self.blocks]
-        try:
-            self.forward(state, t, condition)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return features
+        run = partial(self.forward, state, t, condition)
+        layers = range(1, len(self.blocks) + 1)
+        patches = self.num_prefix_tokens
+        _, means = run_and_keep(run, self.blocks, layers, keep=lambda tokens: tokens[:, patches:].float().mean(1))
+        return [means[layer] for layer in layers]
