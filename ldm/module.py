@@ -41,24 +41,27 @@ class DiffusionModule(LightningModule):
     """Trains a denoiser by flow matching, on cached latents or on images that a frozen tokenizer encodes.
 
     Args:
-        model: The denoiser.
+        model: The denoiser to train.
         optimizer: Optimizer of the denoiser.
-        sampler: From noise to latents, in validation and prediction.
-        guidance: Guidance of sampling.
-        tokenizer: Decodes samples, and encodes images where the data has no latents; null where neither is wanted.
-        times: Distribution of training times.
+        sampler: Draws latents from noise in validation and prediction; null for the default, Euler.
+        guidance: How samples are guided; null for no guidance.
+        tokenizer: Decodes samples, and encodes images if the data has no latents; null if neither is needed.
+        times: Distribution of training times: `uniform`, or `lognormal` to favour the middle of the path.
         cosine_weight: Weight of the velocity's cosine error, which is added to its squared error.
-        alignment: Aligns the denoiser to a VFM; null for none.
-        label_drop: Share of training labels, or whatever the denoiser is told, that are replaced by none, so that
-            guidance has something to guide from.
-        label_mode: Classes of samples: `random`, as published numbers have it, or `balanced`, equally many of each.
-        conditioning: What the denoiser is told; null for class labels, which `label_mode` chooses for samples.
-        predict: What prediction gives, decoded `images` or `latents`.
-        rounding: How samples become 8 bits: to the nearest level, or down, as published gFIDs have it.
-        statistics_images: Training images whose latents give the statistics for normalising, where the data is images.
-        init_from: Checkpoint whose weights training begins with, averaged ones where it has them; its optimiser and its
-            counters are left.
-        torch_compile: Compile the denoiser, block by block; `auto` does so on CUDA, unless it is small.
+        alignment: Aligns the denoiser's features to a VFM's; null for no alignment.
+        label_drop: Fraction of training labels (or other conditions) that are dropped, so that samples can be guided.
+        label_mode: How samples' classes are chosen: `random`, as for published numbers, or `balanced`, equally many of
+            each.
+        conditioning: Where the denoiser's conditions come from; null for class labels, which `label_mode` chooses for
+            samples.
+        predict: What prediction returns: decoded `images`, or `latents`.
+        rounding: How samples are converted to 8 bits: `round` to the nearest level, or `truncate` as for published
+            numbers.
+        statistics_images: How many training images the statistics for normalizing latents are computed from, if the
+            data is images.
+        init_from: Checkpoint whose weights training starts from, averaged ones if it has them. Its optimizer and
+            counters are not used.
+        torch_compile: Whether to compile the denoiser's blocks; `auto` compiles on GPUs unless the model is small.
         seed: Seed of all random numbers in training, and of samples.
 
     Raises:
@@ -66,7 +69,7 @@ class DiffusionModule(LightningModule):
 
     Attributes:
         pipeline: Draws samples. It shares denoiser and statistics with this module and holds no weights of its own.
-        images_seen: Images trained on, over all ranks.
+        images_seen: How many images were trained on, over all ranks.
     """
 
     pipeline: LatentDiffusion

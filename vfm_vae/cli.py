@@ -15,12 +15,13 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vfm_vae.derived import complete
+from vfm_vae.description import class_path
 from vfm_vae.former import upgrade, upgrade_word
+from vfm_vae.lightning_private import HookedCLI, checkpoint_path
 from vfm_vae.options import within
 from vfm_vae.run import Run
 from vfm_vae.saving import WholeCheckpoints, alike, local_path
@@ -34,6 +35,7 @@ MATMUL_PRECISION = "matmul_precision"
 UNTRAINED = "untrained"
 MAX_SEED = 2**32 - 1  # NumPy's
 CONFIGS = Path(__file__).parent / "configs"
+NAMED = ("callbacks", "vfm_vae.tokenizer")  # once these are imported, configs name their classes without modules
 LOADER = "vfm_vae"
 set_loader(LOADER, lambda text: upgrade(get_loader("yaml")(text)), (yaml.YAMLError,))
 
@@ -57,22 +59,26 @@ class SaveTrainingConfig(SaveConfigCallback):
         alike(trainer.strategy, write)
 
 
-class CLI(LightningCLI):
+class CLI(HookedCLI):
     """LightningCLI that reads checkpoints without unpickling objects, and lets configs have the last word.
 
     Trial runs (`vfm_vae.trial`) leave nothing behind, and only who asks for it measures a model without a checkpoint.
     Configs of former versions are brought into this one's form, and options that follow from others are filled in.
     """
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser, which reads configs of former versions, too."""
+        return super().init_parser(**{"parser_mode": LOADER} | kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is set before anything is built."""
-        parser.parser_mode = LOADER
         parser.add_class_arguments(Run, "run", instantiate=False)
         add_matmul_precision(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses a command line, or a config as plain data; by default the command line of this process."""
-        importlib.import_module("callbacks")  # configs name classes without modules, once these are imported
+        for module in NAMED:
+            importlib.import_module(module)
         if isinstance(args, Mapping | Namespace):
             self.config = parser.parse_object(args)
         else:
@@ -87,7 +93,8 @@ class CLI(LightningCLI):
     def _completed(self) -> Namespace:
         config = self.config.clone()
         options = config[self.subcommand]
-        fill_in(options.model, complete(options.model.as_dict()))
+        model = {"class_path": class_path(self.model_class), "init_args": options.model.as_dict()}
+        fill_in(options.model, complete(model)["init_args"])
         run = Run(**options.run.as_dict())
         for callback in options.trainer.callbacks or []:
             run.tell(callback)
@@ -111,17 +118,13 @@ class CLI(LightningCLI):
         within(0, MAX_SEED, seed_everything=self.config[self.subcommand]["seed_everything"])
         super()._set_seed()
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+    def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
+        """Reads checkpoints without unpickling, and lets an evaluation ask for an untrained model."""
         parser.set_defaults(weights_only=True)
         if subcommand != "fit":
             parser.add_argument(
                 f"--{UNTRAINED}", type=bool, default=False, help="Take a model without a checkpoint, as it is built."
             )
-        return parser
-
-    def _parse_ckpt_path(self) -> None:
-        """Leaves the config alone; Lightning would put the checkpoint's hyper-parameters over it."""
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Takes away from a trial run what would write, and says so."""
@@ -193,8 +196,7 @@ class CLI(LightningCLI):
         """What Lightning takes for a checkpoint's path; None where there is none, or a trial run reads it not."""
         if self.cut_short_by is not None and ckpt_path == "last":
             return None
-        connector = self.trainer._checkpoint_connector
-        return connector._parse_ckpt_path(TrainerFn(subcommand), ckpt_path, model_provided=True, model_connected=False)
+        return checkpoint_path(self.trainer, subcommand, ckpt_path)
 
 
 def run(module: type[LightningModule], datamodule: type[LightningDataModule], test_epilog: str | None = None) -> None:
@@ -275,14 +277,13 @@ def add_matmul_precision(parser: ArgumentParser) -> None:
         f"--{MATMUL_PRECISION}",
         type=Literal["highest", "high", "medium"],
         default="high",
-        help="How GPUs compute products and convolutions of float32: `highest` in float32 throughout, `high` and "
-        "`medium` in TF32, which is several times faster. CPUs do alike where they can: hardly any has TF32, but by "
-        "`medium` many take bfloat16.",
+        help="Precision of float32 matrix products and convolutions on GPUs: `highest` is float32, `high` and `medium` "
+        "are TF32, which is several times faster. Some CPUs use bfloat16 with `medium`.",
     )
 
 
 def set_matmul_precision(precision: str) -> None:
-    """Lets all that follows in this process compute products and convolutions of float32 as precisely.
+    """Sets the precision of float32 matrix products and convolutions in this process.
 
     Args:
         precision: `highest`, `high` or `medium`, as `add_matmul_precision` explains them.

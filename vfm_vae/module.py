@@ -58,39 +58,41 @@ class TokenizerModule(TwoPlayers):
     """Trains a tokenizer against one discriminator or two.
 
     Args:
-        model: The tokenizer.
-        discriminator: Its opponent.
-        objective: The generator's losses.
+        model: The tokenizer to train.
+        discriminator: The discriminator that it is trained against.
+        objective: The tokenizer's losses.
         optimizer: Optimizer of the tokenizer; in a VFMVAE, adapter and decoder are trained.
         discriminator_optimizer: Optimizer of the discriminator.
-        patchgan: A second opponent, for the last stage; the discriminators' optimiser trains both.
-        equivariance: Transforms latents or inputs in training; None leaves them alone.
-        guard: Decides which steps are taken.
-        max_images: Images, all stages together, after which training stops; -1 leaves that to the trainer.
-        init_from: Checkpoint of the former stage: weights, discriminator, averages and the image counter are carried
-            over, optimisers start fresh.
-        train_only: Parts of the model that train, by name, such as `decoder` or `decoder.blocks.5`; null for all. The
-            others are set to the former stage's averages, which evaluation uses: so fine-tuning a decoder leaves the
-            latents, and what was trained on them, as they are.
-        torch_compile: Compile the tokenizer layer by layer; `auto` does it on GPUs, for models that are not small.
-        evaluate: Which latent is decoded in evaluation: the posterior's mode, or a sample as published numbers do.
-        rounding: How reconstructions become 8-bit images before they are measured: `round`, or `truncate` as in
-            published numbers.
-        predict: What prediction returns: `reconstructions`; or, for a cache, `latents`, a posterior sample of each
-            image and of its mirror image; or the `moments` of the posterior, mean then standard deviation.
-        features: VFM whose features a cache of `moments` holds beside the latents, for models that are aligned to it.
+        patchgan: A second discriminator, for the last stage. The same optimizer trains both.
+        equivariance: Transforms latents or input images in training; null for no transforms.
+        guard: Skips training steps that would ruin the weights; null takes every step.
+        max_images: Training stops after so many images, counted over all stages; -1 for no limit.
+        init_from: Checkpoint of the previous stage. Training continues from its weights, averages and image counter;
+            optimizers start fresh.
+        train_only: Names of the parts to train, such as `decoder` or `decoder.blocks.5`; null trains all. The other
+            parts take the previous stage's averaged weights and keep them, so that latents stay the same when only the
+            decoder is trained.
+        torch_compile: Whether to compile the tokenizer's layers; `auto` compiles on GPUs unless the model is small.
+        evaluate: Which latents evaluation decodes: the posterior's `mode`, or a `sample` as for published numbers.
+        rounding: How reconstructions are converted to 8 bits before they are measured: `round` to the nearest level, or
+            `truncate` as for published numbers.
+        predict: What prediction returns: `reconstructions`; `latents`, a sample of the posterior for each image and for
+            its mirror image; or `moments`, the posterior's mean and standard deviation.
+        features: A VFM whose features are cached beside the latents, for diffusion models that are aligned to it.
         seed: Seed of all random numbers in training.
-        accumulate_grad_batches: Batches whose gradients make one step.
-        gradient_clip_val: Largest gradient norm of either player; None or 0 clips nothing.
-        order: How the players take turns. `simultaneous`: both learn from one generator forward, the generator first.
-            `published`: the discriminators learn from a forward of their own, with draws of its own, and step; then the
-            generator runs again, against them.
+        accumulate_grad_batches: Number of batches whose gradients make one step. Leave it at 1 with
+            `data.micro_batch_size`, which sets it.
+        gradient_clip_val: Gradients of the tokenizer and of the discriminators are clipped to this norm; null or 0 for
+            no clipping.
+        order: How tokenizer and discriminators take turns. `simultaneous`: both learn from the same forward pass, first
+            the tokenizer. `published`: the discriminators learn first, from a forward pass and random draws of their
+            own; the tokenizer then learns from a second one.
 
     Raises:
         ValueError: if an option lies outside its range, or does not fit another.
 
     Attributes:
-        images_seen: Images trained on, over all ranks and stages.
+        images_seen: How many images were trained on, over all ranks and stages.
     """
 
     flops_per_batch: float | None = None  # counted by callbacks.throughput.Throughput

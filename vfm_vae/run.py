@@ -11,13 +11,13 @@ from vfm_vae.trial import Output
 
 @final
 class Run:
-    """What a run is called, and where it puts things.
+    """The name of a run and the folders that it writes to.
 
     Args:
-        name: Name of the run. Its checkpoints, its config and what TensorBoard shows go to `<folder>/<name>`; without a
-            name, or with a logger of your own in `trainer.logger`, that logger decides.
+        name: Name of the run. Checkpoints, config and TensorBoard logs go to `<folder>/<name>`. Without a name,
+            `trainer.logger` decides.
         folder: Folder of all runs.
-        entry: Name under which its numbers stand in `metrics.json`; by default the run's.
+        entry: Name of the run's entry in `metrics.json`; the default is the run's name.
         output: Folder that `predict` writes to.
     """
 
@@ -28,11 +28,11 @@ class Run:
         self.entry, self.output = entry or name, output
 
     def logger(self) -> TensorBoardLogger | None:
-        """Where the run is logged; None where it has no name."""
+        """The run's logger; None if it has no name."""
         return None if self.name is None else TensorBoardLogger(self.folder, self.name, version="")
 
     def tell(self, callback: Mapping[str, Any]) -> None:
-        """Fills in what a callback that leaves files was not told itself.
+        """Gives a callback that writes files the run's name and folder, unless it has its own.
 
         Args:
             callback: Its `class_path` and `init_args`; changed in place.

@@ -24,55 +24,57 @@ Split = Literal["train", "val"]
 
 
 class ImageNetDataModule(LightningDataModule):
-    """Images and labels: ImageNet's folders `<root>/{train,val}/<class>/*`, or tar shards; or the images' latents.
+    """Images with labels from folders `<root>/{train,val}/<class>/*` or tar shards, or their cached latents.
 
     Yields `Batch` (uint8 images, labels, and positions in the data set), or `LatentBatch` from cached latents. The
-    order of training depends on the seed and the epoch alone, not on workers, batch size or ranks, and a run resumed
-    from a checkpoint goes on with the next image of its epoch, also where batches or ranks have changed. Validation
-    sees the `val` images once, in order, and so does test; prediction sees the splits that `predict` names. With
-    `num_samples`, test and prediction see the numbers of the samples that are to be drawn instead.
+    order of training images depends only on the seed and the epoch, not on workers, batch size or ranks; a resumed run
+    continues with the next image of its epoch, even if batch size or ranks have changed. Validation and test see each
+    `val` image once, in order; prediction sees the splits that `predict` names. With `num_samples`, test and prediction
+    see the numbers of samples to draw instead.
 
     Args:
-        root: folder of the data set; with `source: photos`, where it is written; with `source: latents`, of the cache.
-        image_size: side of the images in pixels.
-        batch_size: training images of one step, over all GPUs. (Formerly of one batch, of which
-            `accumulate_grad_batches` made a step. That is still so without `micro_batch_size`.)
-        micro_batch_size: training images that one GPU takes at a time, at most. A GPU whose part of a step is larger
-            takes it in several batches and accumulates their gradients; `trainer.val_check_interval` then counts steps.
-            By default it takes its part at once.
-        val_batch_size: images per batch in validation, test and prediction, over all GPUs; by default as many as
-            training takes at a time.
-        num_workers: loading processes per rank.
-        source: `folder` reads folders at `root`; `shards` WebDataset's tars there, with the word `train` or `val` in
-            their names; `photos` folders, after writing the embedded data set to `root` if it is missing; `latents` a
-            cache that `python -m vfm_vae predict` or LightningDiT made.
-        photos: arguments of `vfm_vae.embedded.photos.write_photos`, such as `size` and `train_per_class`.
-        min_size: training images with a short side under this many pixels are left out.
-        small_list: file that names the images under `min_size`, one `class/file.JPEG` (or `shard.tar/member.jpg`) a
-            line; made by looking at every image where it is missing, or was made here of images of other names. By
-            default `train_under_<min_size>px.txt` in `cache_dir`.
-        mixed_shards: how many tar shards are shuffled together at a time.
-        cache_dir: folder for the list of small images and the index of tar shards; by default `root`.
-        crop: how training images are cropped: `random`, for tokenizers, or `centre` as in evaluation and mirrored half
-            of the time, for diffusion models.
-        evaluation_crop: how images are cropped where nothing is random: `adm` as ADM's reference images are, or
-            `resize`, bilinearly and then the middle, as in the published reconstruction numbers.
-        min_crop: smallest side of the random square crop in training, as a fraction of the short side.
-        resampling: filter that resizes training crops, `lanczos` or `bicubic`.
-        exif_transpose: whether images are turned as their EXIF orientation says, as photographs want it. Public code
-            reads ImageNet without, and so do its configs.
-        max_bad_fraction: share of the images that may be damaged: those are left out, more stops the run.
-        predict: splits that prediction sees, one after the other, as evaluation does.
-        num_samples: instead, test and prediction ask a diffusion model for so many samples, which needs no data set.
-        seed: of the order and the augmentation.
+        root: Folder of the data set, or of the cache with `source: latents`. With `source: photos`, the photos are
+            written to it.
+        image_size: Height and width of the images in pixels.
+        batch_size: Training images in one step, over all GPUs. Without `micro_batch_size` it counts one batch, of which
+            `accumulate_grad_batches` make a step, as in earlier versions.
+        micro_batch_size: Largest number of training images that one GPU processes at a time; if its part of a step is
+            larger, gradients are accumulated. `trainer.val_check_interval` then counts steps. The default is its whole
+            part.
+        val_batch_size: Images in one batch of validation, test or prediction, over all GPUs. The default is as many as
+            training processes at a time.
+        num_workers: Number of loading processes on each rank.
+        source: What `root` holds. `folder`: folders of images by class. `shards`: WebDataset's tar files with `train`
+            or `val` in their names. `photos`: the embedded data set, which is written if it is missing. `latents`: a
+            cache of latents, as `python -m vfm_vae predict` makes it.
+        photos: Options of the embedded data set, see `vfm_vae.embedded.photos.write_photos`, such as `size` and
+            `train_per_class`.
+        min_size: Leaves out training images whose shorter side is less than so many pixels.
+        small_list: File that lists the images under `min_size`, one `class/file.JPEG` or `shard.tar/member.jpg` per
+            line. It is made if it is missing or out of date, which reads every image's size. The default is
+            `train_under_<min_size>px.txt` in `cache_dir`.
+        mixed_shards: How many tar shards are shuffled together at a time.
+        cache_dir: Folder for the list of small images and the index of tar shards; the default is `root`.
+        crop: How training images are cropped: `random` for tokenizers; `centre` for diffusion models, as in evaluation
+            but mirrored half of the time.
+        evaluation_crop: How images are cropped in evaluation: `adm`, like ADM's reference images, or `resize`, as for
+            published reconstruction numbers (bilinear, then the centre).
+        min_crop: Smallest side of the random crop in training, as a fraction of the image's shorter side.
+        resampling: Filter for resizing training crops.
+        exif_transpose: Whether to turn images as their EXIF orientation says. Public code for ImageNet does not, and
+            neither do the configs for it.
+        max_bad_fraction: Damaged images are left out; the run stops if they are more than this fraction.
+        predict: Splits that prediction goes through, one after the other, cropped as in evaluation.
+        num_samples: Test and prediction draw so many samples from a diffusion model instead of reading a data set.
+        seed: Seed of the order and the augmentation of training images.
 
     Attributes:
-        predict_indices: by split (or `samples`), what this rank is to predict, in order; set by a writer that knows
-            what is there already. Without an entry the whole is divided over the ranks.
+        predict_indices: What this rank is to predict, in order, by split (or `samples`); set by a writer that knows
+            what is there already. Without an entry, everything is divided over the ranks.
 
     Raises:
-        ValueError: an option lies outside its range; the data set is missing or not in the layout; a batch size does
-            not fit; too many damaged images.
+        ValueError: if an option lies outside its range, the data set is missing or laid out differently, a batch size
+            is not divisible, or too many images are damaged.
     """
 
     def __init__(

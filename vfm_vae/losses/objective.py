@@ -30,22 +30,24 @@ class Objective(nn.Module):
         l1: Weight of the mean absolute error.
         l2: Weight of the mean squared error.
         perceptual: Weight of the perceptual distance.
-        perceptual_loss: The perceptual distance itself; validation reports it under its own name.
+        perceptual_loss: The perceptual distance. Validation reports it under its own name.
         ssim: Weight of 1 - SSIM.
-        multi_resolution: Weight of the L1 of each multi-scale image.
-        multi_resolution_images: Images seen after which the multi-scale images are left alone.
-        kl: Weight of the divergence from N(0, I), summed over latent dimensions; a constant for a discrete latent.
-        quantization: Weight of the distance between features and codewords, of a discrete latent.
-        entropy: Weight of a discrete latent's entropy loss.
+        multi_resolution: Weight of the L1 error of the images at lower resolutions.
+        multi_resolution_images: The images at lower resolutions are no longer compared after so many training images.
+        kl: Weight of the divergence from N(0, I), summed over latent dimensions. For a discrete latent it is a
+            constant.
+        quantization: Weight of the distance between features and codewords, for a discrete latent.
+        entropy: Weight of the entropy loss, for a discrete latent.
         alignment: Weight of the alignment with the VFM's final tokens.
-        adaptive_alignment: Whether that weight is multiplied by the ratio of gradient norms.
-        alignment_every: Batches for which that ratio is kept before it is computed anew; 1, as published, computes it
-            for each, at the cost of a second pass back through the decoder.
+        adaptive_alignment: Whether to multiply that weight by the ratio of gradient norms between reconstruction and
+            alignment.
+        alignment_every: This ratio is computed again every so many batches. The published 1 costs a second backward
+            pass through the decoder in every batch.
         distmat_margin: Margin of the alignment's distance matrix term.
-        cos_margin: Margin of its cosine term.
-        adversarial: Weight of the projected discriminator's word.
-        adversarial_patch: Weight of the PatchGAN's word.
-        feature_matching: Weight of the distance between its features of real and generated images.
+        cos_margin: Margin of the alignment's cosine term.
+        adversarial: Weight of the projected discriminator's adversarial loss.
+        adversarial_patch: Weight of the PatchGAN's adversarial loss.
+        feature_matching: Weight of the distance between the PatchGAN's features of real and of generated images.
 
     Raises:
         ValueError: if an option lies outside its range, or a perceptual weight has no loss to weigh.
