@@ -33,15 +33,15 @@ class Report(Output):
 
     Args:
         path: the file; null for `<log_dir>/metrics.json`.
-        name: this run's entry.
+        name: this run's entry; by default what `--run.entry` says, or the run's name, or `run`.
 
     Raises:
         ValueError: when a run starts, if something else lies at `path`, or nothing can be written there.
     """
 
-    def __init__(self, path: str | None = None, name: str = "run") -> None:
+    def __init__(self, path: str | None = None, name: str | None = None) -> None:
         self.path = Path(path) if path else None
-        self.name = name
+        self.name = name or "run"
         self._path = Path()
         self._model: dict[str, Any] = {}
         self._settings: dict[str, Any] = {}

@@ -30,6 +30,17 @@ from vfm_vae.types import Encoded, Samples
 from vfm_vae.writing import check_place, write_json, write_picture, write_tensors
 
 
+def place_of(directory: str | None) -> Path:
+    """Where a writer writes.
+
+    Raises:
+        ValueError: if nothing says it.
+    """
+    if directory is None:
+        raise ValueError("run.output: give the folder to write to, --run.output FOLDER")
+    return Path(directory)
+
+
 class ReconstructionWriter(Output):
     """Writes predicted images as PNG, named by their position in the data set: `<directory>/00000042.png`.
 
@@ -37,11 +48,11 @@ class ReconstructionWriter(Output):
     negative index) is left out.
 
     Args:
-        directory: where to write; made if it is missing.
+        directory: where to write; made if it is missing. By default what `--run.output` says.
     """
 
-    def __init__(self, directory: str) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: str | None = None) -> None:
+        self.directory = place_of(directory)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the directory; sees whether it can be written to."""
@@ -67,7 +78,7 @@ class LatentWriter(Output):
     that normalise latents, over the plain views. With `model.features`, shards hold a VFM's features too.
 
     Args:
-        directory: where to write; made if it is missing.
+        directory: where to write; made if it is missing. By default what `--run.output` says.
         shard_size: images of a shard, which a rank holds in memory until it is complete.
         dtype: in which latents are stored; features are in bfloat16.
 
@@ -76,10 +87,13 @@ class LatentWriter(Output):
     """
 
     def __init__(
-        self, directory: str, shard_size: int = 10_000, dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+        self,
+        directory: str | None = None,
+        shard_size: int = 10_000,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
         at_least(1, shard_size=shard_size)
-        self.directory, self.shard_size, self.dtype = Path(directory), shard_size, dtype
+        self.directory, self.shard_size, self.dtype = place_of(directory), shard_size, dtype
         self._streams: list[_ShardStream] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -191,7 +205,7 @@ class SampleWriter(Output):
     Numbers, labels and noise do not depend on ranks and batches, so an interrupted run is completed by any other.
 
     Args:
-        directory: where to write; made if it is missing.
+        directory: where to write; made if it is missing. By default what `--run.output` says.
         npz: put all images into `<directory>.npz` too, as the ADM evaluator reads them: `arr_0` uint8 `[N, H, W, 3]`
             and `arr_1`, what each was drawn for: labels `[N]`.
 
@@ -199,8 +213,8 @@ class SampleWriter(Output):
         ValueError: when prediction starts, if the module draws no samples, or the directory holds others.
     """
 
-    def __init__(self, directory: str, npz: bool = False) -> None:
-        self.directory, self.npz = Path(directory), npz
+    def __init__(self, directory: str | None = None, npz: bool = False) -> None:
+        self.directory, self.npz = place_of(directory), npz
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Divides what is missing over the ranks; Lightning lets no rank go on before all did so."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vfm_vae.description import class_at
+from vfm_vae.types import VFMShape
 
 
 def complete(description: Any) -> Any:
@@ -25,3 +26,16 @@ def complete(description: Any) -> Any:
         if hasattr(cls, "complete"):
             parts["init_args"] = cls.complete(parts.get("init_args") or {})
     return parts
+
+
+def shape_of(vfm: Mapping[str, Any] | None) -> VFMShape | None:
+    """What is known of a described VFM before it is built; None where there is none, or its class does not say."""
+    if vfm is None or not hasattr(class_at(vfm["class_path"]), "shape_of"):
+        return None
+    shape: VFMShape = class_at(vfm["class_path"]).shape_of(**vfm.get("init_args") or {})
+    return shape
+
+
+def fill(options: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+    """Options with values for those that are left out or null."""
+    return {**options, **{name: value for name, value in values.items() if options.get(name) is None}}

@@ -76,7 +76,7 @@ class ProjectedDiscriminator(nn.Module):
         kernel_size: of the heads' circular convolution.
         virtual_batch_size: group size of the heads' local batch norm.
         crop_probability: how often a batch of larger images is cropped, at one random place, rather than resized.
-        interpolation: how images are resized: the encoding VFM's for targets.
+        interpolation: how images are resized; null for bilinear or, in a config, as the VFM's targets are.
         augmentation: what to do to the images in training; None takes the default strengths.
 
     Raises:
@@ -97,7 +97,7 @@ class ProjectedDiscriminator(nn.Module):
         kernel_size: int = 9,
         virtual_batch_size: int = 8,
         crop_probability: float = 0.5,
-        interpolation: Interpolation = "bilinear",
+        interpolation: Interpolation | None = None,
         augmentation: DifferentiableAugmentation | None = None,
     ) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class ProjectedDiscriminator(nn.Module):
         self.size = size
         self.layers = tuple(layers)
         self.crop_probability = crop_probability
-        self.interpolation = interpolation
+        self.interpolation: Interpolation = interpolation or "bilinear"
         self.augmentation = augmentation or DifferentiableAugmentation()
         self.heads = nn.ModuleList(
             DiscriminatorHead(vit.embed_dim, kernel_size, virtual_batch_size) for _ in self.layers
