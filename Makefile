@@ -54,9 +54,9 @@ RUN_CONFIGS := $(filter-out cknna lightningdit reg samples test%,$(basename $(no
 OF_RUN = $(call one_of,RUN,$(RUN_CONFIGS))$(RUNS)/ldm/$(RUN)
 former = $(if $(FORMER_$(1)),--model.init_from=$(RUNS)/$(FORMER_$(1))/checkpoints/last.ckpt)
 VARIANT = $(if $(RECIPE),-c configs/vfm_vae/$(RECIPE).yaml $(call former,$@))
-VARIANT_LATENTS := $(if $(RECIPE),--trainer.callbacks.directory=$(RUNS)/latents$(RUN_REG))
-VARIANT_LDM = $(if $(RECIPE),--data.root=$(RUNS)/latents$(RUN_REG) --trainer.logger.init_args.save_dir=$(RUNS)/ldm \
-  --model.tokenizer.init_args.checkpoint=$(OF_STAGE)/checkpoints/last.ckpt)
+VARIANT_LATENTS := $(if $(RECIPE),--run.output=$(RUNS)/latents$(RUN_REG))
+VARIANT_LDM = $(if $(RECIPE),--data.root=$(RUNS)/latents$(RUN_REG) --run.folder=$(RUNS)/ldm \
+  --model.tokenizer.checkpoint=$(OF_STAGE)/checkpoints/last.ckpt)
 STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER) $(AT_A_TIME) $(VARIANT) \
   $(ARGS)
 
@@ -66,7 +66,6 @@ REG = $(call one_of,DENOISER,lightningdit reg)$(filter reg,$(DENOISER))
 DEMO_LDM = -c configs/demo/ldm.yaml $(if $(REG),-c configs/demo/reg.yaml)
 DEMO_NAME = $(if $(REG),reg,ldm)
 DEMO_GUIDED = $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
-named = --trainer.logger.init_args.name=$(1) --trainer.callbacks.name=$(1)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo study test test-all lint format bench bench-gpu tensorboard embedded-vfm strong weak ssim patchgan latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
@@ -88,7 +87,7 @@ demo: install ## train tokenizer and diffusion model on the embedded photographs
 	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt $(ARGS)
 	$(TOKENIZER) test -c runs/demo/weak/config.yaml -c configs/demo/weak_test.yaml \
 	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt $(ARGS)
-	$(LDM) fit $(DEMO_LDM) -c configs/demo/ldm_train.yaml $(call named,$(DEMO_NAME)) $(ARGS)
+	$(LDM) fit $(DEMO_LDM) -c configs/demo/ldm_train.yaml --run.name=$(DEMO_NAME) $(ARGS)
 	$(LDM) validate $(DEMO_GUIDED) $(ARGS)
 	$(LDM) predict $(DEMO_GUIDED) $(ARGS)
 	$(BIN)/python -m vfm_vae.convert runs/demo/weak/checkpoints/last.ckpt --out runs/demo/pretrained/tokenizer
@@ -102,9 +101,9 @@ runs/demo/weak/checkpoints/last.ckpt:
 study: install runs/demo/weak/checkpoints/last.ckpt ## train without alignment, with REPA and with REG, and compare, on the demo's tokenizer
 	$(TOKENIZER) predict -c runs/demo/weak/config.yaml -c configs/demo/latents_reg.yaml \
 	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt $(ARGS)
-	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml $(call named,none) $(ARGS)
-	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml -c configs/demo/align_repa.yaml $(call named,repa) $(ARGS)
-	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml -c configs/demo/align_reg.yaml $(call named,reg) $(ARGS)
+	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml --run.name=none $(ARGS)
+	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml -c configs/demo/align_repa.yaml --run.name=repa $(ARGS)
+	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml -c configs/demo/align_reg.yaml --run.name=reg $(ARGS)
 	$(BIN)/python tests/bench/study.py runs/study/metrics.json
 
 test: install ## run the fast tests
@@ -165,7 +164,7 @@ ldm: install ## train LightningDiT or REG on cached latents: make ldm RUN=epochs
 samples: install ## draw 50 000 samples from a trained LightningDiT: make samples RUN=epochs64 GPUS=8
 	$(LDM) predict -c $(OF_RUN)/config.yaml -c configs/ldm/samples.yaml $(TRAINER_LDM) $(MEASURED) \
 	  --trainer.precision=32-true \
-	  --ckpt_path $(OF_RUN)/checkpoints/last.ckpt --trainer.callbacks.directory=$(OF_RUN)/samples $(ARGS)
+	  --ckpt_path $(OF_RUN)/checkpoints/last.ckpt --run.output=$(OF_RUN)/samples $(ARGS)
 
 evaluate: evaluate-tokenizer evaluate-ldm ## measure tokenizer and diffusion model: make evaluate STAGE=patchgan RUN=epochs64 GPUS=8
 

@@ -2,11 +2,12 @@
 
 `config.json` holds `format_version`, the `model` as configs have it (`class_path` and `init_args`), and what else the
 kind of model needs. Nothing in a folder is unpickled, and only classes of this project, or of the package of a class
-that the caller gives, are built from one.
+that the caller gives, are built from one; a VFM of another class is, if its module was imported before.
 """
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from vfm_vae.checkpoints import fill, read_json, read_weights
+from vfm_vae.derived import complete
 from vfm_vae.description import Described, class_at, class_path, describe
+from vfm_vae.former import upgrade
 from vfm_vae.schema import TOKENIZER, Kind, read
 from vfm_vae.writing import put_tensors, whole_file
 
@@ -39,7 +42,8 @@ def build(base: type, description: Mapping[str, Any]) -> Any:
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "model", required=True)
-    return parser.instantiate_classes(parser.parse_object({"model": json.loads(json.dumps(description))})).model
+    model = complete(upgrade(json.loads(json.dumps(description))))
+    return parser.instantiate_classes(parser.parse_object({"model": model})).model
 
 
 class Pretrained(Described):
@@ -235,7 +239,7 @@ def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> Non
 
     Raises:
         ValueError: if it is of another format, asks for another class, or for one that is neither of this project nor
-            of the package that the wanted class is of.
+            of the package that the wanted class is of, nor a VFM's that was imported before.
     """
     version = config.get("format_version", 0) if isinstance(config, Mapping) else 0
     if version != FORMAT_VERSION:
@@ -251,6 +255,11 @@ def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> Non
     packages = {*PACKAGES, base.__module__.partition(".")[0]}
     if foreign := [path for path in paths if path.partition(".")[0] not in packages]:
         raise ValueError(f"name: {str(name)!r} asks for {foreign}, but only classes of this project are built")
+    vfm_class = str((config.get("vfm") or {}).get("class_path", ""))
+    if vfm_class and vfm_class.partition(".")[0] not in packages and vfm_class.rpartition(".")[0] not in sys.modules:
+        raise ValueError(
+            f"name: {str(name)!r} was trained on a {vfm_class}, which is not of this project: import its module first"
+        )
     path = config["model"]["class_path"]
     if path != class_path(base) and not _names_subclass(path, base):
         raise ValueError(f"name: {str(name)!r} holds a {path}, and no {base.__qualname__}")
