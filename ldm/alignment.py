@@ -76,7 +76,7 @@ class REPA(nn.Module):
             ValueError: if not.
         """
         if not model.align_channels:
-            raise ValueError("model.align_channels: 0 leaves nothing to align; give the width of the VFM's tokens")
+            raise ValueError("model.align_channels: alignment needs the width of the VFM's tokens, given 0")
         if self.has_class_token != bool(model.cls_channels):
             fits = "the width of the VFM's class token" if self.has_class_token else "0"
             raise ValueError(f"model.cls_channels: {type(self).__name__} goes with {fits}, given {model.cls_channels}")

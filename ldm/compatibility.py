@@ -80,8 +80,8 @@ def check_parts(denoiser: Denoiser, alignment: REPA | None, tokenizer: FrozenTok
         alignment.check_model(denoiser)
     elif denoiser.align_channels or denoiser.cls_channels:
         raise ValueError(
-            "model.alignment: the denoiser has align_channels or cls_channels, which nothing would train; set both to "
-            "0, or give an alignment"
+            "model.alignment: the denoiser's align_channels or cls_channels would not be trained; set both to 0, or "
+            "give an alignment"
         )
     if tokenizer is not None and tokenizer.identity["channels"] != denoiser.in_channels:
         raise ValueError(
@@ -115,10 +115,10 @@ def check_untrained(data: ImageNetDataModule, num_classes: int | None, begins: b
         return
     if begins:
         raise ValueError(
-            f"{_classes(data, num_classes)}, and samples of the others would be of nothing; give it "
+            f"{_classes(data, num_classes)}, and the others would not be trained; give it "
             f"{data.num_classes}, or begin from weights that know them (model.init_from)"
         )
-    rank_zero_warn(f"{_classes(data, num_classes)}: samples of the others are what its weights knew before")
+    rank_zero_warn(f"{_classes(data, num_classes)}: samples of the others come from what its weights learned before")
 
 
 def _classes(data: ImageNetDataModule, num_classes: int) -> str:
@@ -149,7 +149,7 @@ def check_images(image_size: int, tokenizer: FrozenTokenizer | None, denoiser: D
         denoiser: Takes the latents.
 
     Raises:
-        ValueError: if there is no tokenizer, or the size fits one of the two not.
+        ValueError: if there is no tokenizer, or the image size does not fit tokenizer and denoiser.
     """
     if tokenizer is None:
         raise ValueError("model.tokenizer: training on images needs one; give its checkpoint, or cached latents")
@@ -230,8 +230,8 @@ def check_statistics(stored: LatentStatistics, normalization: LatentNormalizatio
         )
     if normalization.is_known and normalization.differs_from(stored):
         raise ValueError(
-            f"{option}: the checkpoint was trained on latents with clearly other means or deviations than those at "
-            "hand, so they are of another tokenizer or made otherwise"
+            f"{option}: the checkpoint was trained on latents with clearly different means or deviations than these, "
+            "so they are from another tokenizer or were made differently"
         )
 
 
@@ -256,8 +256,8 @@ def check_tokenizer(expected: Mapping[str, Any] | None, found: Mapping[str, Any]
         return
     raise ValueError(
         f"{what} of another tokenizer ({_short(found)}) than was expected ({_short(expected)}): its weights differ, "
-        "or its VFM sees images otherwise (antialias, antialias_positions); latents of two tokenizers can't be mixed, "
-        "so give the one that they belong to, or make them anew"
+        "or its VFM sees images differently (antialias, antialias_positions); give the tokenizer that made these "
+        "latents, or make them again"
     )
 
 

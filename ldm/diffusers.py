@@ -150,7 +150,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             ValueError: if it has no tokenizer, or the statistics of latents are not known.
         """
         if model.tokenizer is None:
-            raise ValueError("tokenizer: the model has none to decode with; give it one by use_tokenizer")
+            raise ValueError("tokenizer: the model has none to decode with; give it one with use_tokenizer")
         transformer, tokenizer = LatentDiffusionModel.from_model(model), model.tokenizer.network
         mean, std = model.normalization.mean, model.normalization.std
         size = max(model.model.input_size) * tokenizer.compression

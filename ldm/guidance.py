@@ -42,7 +42,7 @@ class Guidance(Described):
         at_least(1, channels=channels)
         within(0, 1, start=start, end=end)
         if start > end:
-            raise ValueError(f"start, end: the interval begins where it ends at the latest, given {start} and {end}")
+            raise ValueError(f"start, end: the interval can't start after its end, given {start} and {end}")
         self.scale, self.start, self.end, self.channels, self.cls_scale = scale, start, end, channels, cls_scale
 
     def with_scale(self, scale: float) -> "Guidance":

@@ -211,7 +211,7 @@ class DiffusionModule(LightningModule):
             ValueError: if neither data nor a checkpoint brought their statistics.
         """
         if not self.normalization.is_known:
-            raise ValueError("ckpt_path: without a checkpoint the statistics of latents are not known; give one")
+            raise ValueError("ckpt_path: the statistics of latents are unknown without a checkpoint; give one")
 
     on_test_start = on_validation_start
 

@@ -204,7 +204,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         """
         if not self.normalization.is_known:
             raise ValueError(
-                "the statistics of latents are not known: only a trained model can sample; load its checkpoint"
+                "the statistics of latents are unknown: only a trained model can sample; load its checkpoint"
             )
         device = self.normalization.mean.device
         index = index.to(device)
@@ -231,6 +231,15 @@ class LatentDiffusion(nn.Module, Pretrained):
         """
         return values if isinstance(values, Condition) else self.conditioning.of_values(values)
 
+    def settings(self) -> dict[str, Any]:
+        """All that samples depend on beside weights and seed, as JSON has it."""
+        return {
+            "sampler": {"class": type(self.sampler).__name__, **self.sampler.arguments},
+            "guidance": self.guidance.arguments,
+            **self.conditioning.settings(),
+            "tokenizer": self.latent_source,
+        }
+
     def described(self) -> dict[str, Any]:
         """How to make the model again, and whose latents it makes; plain data."""
         model = describe(self)
@@ -246,7 +255,7 @@ class LatentDiffusion(nn.Module, Pretrained):
             ValueError: if the statistics of latents are not known, without which the weights are worth nothing.
         """
         if not self.normalization.is_known:
-            raise ValueError("normalization: the statistics of latents are not known; take those of training")
+            raise ValueError("normalization: the statistics of latents are unknown; take those of training")
         return self.described()
 
     def model_card(self) -> str:

@@ -270,7 +270,7 @@ def _build(family: Family, config: Mapping[str, Any]) -> LightningDiT:
     options = family.defaults | given
     if "registry_name" in config:
         if sizes := config.keys() & {"depth", "hidden_size", "num_heads", "patch_size"}:
-            raise ValueError(f"config: registry_name says what {sorted(sizes)} are; leave one of them out")
+            raise ValueError(f"config: registry_name already sets {sorted(sizes)}; leave one of the two out")
         return family.model.of_size(config["registry_name"].removeprefix(family.prefix), **options)
     return family.model(**options)
 

@@ -54,7 +54,7 @@ class SkippedSteps:
         """
         if self.in_a_row.item() >= MAX_SKIPPED_IN_A_ROW:
             raise ValueError(
-                f"the gradients of {MAX_SKIPPED_IN_A_ROW} steps in a row were not finite: look at the data, or go on "
+                f"the gradients of {MAX_SKIPPED_IN_A_ROW} steps in a row were not finite: check the data, or resume "
                 "from the last checkpoint with a lower learning rate"
             )
 

@@ -202,8 +202,8 @@ def test_full_size_diffusion_runs_are_the_published_ones(run, data):
     assert isinstance(optimizer, torch.optim.AdamW)
     assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (2e-4, (0.9, 0.95), 0)
     assert cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches == 1024
-    assert (module.sampler.steps, module.sampler.shift) == (250, 0.3)
-    assert (module.guidance.start, module.guidance.channels) == (0.125, 3)
+    assert (module.pipeline.sampler.steps, module.pipeline.sampler.shift) == (250, 0.3)
+    assert (module.pipeline.guidance.start, module.pipeline.guidance.channels) == (0.125, 3)
     assert callback(cli, "EMA").decay == 0.9999
     assert callback(cli, "LastCheckpoint")._every_n_train_steps == 1000  # also where there are no validation latents
 
@@ -224,8 +224,12 @@ def test_full_size_reg_runs_are_the_published_ones(run):
     assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (2e-4, (0.9, 0.95), 0)
     assert cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches == 1024
     assert cli.trainer.gradient_clip_val == 1.0
-    assert (module.sampler.steps, module.sampler.last) == (250, 0.04)
-    assert (module.guidance.start, module.guidance.channels, module.guidance.cls_scale) == (0.2, None, 4.0)
+    assert (module.pipeline.sampler.steps, module.pipeline.sampler.last) == (250, 0.04)
+    assert (module.pipeline.guidance.start, module.pipeline.guidance.channels, module.pipeline.guidance.cls_scale) == (
+        0.2,
+        None,
+        4.0,
+    )
     assert callback(cli, "EMA").decay == 0.9999
 
 

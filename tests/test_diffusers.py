@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import load_file, save_file
 
+from ldm.condition import Labels
 from ldm.diffusers import LatentDiffusionModel, LatentDiffusionPipeline
 from ldm.guidance import Guidance
 from ldm.models.lightningdit import LightningDiT
@@ -272,7 +273,9 @@ def test_generators_give_other_images_each_time(pipeline):
 
 def test_velocity_is_the_denoisers(pipeline, diffusion):
     x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([0, 3])
-    assert torch.equal(pipeline.transformer(x, t, labels).sample, diffusion.model(x, t, labels).velocity)
+    expected = diffusion.model(x, t, Labels(labels, 3)).velocity
+    assert torch.equal(pipeline.transformer(x, t, labels).sample, expected)
+    assert torch.equal(pipeline.transformer(x, t, Labels(labels, 3)).sample, expected)
 
 
 @pytest.mark.parametrize(

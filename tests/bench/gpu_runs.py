@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 
 from callbacks.ema import EMA
 from callbacks.throughput import peak_flops
-from ldm.guidance import VelocityField
+from ldm.condition import Labels
+from ldm.samplers import VelocityField
 from vfm_vae.metrics.alignment import cknna as cknna_of
 from vfm_vae.metrics.distribution import PrecisionRecall
 from vfm_vae.metrics.inception import POOL_WIDTH, Inception
@@ -212,10 +213,10 @@ def sampling(bench: Bench) -> None:
         decoder = tokenizer(folder, 1, [], bench.device, bench.toy)[0].model
     module, decoder = module.to(bench.device).eval(), decoder.to(bench.device).eval()
     bench.note(batch_size=size)
-    model, times = module.model, module.sampler.times[:-1].tolist()
-    guidance = module.guidance.with_scale(GUIDANCE)
+    model, times = module.model, module.pipeline.sampler.times[:-1].tolist()
+    guidance = module.pipeline.guidance.with_scale(GUIDANCE)
     guided = sum(guidance.acts_at(time) for time in times)
-    velocity = guidance.field(model.velocity, batch.labels, model.null_label)
+    velocity = guidance.field(model, Labels(batch.labels, model.num_classes))
     with torch.inference_mode():
         for form in ("eager", "compiled"):
             if form == "compiled":

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ldm import path
+from ldm.condition import Labels
 from ldm.models.denoiser import Denoiser, Prediction
 from ldm.models.lightningdit import LightningDiT
 from ldm.models.sit import SiT
@@ -38,8 +39,8 @@ def randomised(model: Denoiser) -> Denoiser:
 
 def inputs(model: Denoiser, num: int = 2) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(1)
-    x, t, y = torch.randn(num, *model.latent_shape), torch.rand(num), torch.arange(num)
-    return (x, t, y, torch.randn(num, model.cls_channels)) if model.cls_channels else (x, t, y)
+    x, t = torch.randn(num, *model.latent_shape), torch.rand(num)
+    return model.join(x, torch.randn(num, model.cls_channels)), t, Labels(torch.arange(num), model.num_classes)
 
 
 def parts(prediction: Prediction) -> list[torch.Tensor]:
@@ -62,8 +63,9 @@ def test_predictions_are_of_what_the_model_has(kind, alignment, input_size, patc
     prefix, num_patches = int(alignment == "reg"), model.grid[0] * model.grid[1]
     assert model.num_prefix_tokens == prefix
     prediction = model(*inputs(model), align=True)
-    assert prediction.velocity.shape == (2, *model.latent_shape)
-    assert (prediction.cls_velocity is None) if alignment != "reg" else (prediction.cls_velocity.shape == (2, 6))
+    velocity, cls_velocity = model.split(prediction.velocity)
+    assert velocity.shape == (2, *model.latent_shape)
+    assert (cls_velocity is None) if alignment != "reg" else (cls_velocity.shape == (2, 6))
     if alignment == "none":
         assert prediction.projected is None
     else:
@@ -74,9 +76,8 @@ def test_predictions_are_of_what_the_model_has(kind, alignment, input_size, patc
 @every_alignment
 def test_an_untrained_model_predicts_zero(kind, alignment):
     model = small(kind, alignment)
-    velocity, cls_velocity, projected = model(*inputs(model), align=True)
+    velocity, projected = model(*inputs(model), align=True)
     assert (velocity == 0).all()
-    assert cls_velocity is None or (cls_velocity == 0).all()
     assert projected is None or (projected != 0).any()
 
 
@@ -93,27 +94,26 @@ def test_the_projector_reads_the_block_it_names_and_runs_where_asked_for(kind, a
     aligned = model(*inputs(model), align=True)
     assert len(runs) == 1 and torch.equal(aligned.projected, model.projector(blocks[align_depth - 1]))
     assert torch.equal(aligned.velocity, without.velocity)
-    assert torch.equal(aligned.cls_velocity, without.cls_velocity)
 
 
 @torch.no_grad()
 @every_class
 def test_latent_and_class_token_see_each_other(kind):
     model = randomised(small(kind)).eval()
-    x, t, y, cls_token = inputs(model)
-    prediction = model(x, t, y, cls_token)
-    assert (model(x, t, y, cls_token + 1).velocity - prediction.velocity).abs().max() > 1e-3
-    assert (model(x + 1, t, y, cls_token).cls_velocity - prediction.cls_velocity).abs().max() > 1e-3
+    state, *told = inputs(model)
+    x, cls_token = model.split(state)
+    velocity, cls_velocity = model.split(model(state, *told).velocity)
+    assert (model.split(model(model.join(x, cls_token + 1), *told).velocity)[0] - velocity).abs().max() > 1e-3
+    assert (model.split(model(model.join(x + 1, cls_token), *told).velocity)[1] - cls_velocity).abs().max() > 1e-3
 
 
 @every_class
 def test_a_class_token_too_few_or_too_many_is_named(kind):
     with_token, without = small(kind, "reg"), small(kind, "repa")
-    x, t, y, cls_token = inputs(with_token)
-    with pytest.raises(ValueError, match="cls_token: the model's cls_channels is 6, but none was given"):
-        with_token(x, t, y)
-    with pytest.raises(ValueError, match="cls_token: the model's cls_channels is 0, but one was given"):
-        without(x, t, y, cls_token)
+    with pytest.raises(ValueError, match=r"state: the model's have the shape \(54,\), given \(3, 4, 4\)"):
+        with_token(*inputs(without))
+    with pytest.raises(ValueError, match=r"state: the model's have the shape \(3, 4, 4\), given \(54,\)"):
+        without(*inputs(with_token))
 
 
 @torch.no_grad()
@@ -121,15 +121,13 @@ def test_a_class_token_too_few_or_too_many_is_named(kind):
 @every_alignment
 def test_a_state_is_the_latent_with_the_class_token_behind_it(kind, alignment):
     model = randomised(small(kind, alignment)).eval()
-    x, t, y, *cls_token = inputs(model)
-    state = torch.cat([x.flatten(1), *cls_token], dim=1) if cls_token else x
-    assert state.shape[1:] == model.state_shape
-    assert torch.equal(model.latents_of(state), x)
-    velocity, prediction = model.velocity(state, t, y), model(x, t, y, *cls_token)
-    assert velocity.shape == state.shape
-    assert torch.equal(model.latents_of(velocity), prediction.velocity)
-    if cls_token:
-        assert torch.equal(velocity[:, -6:], prediction.cls_velocity)
+    latents, token = torch.randn(2, *model.latent_shape), torch.randn(2, model.cls_channels)
+    state = model.join(latents, token)
+    assert torch.equal(state, torch.cat([latents.flatten(1), token], dim=1) if model.cls_channels else latents)
+    assert state.shape[1:] == model.state_shape == model(*inputs(model)).velocity.shape[1:]
+    first, second = model.split(state)
+    assert torch.equal(first, latents)
+    assert torch.equal(second, token) if model.cls_channels else second is None
 
 
 @every_class
@@ -152,15 +150,17 @@ def test_one_batch_trains_everything(kind, alignment):
     cls, cls_noise = torch.randn(2, 8, 6)
     t, y = torch.rand(8), torch.arange(8) % 6
     target = torch.randn(8, model.num_prefix_tokens + 16, 8)
-    token = (path.interpolate(cls, cls_noise, t),) if model.cls_channels else ()
+    told = t, Labels(y, model.num_classes)
+    noisy = model.join(path.interpolate(data, noise, t), path.interpolate(cls, cls_noise, t))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses = []
     for _ in range(100):
-        prediction = model(path.interpolate(data, noise, t), t, y, *token, align=True)
-        losses.append(path.squared_error(prediction.velocity, path.velocity(data, noise)).mean())
+        prediction = model(noisy, *told, align=True)
+        velocity, cls_velocity = model.split(prediction.velocity)
+        losses.append(path.squared_error(velocity, path.velocity(data, noise)).mean())
         if model.cls_channels:
-            error = path.squared_error(prediction.cls_velocity, path.velocity(cls, cls_noise)).mean()
+            error = path.squared_error(cls_velocity, path.velocity(cls, cls_noise)).mean()
             losses[-1] = losses[-1] + 0.03 * error
         if model.align_channels:
             losses[-1] = losses[-1] - 0.5 * torch.cosine_similarity(prediction.projected, target, dim=-1).mean()
@@ -174,8 +174,7 @@ def test_one_batch_trains_everything(kind, alignment):
 @every_class
 def test_without_alignment_gradients_reach_all_but_the_projector(kind):
     model = randomised(small(kind))
-    velocity, cls_velocity, _ = model(*inputs(model))
-    (velocity.square().mean() + cls_velocity.square().mean()).backward()
+    model(*inputs(model)).velocity.square().mean().backward()
     left_out = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert left_out == {f"projector.{layer}.{part}" for layer in (0, 2, 4) for part in ("weight", "bias")}
 

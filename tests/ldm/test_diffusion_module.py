@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks.ema import EMA
 from callbacks.throughput import Throughput
+from ldm.condition import Labels
 from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
 from ldm.samplers import EulerMaruyama
@@ -58,7 +59,7 @@ def test_the_loss_is_that_of_the_paper(diffusion, latents, trainer):
     noise, t = torch.randn_like(x), torch.randn(len(x)).sigmoid()
     t_wide = t[:, None, None, None]
     with torch.no_grad():
-        prediction = model(t_wide * x + (1 - t_wide) * noise, t, labels).velocity
+        prediction = model(t_wide * x + (1 - t_wide) * noise, t, Labels(labels, 3)).velocity
     target = x - noise
     cosine = torch.nn.functional.cosine_similarity(prediction, target, dim=1)
     expected = (prediction - target).square().mean() + 0.5 * (1 - cosine).mean()
@@ -312,21 +313,21 @@ def test_samples_do_not_depend_on_the_batch(diffusion, latents, trainer, sampler
     trainer(max_steps=20).fit(module, datamodule=latents())
     together = module.draw(torch.arange(9), decode=False)
     apart = [module.draw(part, decode=False) for part in torch.arange(9).split([4, 1, 4])]
-    assert torch.equal(together.labels, torch.cat([part.labels for part in apart]))
+    assert torch.equal(together.condition.labels, torch.cat([part.condition.labels for part in apart]))
     assert torch.allclose(together.latents, torch.cat([part.latents for part in apart]), atol=1e-4)
     assert not torch.allclose(together.latents[0], together.latents[1], atol=0.1)
-    given = module.draw(torch.arange(9), labels=together.labels, decode=False)
+    given = module.draw(torch.arange(9), together.condition, decode=False)
     assert torch.equal(given.latents, together.latents)
 
 
 def test_labels_are_random_or_balanced(diffusion):
     numbers = torch.arange(300)
-    balanced = diffusion(label_mode="balanced").sample_labels(numbers)
+    balanced = diffusion(label_mode="balanced").sample_condition(numbers).labels
     assert torch.equal(balanced.bincount(), torch.tensor([100, 100, 100]))
-    random = diffusion().sample_labels(numbers)
+    random = diffusion().sample_condition(numbers).labels
     assert random.unique().tolist() == [0, 1, 2]
-    assert not torch.equal(random, diffusion(seed=2).sample_labels(numbers))
-    assert torch.equal(random[40:50], diffusion().sample_labels(numbers[40:50]))
+    assert not torch.equal(random, diffusion(seed=2).sample_condition(numbers).labels)
+    assert torch.equal(random[40:50], diffusion().sample_condition(numbers[40:50]).labels)
 
 
 def test_samples_show_their_class_after_training(diffusion, latents, trainer):
@@ -334,7 +335,7 @@ def test_samples_show_their_class_after_training(diffusion, latents, trainer):
     trainer(max_steps=500).fit(module, datamodule=latents(batch_size=32))
     drawn = module.draw(torch.arange(30), decode=False)
     found = ((drawn.latents.mean((1, 2, 3)) - 0.375) / 2).round().long()
-    assert (found == drawn.labels).float().mean() > 0.9
+    assert (found == drawn.condition.labels).float().mean() > 0.9
 
 
 def test_validation_repeats_and_needs_the_whole_set(diffusion, latents, trainer):
@@ -384,7 +385,7 @@ def test_what_does_not_fit_is_named(diffusion, latents, trainer, tmp_path, inter
         options = {"datamodule": latents(num_samples=2), "ckpt_path": interrupted, "weights_only": True}
         trainer().predict(diffusion(model={"in_channels": 6}), **options)
     other = diffusion()
-    other.latent_source = {"vfm": "vit_other", "fingerprint": "0" * 64}
+    other.pipeline.latent_source = {"vfm": "vit_other", "fingerprint": "0" * 64}
     stored = torch.load(interrupted, weights_only=True)
     torch.save(stored | {"tokenizer": {"vfm": "vit_a", "fingerprint": "1" * 64}}, interrupted)
     with pytest.raises(ValueError, match=r"another tokenizer \(vit_other, 000000000000….*expected \(vit_a, 1111"):

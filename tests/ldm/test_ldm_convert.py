@@ -139,9 +139,9 @@ def test_it_is_sampled_by_the_command_lines_module(converted, models, diffusion,
         module, latents(num_samples=3), ckpt_path=str(converted / "training.ckpt"), weights_only=True
     )
     drawn = torch.cat([batch.latents[batch.index >= 0] for batch in batches])
-    labels = torch.cat([batch.labels[batch.index >= 0] for batch in batches])
+    labels = torch.cat([batch.condition.labels[batch.index >= 0] for batch in batches])
     loaded = LatentDiffusion.from_pretrained(converted)
-    loaded.sampler, loaded.guidance = module.sampler, module.guidance
+    loaded.sampler, loaded.guidance = module.pipeline.sampler, module.pipeline.guidance
     assert torch.allclose(loaded.sample(labels, seed=1).latents, drawn, atol=1e-5)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ldm.condition import Labels
 from ldm.models.layers import position_table, rotary_angles, rotate, unpatchify
 from ldm.models.lightningdit import LightningDiT
 
@@ -21,8 +22,8 @@ def randomised(model: LightningDiT) -> LightningDiT:
 
 @pytest.mark.parametrize("option", ["qk_norm", "swiglu", "rotary", "rms_norm"])
 def test_every_option_changes_the_output(option):
-    x, t, y = torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.7]), torch.tensor([1, 1000])
-    outputs = [randomised(small(**{option: value}))(x, t, y).velocity for value in (True, False)]
+    x, t, labels = torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.7]), Labels(torch.tensor([1, 1000]), 1000)
+    outputs = [randomised(small(**{option: value}))(x, t, labels).velocity for value in (True, False)]
     assert all(output.shape == x.shape for output in outputs)
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 

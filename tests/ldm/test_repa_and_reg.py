@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
 from ldm.alignment import REG, REPA, alignment_error
+from ldm.condition import Labels
 from ldm.models.lightningdit import LightningDiT
 from ldm.models.sit import SiT
 from ldm.module import DiffusionModule
@@ -112,9 +113,9 @@ def test_all_parameters_get_a_gradient_from_reg():
     module = module_of("sit", "reg")
     for parameter in module.model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    x, features = torch.randn(2, 4, 4, 4), torch.randn(2, 17, WIDTH)
-    noise = torch.randn_like(x), torch.randn(2, WIDTH)
-    errors = denoising_errors(module.model, module.alignment, x, features, noise, torch.rand(2), torch.tensor([0, 3]))
+    state, noise = torch.randn(2, 2, *module.model.state_shape)
+    features, condition = torch.randn(2, 17, WIDTH), Labels(torch.tensor([0, 3]), 3)
+    errors = denoising_errors(module.model, module.alignment, state, features, noise, torch.rand(2), condition)
     assert set(errors) == {"mse", "cosine", "align", "cls"} == set(module.weights)
     sum(module.weights[name] * error.mean() for name, error in errors.items()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.model.parameters())
@@ -125,9 +126,9 @@ def test_repa_leaves_the_class_token_of_features_alone():
     x, features = torch.randn(2, 4, 4, 4), torch.randn(2, 17, WIDTH)
     arguments = (
         (module.model, module.alignment, x),
-        (torch.randn_like(x), torch.empty(2, 0)),
+        torch.randn_like(x),
         torch.rand(2),
-        torch.tensor([0, 1]),
+        Labels(torch.tensor([0, 1]), 3),
     )
     plain = denoising_errors(*arguments[0], features, *arguments[1:])
     features[:, 0] = 100.0
@@ -212,9 +213,10 @@ def test_trainings_differ_in_their_alignment_alone(model, features, trainer, mon
     """The same seed gives the same first weights, noise, times and dropped labels, whatever the alignment."""
     seen = {}
 
-    def watch(network, alignment, x, targets, noise, t, y):
-        seen[alignment and type(alignment)] = x, noise[0], t, y
-        return denoising_errors(network, alignment, x, targets, noise, t, y)
+    def watch(network, alignment, state, targets, noise, t, condition):
+        (latents, _), (noise_of_latents, _) = network.split(state), network.split(noise)
+        seen[alignment and type(alignment)] = latents, noise_of_latents, t, condition.labels
+        return denoising_errors(network, alignment, state, targets, noise, t, condition)
 
     monkeypatch.setattr("ldm.module.denoising_errors", watch)
     modules = {name: module_of(model, name, label_drop=0.5) for name in (None, *ALIGNED)}

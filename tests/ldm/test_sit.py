@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ldm.condition import Labels
 from ldm.models.lightningdit import LightningDiT
 from ldm.models.sit import SiT
 
@@ -46,8 +47,8 @@ def test_it_remembers_its_own_arguments():
 def test_a_named_size_runs(name):
     model = SiT.of_size(name, in_channels=3, input_size=8, num_classes=4, cls_channels=6)
     with torch.no_grad():
-        prediction = model(torch.randn(2, 3, 8, 8), torch.rand(2), torch.arange(2), torch.randn(2, 6))
-    assert prediction.velocity.shape == (2, 3, 8, 8)
+        prediction = model(torch.randn(2, 198), torch.rand(2), Labels(torch.arange(2), 4))
+    assert prediction.velocity.shape == (2, 3 * 8 * 8 + 6)
 
 
 def test_heads_of_any_width_are_taken():

@@ -95,6 +95,6 @@ def test_optimisers_are_tried_when_a_module_is_made(options, message, tiny_modul
 
 
 def test_guidance_is_of_channels_that_there_are(diffusion):
-    assert diffusion(guidance=Guidance(2.0, channels=4)).guidance.channels == 4
+    assert diffusion(guidance=Guidance(2.0, channels=4)).pipeline.guidance.channels == 4
     with pytest.raises(ValueError, match=r"^guidance\.channels: must be in \[1, 4\], given 5"):
         diffusion(guidance=Guidance(2.0, channels=5))

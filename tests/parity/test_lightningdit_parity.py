@@ -37,7 +37,8 @@ def test_velocity_and_every_block(case):
     outputs = {}
     for number, block in enumerate(model.blocks):
         block.register_forward_hook(lambda *args, number=number: outputs.__setitem__(number, args[-1]))
-    prediction = model(*(tensors[f"inputs/{name}"] for name in "xty"))
+    x, t, y = (tensors[f"inputs/{name}"] for name in "xty")
+    prediction = model(x, t, Labels(y, model.num_classes))
     close(prediction.velocity, tensors["outputs/velocity"])
     for number, tokens in outputs.items():
         close(tokens, tensors[f"intermediate/block{number}_out"])

@@ -57,6 +57,9 @@ class GivenFeatures(nn.Module):
     def forward(self, images: Tensor) -> VFMFeatures:
         return next(self._features)
 
+    def source(self) -> dict[str, str]:
+        return {"name": "given"}
+
 
 def features_of(step: int) -> VFMFeatures:
     layers = tuple(TENSORS[f"step{step}/features.{i}"] for i in range(3))

@@ -26,7 +26,7 @@ def test_path_losses_and_gradients():
     x, target = path.interpolate(data, noise, t), path.velocity(data, noise)
     close(x, REFERENCE["loss/xt"], 1e-6)
     close(target, REFERENCE["loss/ut"], 1e-6)
-    prediction = model(x, t, y).velocity
+    prediction = model(x, t, Labels(y, NULL)).velocity
     close(prediction.detach(), REFERENCE["loss/pred"])
     mse, cosine = path.squared_error(prediction, target), path.cosine_error(prediction, target)
     close(mse.detach(), REFERENCE["loss/mse_per_sample"], 1e-5)
