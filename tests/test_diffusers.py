@@ -336,7 +336,7 @@ def test_another_tokenizer_is_refused(pipeline, tiny_model):
 
 def test_pipeline_needs_tokenizer_and_statistics(diffusion):
     diffusion.normalization.mean.fill_(torch.nan)
-    with pytest.raises(ValueError, match="the statistics of latents are not known"):
+    with pytest.raises(ValueError, match="the statistics of latents are unknown"):
         LatentDiffusionPipeline.from_model(diffusion)
     with pytest.raises(ValueError, match="tokenizer: the model has none"):
         LatentDiffusionPipeline.from_model(diffusion.use_tokenizer(None))

@@ -160,7 +160,7 @@ def test_one_model_trains_on_every_size(tiny_module, trainer):
 
 
 def test_a_weight_without_a_patchgan_is_refused(tiny_module):
-    with pytest.raises(ValueError, match=r"objective\.adversarial_patch: 1 weighs nothing without a patchgan"):
+    with pytest.raises(ValueError, match=r"objective\.adversarial_patch: 1 needs a PatchGAN"):
         tiny_module(objective=PATCHGAN_STAGE)
 
 

@@ -126,16 +126,18 @@ class TokenizerModule(TwoPlayers):
         try_optimizers(optimizer=optimizer, discriminator_optimizer=discriminator_optimizer)
         for name in ("adversarial_patch", "feature_matching"):
             if objective.weights[name] and patchgan is None:
-                raise ValueError(f"objective.{name}: {objective.weights[name]:g} weighs nothing without a patchgan")
+                raise ValueError(
+                    f"objective.{name}: {objective.weights[name]:g} needs a PatchGAN; give model.patchgan, or set it to 0"
+                )
         if objective.weights["alignment"] and not (isinstance(model, Aligned) and model.vfm is not None):
             raise ValueError(
-                f"objective.alignment: {objective.weights['alignment']:g} draws latents towards a VFM's features, but "
-                f"this {type(model).__name__} has no VFM to be aligned to; set it to 0"
+                f"objective.alignment: {objective.weights['alignment']:g} aligns latents to a VFM, but this "
+                f"{type(model).__name__} has none; set it to 0"
             )
         if order not in ("simultaneous", "published"):
             raise ValueError(f"order: 'simultaneous' or 'published', given {order!r}")
         if features is not None and predict != "moments":
-            raise ValueError(f"model.predict: features belong to plain views, so to 'moments' alone, given {predict!r}")
+            raise ValueError(f"model.predict: features are cached only with 'moments', given {predict!r}")
         self.model = model
         freeze_all_but(model, train_only)
         self.discriminator, self.patchgan = discriminator, patchgan

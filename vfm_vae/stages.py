@@ -27,7 +27,7 @@ def read_stage(path: str, vfm: VFM | None) -> Stored:
         ValueError: if there is no such file, it is none of a tokenizer, or it belongs to another VFM.
     """
     if not Path(path).exists():
-        raise ValueError(f"init_from: there is no checkpoint '{path}'; train the former stage first")
+        raise ValueError(f"init_from: there is no checkpoint '{path}'; train the previous stage first")
     stored = read(path, "init_from", TOKENIZER)
     check_vfm(vfm, stored.content)
     return stored
@@ -68,7 +68,7 @@ def check_optimizers(trained: Sequence[Sequence[nn.Parameter]], checkpoint: Mapp
     """
     states = checkpoint.get("optimizer_states")
     if not states:
-        raise ValueError("ckpt_path: the checkpoint has weights alone: begin a stage from it, by model.init_from")
+        raise ValueError("ckpt_path: the checkpoint has only weights, so it can't be resumed; start a stage from it with model.init_from")
     before = [sum(len(group["params"]) for group in state["param_groups"]) for state in states]
     now = [len(parameters) for parameters in trained]
     if before != now:

@@ -392,7 +392,7 @@ def test_what_does_not_fit_is_named(diffusion, latents, trainer, tmp_path, inter
         trainer().validate(other, datamodule=latents(), ckpt_path=interrupted, weights_only=True)
     shifted = stored["state_dict"] | {"normalization.mean": stored["state_dict"]["normalization.mean"] + 1}
     torch.save(stored | {"state_dict": shifted}, interrupted)
-    with pytest.raises(ValueError, match="clearly other means or deviations"):
+    with pytest.raises(ValueError, match="clearly different means or deviations"):
         trainer().fit(diffusion(), datamodule=latents(), ckpt_path=interrupted, weights_only=True)
 
 

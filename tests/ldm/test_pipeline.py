@@ -78,7 +78,7 @@ def test_a_tokenizer_known_by_name_alone_is_compared_by_that(model, tiny_model, 
 
 def test_without_statistics_nothing_is_saved_or_drawn(model, tmp_path):
     fresh = LatentDiffusion(model.model)
-    with pytest.raises(ValueError, match="statistics of latents are not known"):
+    with pytest.raises(ValueError, match="statistics of latents are unknown"):
         fresh.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="only a trained model can sample"):
         fresh.sample([0])

@@ -203,7 +203,7 @@ def test_what_a_yaml_lacks_is_named(change, message):
         ({"path_type": "cosine"}, r"\['path_type'\] is not supported"),
         ({"z_dims": [6, 8]}, "z_dims is a list with the width of one VFM"),
         ({"decoder_hidden_size": 32}, "decoder_hidden_size other than hidden_size"),
-        ({"registry_name": "SiT-B/2"}, "registry_name says what"),
+        ({"registry_name": "SiT-B/2"}, "registry_name already sets"),
     ],
 )
 def test_arguments_of_reg_that_are_not_supported_are_named(reg, change, message):

@@ -182,7 +182,7 @@ def test_features_of_images_are_class_and_patch_tokens():
 
 def test_what_does_not_fit_is_named(features, latents, trainer, tmp_path):
     for parts, alignment, message in (
-        ({"align_channels": 0, "cls_channels": 0}, REPA(), r"model\.align_channels: 0 leaves nothing to align"),
+        ({"align_channels": 0, "cls_channels": 0}, REPA(), r"model\.align_channels: alignment needs the width"),
         ({"align_channels": 8, "cls_channels": 0}, REG(), r"model\.cls_channels: REG goes with the width"),
         ({"align_channels": 8, "cls_channels": 8}, REPA(), r"model\.cls_channels: REPA goes with 0, given 8"),
         ({"align_channels": 8, "cls_channels": 0}, None, r"model\.alignment: the denoiser has align_channels"),

@@ -158,7 +158,7 @@ def test_weights_that_do_not_fit_are_named():
         )
     with pytest.raises(ValueError, match="pos_embed"):
         lightningdit_from_published(weights | {"pos_embed": weights["pos_embed"] + 1}, settings["config"])
-    with pytest.raises(ValueError, match="registry_name says what"):
+    with pytest.raises(ValueError, match="registry_name already sets"):
         lightningdit_from_published(weights, settings["config"] | {"registry_name": "LightningDiT-B/1"})
     with pytest.raises(ValueError, match="learn_sigma"):
         lightningdit_from_published(weights, settings["config"] | {"learn_sigma": True})

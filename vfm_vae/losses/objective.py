@@ -93,7 +93,7 @@ class Objective(nn.Module):
         at_least(0, multi_resolution_images=multi_resolution_images, **self.weights, **self.margins)
         at_least(1, alignment_every=alignment_every)
         if perceptual and perceptual_loss is None:
-            raise ValueError(f"perceptual={perceptual:g} weighs nothing: give perceptual_loss, or set perceptual to 0")
+            raise ValueError(f"perceptual={perceptual:g} needs a perceptual_loss; give one, or set perceptual to 0")
         self.perceptual_loss = perceptual_loss
         self.ssim_loss = SSIMLoss()
         self.multi_resolution_images = multi_resolution_images
@@ -123,7 +123,7 @@ class Objective(nn.Module):
         }
         if images_seen < self.multi_resolution_images:
             if self.weights["multi_resolution"] and not decoded.multiscale:
-                raise ValueError("objective.multi_resolution: the tokenizer makes no smaller images; set it to 0")
+                raise ValueError("objective.multi_resolution: the tokenizer decodes only one resolution; set it to 0")
             terms["multi_resolution"] = lambda: multi_resolution_l1(decoded.multiscale, target, interpolation)
         return {name: term() for name, term in terms.items() if self.weights[name]}
 
@@ -153,7 +153,7 @@ class Objective(nn.Module):
         terms, extra = {}, {}
         if self.weights["kl"]:
             if not isinstance(posterior, Variational):
-                raise ValueError("objective.kl: the tokenizer's latents have no prior to diverge from; set it to 0")
+                raise ValueError("objective.kl: the tokenizer's posterior has no KL divergence; set it to 0")
             terms["kl"] = posterior.kl().mean()
         if isinstance(posterior, QuantizedPosterior):
             extra["codebook_usage"] = posterior.usage
@@ -161,7 +161,7 @@ class Objective(nn.Module):
             terms |= {name: loss() for name, loss in losses.items() if self.weights[name]}
         elif self.weights["quantization"] or self.weights["entropy"]:
             raise ValueError(
-                "quantization, entropy: the tokenizer has no quantizer whose losses they weigh; set both to 0"
+                "quantization, entropy: the tokenizer has no quantizer; set both to 0"
             )
         if self.weights["alignment"]:
             assert isinstance(tokenizer, Aligned) and features is not None  # else there would be no such weight
