@@ -295,13 +295,14 @@ torch.save({"history": history, "weights": weights}, out / f"2_{run.global_rank}
 
 
 SCRIPTS = {"tokenizer": SCRIPT, "diffusion": DIFFUSION, "aligned": ALIGNED, "poison": POISON}
+# One program, so that ranks are started once.
 ALL = """
-import runpy
 import sys
+from pathlib import Path
 
 for name in sys.argv[4:]:
     sys.argv[3] = name
-    runpy.run_path(f"{name}.py", run_name="__main__")
+    exec(compile(Path(f"{name}.py").read_text(), name, "exec"), {"__name__": "__main__"})
 """
 
 
