@@ -203,7 +203,7 @@ class MakesFeatures(Protocol):
     """A module whose `Encoded` may hold a VFM's features beside the latents."""
 
     def features_source(self) -> Mapping[str, Any] | None:
-        """What a cache says of that VFM, as `FrozenVFM.source` has it; None where there is none."""
+        """What a cache says of that VFM, as `VFM.source` has it; None where there is none."""
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""The game of one training step: what the discriminators say of the generator, and what they learn themselves."""
+"""Losses of one adversarial step: what the discriminators say of the generator, and what they learn themselves."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,11 +18,11 @@ from vfm_vae.losses.adversarial import (
 
 
 class GANLosses:
-    """A projected discriminator, and a PatchGAN where there is one, before the same real images.
+    """Losses of a projected discriminator, and of a PatchGAN where there is one, on the same real images.
 
     Args:
-        discriminator: Plays with hinge losses.
-        patchgan: Plays with least squares, and lends its features for matching; None in the stages before it.
+        discriminator: Trained by hinge losses.
+        patchgan: Trained by least squares; its features are matched as well. None where there is none.
         real: Images as they should be, `[B, 3, H, W]` in [-1, 1].
 
     Attributes:

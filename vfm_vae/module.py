@@ -127,7 +127,7 @@ class TokenizerModule(TwoPlayers):
         for name in ("adversarial_patch", "feature_matching"):
             if objective.weights[name] and patchgan is None:
                 raise ValueError(
-                    f"objective.{name}: {objective.weights[name]:g} needs a PatchGAN; give model.patchgan, or set it to 0"
+                    f"objective.{name}: {objective.weights[name]:g} needs a PatchGAN; give model.patchgan, or set 0"
                 )
         if objective.weights["alignment"] and not (isinstance(model, Aligned) and model.vfm is not None):
             raise ValueError(

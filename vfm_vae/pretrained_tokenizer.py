@@ -35,7 +35,7 @@ class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
     `vfm_source`, too.
 
     Attributes:
-        absent_vfm: The VFM that the weights belong to, as `FrozenVFM.source` says it, where it is known by name alone.
+        absent_vfm: The VFM that the weights belong to, as `VFM.source` says it, where it is known by name alone.
     """
 
     def __init__(self) -> None:

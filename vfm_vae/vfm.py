@@ -301,20 +301,22 @@ def vfm_from(source: Mapping[str, Any], weights: str | None = None) -> VFM:
     return build(VFM, {"class_path": path, "init_args": arguments})
 
 
-def vfm_identity(vfm: VFM) -> dict[str, str | bool]:
-    """What a checkpoint says of the VFM instead of holding its weights."""
+def vfm_identity(vfm: VFM | None) -> dict[str, str | bool] | None:
+    """What a checkpoint says of the VFM instead of holding its weights; None where there is none."""
+    if vfm is None:
+        return None
     identity = {"name": vfm.name, "fingerprint": vfm.fingerprint()}
     told = vfm.source() | vfm.view()
     return identity | {name: told[name] for name in ("class_path", "antialias_positions") if name in told}
 
 
-def check_vfm(vfm: VFM, checkpoint: Mapping[str, Any], option: str = "model.vfm") -> None:
+def check_vfm(vfm: VFM | None, checkpoint: Mapping[str, Any], option: str = "model.vfm") -> None:
     """Compares the VFM at hand with the one that the checkpoint was trained with, and has it go on as that did.
 
     A checkpoint of published weights may know the name alone.
 
     Args:
-        vfm: At hand.
+        vfm: At hand; None where there is none.
         checkpoint: Names the other, as `vfm_identity` does, under `vfm`.
         option: That sets the VFM at hand.
 
@@ -322,6 +324,10 @@ def check_vfm(vfm: VFM, checkpoint: Mapping[str, Any], option: str = "model.vfm"
         ValueError: if it is another, by name, class or weights.
     """
     stored = checkpoint.get("vfm")
+    if vfm is None and stored is None:
+        return
+    if vfm is None:
+        raise ValueError(f"the checkpoint was trained with the VFM '{stored['name']}', but there is none at hand")
     if stored is None:
         raise ValueError("the checkpoint names no VFM: it is no tokenizer's, or of another version")
     if stored["name"] != vfm.name:

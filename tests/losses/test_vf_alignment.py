@@ -90,22 +90,25 @@ def test_a_loss_of_no_weight_is_settled():
 
 
 class Latent(nn.Module):
-    """As much of an adapter as the alignment loss asks for."""
+    """As much of a tokenizer as the alignment loss asks for."""
 
     def __init__(self):
         super().__init__()
         self.last_encoding_weight = nn.Parameter(torch.randn(2, 4, 1, 1))
         self.align = nn.Conv2d(2, 4, 1)
 
+    def alignment_target(self, features, z):
+        return pool_tokens(features.tokens, features.grid, z.shape[2:])
+
 
 def test_the_adaptive_weight_is_kept_for_as_long_as_asked():
-    objective, adapter = Objective(kl=0.0, alignment_every=3), Latent()
+    objective, tokenizer = Objective(kl=0.0, alignment_every=3), Latent()
     seen = []
     for scale in (1.0, 2.0, 3.0, 4.0, float("nan"), 6.0, 7.0):
-        z = nn.functional.conv2d(torch.ones(1, 4, 2, 2), adapter.last_encoding_weight)
+        z = nn.functional.conv2d(torch.ones(1, 4, 2, 2), tokenizer.last_encoding_weight)
         target = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
         features = type("Features", (), {"tokens": target.flatten(2).mT, "grid": (2, 2)})
-        _, scalars = objective.latent(None, z, features, adapter, scale * z.sum())
+        _, scalars = objective.latent(None, z, features, tokenizer, scale * z.sum())
         seen.append(scalars["alignment_weight"].item() / seen[0] if seen else scalars["alignment_weight"].item())
     assert seen[1:] == pytest.approx([1, 1, 4, 4, 4, 7], rel=1e-4)
     with pytest.raises(ValueError, match="alignment_every: must be at least 1, given 0"):
@@ -113,11 +116,11 @@ def test_the_adaptive_weight_is_kept_for_as_long_as_asked():
 
 
 def test_what_is_not_finite_is_not_kept():
-    objective, adapter = Objective(kl=0.0, alignment_every=2), Latent()
+    objective, tokenizer = Objective(kl=0.0, alignment_every=2), Latent()
     seen = []
     for scale in (1.0, 1.0, float("nan"), 1.0, 2.0):
-        z = nn.functional.conv2d(torch.ones(1, 4, 2, 2), adapter.last_encoding_weight)
+        z = nn.functional.conv2d(torch.ones(1, 4, 2, 2), tokenizer.last_encoding_weight)
         features = type("Features", (), {"tokens": torch.eye(4)[None], "grid": (2, 2)})
-        _, scalars = objective.latent(None, z, features, adapter, scale * z.sum())
+        _, scalars = objective.latent(None, z, features, tokenizer, scale * z.sum())
         seen.append(scalars["alignment_weight"].item())
     assert seen == pytest.approx([seen[0]] * 4 + [2 * seen[0]], rel=1e-4)

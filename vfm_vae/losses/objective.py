@@ -160,9 +160,7 @@ class Objective(nn.Module):
             losses = {"quantization": lambda: posterior.vq_loss, "entropy": lambda: posterior.entropy_loss}
             terms |= {name: loss() for name, loss in losses.items() if self.weights[name]}
         elif self.weights["quantization"] or self.weights["entropy"]:
-            raise ValueError(
-                "quantization, entropy: the tokenizer has no quantizer; set both to 0"
-            )
+            raise ValueError("quantization, entropy: the tokenizer has no quantizer; set both to 0")
         if self.weights["alignment"]:
             assert isinstance(tokenizer, Aligned) and features is not None  # else there would be no such weight
             loss = vf_loss(tokenizer.align(z), tokenizer.alignment_target(features, z), **self.margins)
