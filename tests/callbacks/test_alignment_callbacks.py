@@ -291,3 +291,41 @@ def test_report_says_so_during_training_too(encoder, photos, trainer, vfm, tmp_p
     assert settings["model"] == {"seed": 3} and "checkpoint" not in settings
     assert settings["CKNNACallback"]["num_images"] == 21  # though the report comes before it
     assert settings["data"] == {"image_size": 64, "evaluation_crop": "resize"}
+
+
+class EncoderWithVFM(Encoder):
+    """One that has a VFM of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = FrozenVFM(VFM, layers=(2, -1))
+
+    @property
+    def vfm(self):
+        return self.own
+
+
+def test_without_vfms_callbacks_take_the_modules_own(images, trainer, vfm):
+    """Nothing is loaded anew, and the numbers are those of a second copy."""
+
+    def logged(*callbacks):
+        run, module = trainer(*callbacks), EncoderWithVFM()
+        run.test(module, images, verbose=False)
+        return module, {name: value.item() for name, value in run.callback_metrics.items()}
+
+    callbacks = CKNNACallback(k=5), RobustnessCallback(num_images=5), LinearProbeCallback(num_train_images=26)
+    module, numbers = logged(*callbacks)
+    assert all(callback.vfms == {VFM: module.vfm} for callback in callbacks)
+    copies = CKNNACallback([vfm], k=5), RobustnessCallback([vfm], 5), LinearProbeCallback([vfm], 26)
+    assert numbers == logged(*copies)[1] and f"test/probe/{VFM}" in numbers
+    assert callbacks[0].state_key == copies[0].state_key
+    module, _ = logged(*callbacks)  # another module's is taken for it
+    assert all(callback.vfms == {VFM: module.vfm} for callback in callbacks)
+
+
+def test_a_module_without_a_vfm_has_none_to_give(encoder, images, trainer):
+    with pytest.raises(ValueError, match="^vfms: Encoder has no VFM of its own here; give one$"):
+        trainer(CKNNACallback()).test(encoder, images, verbose=False)
+    probe = LinearProbeCallback(num_train_images=26)
+    trainer(RobustnessCallback(num_images=5), probe).test(encoder, images, verbose=False)
+    assert probe.vfms == {}
