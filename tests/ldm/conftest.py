@@ -6,29 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from latent_cache import NUM_CLASSES, write_split
 
 from ldm.models.lightningdit import LightningDiT
 from ldm.module import DiffusionModule
 from ldm.samplers import Euler
 from vfm_vae.data.datamodule import ImageNetDataModule
-from vfm_vae.data.latents import STATISTICS, ShardPlan, measure_shards
 
-NUM_TRAIN, NUM_VAL, NUM_CLASSES = 50, 13, 3
-
-
-def write_split(folder: Path, size: int, channels: int = 4, side: int = 4) -> None:
-    """Two shards of latents whose mean tells the class; the mirrored view is the mirrored latent."""
-    folder.mkdir(parents=True)
-    plan = ShardPlan(folder, size, size - size // 3)
-    generator = torch.Generator().manual_seed(size)
-    for shard in range(len(plan)):
-        labels = torch.tensor([image % NUM_CLASSES for image in plan.images(shard)])
-        latents = 0.3 * torch.randn(len(labels), channels, side, side, generator=generator)
-        latents += 2 * labels[:, None, None, None] + torch.arange(side) / side
-        tensors = {"latents": latents, "latents_flip": latents.flip(3).contiguous(), "labels": labels}
-        save_file(tensors, plan.path(shard))
-    measure_shards(plan).compute().write(folder / STATISTICS)
+NUM_TRAIN, NUM_VAL = 50, 13
 
 
 @pytest.fixture(scope="session")
