@@ -3,6 +3,7 @@
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from vfm_vae.lightning_private import note_saved, save_last
 from vfm_vae.options import at_least
 from vfm_vae.saving import check_places, write_whole
 
@@ -15,7 +16,7 @@ class LastCheckpoint(ModelCheckpoint):
     read back, see `vfm_vae.saving`; so do the checkpoints of other callbacks in the same run.
 
     Args:
-        every_n_steps: steps of the optimiser.
+        every_n_steps: Number of steps between checkpoints.
 
     Raises:
         ValueError: if the number is below 1.
@@ -38,10 +39,10 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A step that a run begins or goes on after is in no need of being written."""
         super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved = trainer.global_step
+        note_saved(self, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes what training ends with."""
         if trainer.fast_dev_run:
             return
-        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        save_last(self, trainer)

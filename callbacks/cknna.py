@@ -49,14 +49,14 @@ class CKNNACallback(EvaluationCallback):
     images, with VFMs in float32 (`precision: float32`).
 
     Args:
-        vfms: the references; null for the module's own VFM, of which there is no second copy then.
-        num_images: compare on so many images, spread evenly over the data set and always the same; null for all.
-        k: number of neighbours.
-        times: of the diffusion, where the module is a denoiser: 1 is data, 0 is noise; null for 0.5.
-        images: folder with the images that cached latents were made of, `<images>/<class>/*`.
-        image_size: side in pixels of their centre crops.
-        se_cknna: null for none, `each` or `published`.
-        every_n_images: measure at the first validation after so many training images; null at every validation.
+        vfms: The VFMs to compare with; null for the module's own.
+        num_images: Number of images to compare on, spread evenly over the data set and always the same; null for all.
+        k: Number of neighbours.
+        times: Diffusion times at which a denoiser's features are measured, 0 being noise and 1 data; null for 0.5.
+        images: Folder `<images>/<class>/*` of the images that cached latents were made from.
+        image_size: Height and width in pixels of their centre crops.
+        se_cknna: How SE-CKNNA is measured: `each` or `published`; null for not at all.
+        every_n_images: Measures at the first validation after so many training images; null for every validation.
 
     Raises:
         ValueError: if two VFMs have the same name; when a run starts, if none is given and the module has none of its

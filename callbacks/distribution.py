@@ -19,22 +19,24 @@ from vfm_vae.types import Batch, LatentBatch
 class DistributionCallback(EvaluationCallback):
     """Logs Fréchet distances, Inception Score, precision and recall of the module's `evaluation_images`, after 8 bits.
 
-    With Inception as network and a reference, as for samples: `val/gfid`, `sfid`, `inception_score`, `precision`,
-    `recall`. Without a reference, as for reconstructions, which are compared with the very images they are of:
-    `val/rfid`, `rsfid`, `ris`. With a VFM as network: `val/fd_<vfm>`, the name without the tag of its weights, and
-    behind a reference's name `val/fd_<vfm>/<reference>`; such numbers are no FID. None can be compared with those of
-    another number of images. Real images are looked at once, not at every validation.
+    With Inception as network and a reference, as for samples, it logs `val/gfid`, `sfid`, `inception_score`,
+    `precision` and `recall`; without a reference, as for reconstructions, which are compared with their originals,
+    `val/rfid`, `rsfid` and `ris`. With a VFM as network it logs `val/fd_<vfm>`, named without the tag of its weights,
+    or `val/fd_<vfm>/<reference>`; these are no FIDs. Numbers can only be compared at the same number of images. Real
+    images are processed once, not at every validation.
 
     Args:
-        network: whose features are compared: `vfm_vae.metrics.inception.Inception` or a VFM; null for the module's own.
-        num_images: generate so many images, numbered evenly over the data set; null for as many as it has.
-        reference: real images: an `.npz` such as ADM's, or a folder, `<reference>/<class>/*`, which is measured once;
-            null takes the images of the data that is validated.
-        image_size: side in pixels of the centre crops of a folder's images.
-        statistics: where to save what is measured of a folder; null for a file beside it. It is used again until a file
-            of the folder changes its name, size or time of modification.
-        precision_recall: measure these two; null does so on Inception's features with a reference.
-        remeasure: measure a folder again, whatever is saved.
+        network: The network whose features are compared, `vfm_vae.metrics.inception.Inception` or a VFM; null for the
+            module's own VFM.
+        num_images: Number of images to generate, numbered evenly over the data set; null for as many as it has.
+        reference: Real images to compare with: an `.npz` such as ADM's, or a folder `<reference>/<class>/*`, which is
+            measured once; null for the validated images.
+        image_size: Height and width in pixels of the centre crops of a folder's images.
+        statistics: File for the statistics of a folder; null for a file beside the folder. It is used again until the
+            name, size or time of modification of an image changes.
+        precision_recall: Whether to measure precision and recall; null measures them on Inception's features with a
+            reference.
+        remeasure: Whether to measure a folder again although its statistics are saved.
 
     Raises:
         ValueError: if the reference is missing; when a run starts, if no network is given and the module has no VFM of

@@ -28,10 +28,10 @@ class EMA(Callback):
     checkpoints with `save_weights_only`: these hold no average.)
 
     Args:
-        half_life_images: images after which a weight's share in the average has halved.
-        ramp_up: limits the half-life to this fraction of the images seen so far; null for no limit.
-        decay: a constant `beta` per optimiser step, instead of a half-life in images.
-        modules: the parts of the LightningModule whose parameters are averaged, such as `model`.
+        half_life_images: After so many images, a weight's share in the average has halved.
+        ramp_up: Limits the half-life to this fraction of the images seen so far; null for no limit.
+        decay: A constant `beta` for every optimizer step, instead of a half-life in images.
+        modules: The parts of the LightningModule whose parameters are averaged, such as `model`.
 
     Raises:
         ValueError: if an option lies outside of its range; when training starts, if the module lacks one of `modules`

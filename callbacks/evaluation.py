@@ -15,18 +15,18 @@ from vfm_vae.types import Batch, LatentBatch
 
 
 class EvaluationCallback(Callback, ABC):
-    """Measures over every validation and test batch of the first data loader, and logs at the end.
+    """Measures over all validation and test batches of the first data loader, and logs at the end.
 
-    Subclasses say how to start, what to do with a batch, and what came out. The check before training runs none of it.
-    Two that would log the same are refused when a run starts.
+    Subclasses define how to start, what to do with a batch, and what the results are. Lightning's sanity check measures
+    nothing. Two callbacks that would log the same names are refused when a run starts.
 
     Args:
-        num_images: measure on so many images, spread evenly over the data set; null for all.
+        num_images: Number of images to measure on, spread evenly over the data set; null for all.
 
     Attributes:
-        num_samples: images of the data set, over all ranks.
-        num_measured: images that the last results are of, over all ranks; damaged ones, and those that a limit of
-            batches left out, are not among them.
+        num_samples: Images of the data set, over all ranks.
+        num_measured: How many images the last results are of, over all ranks. Damaged images and those beyond a limit
+            of batches are not counted.
     """
 
     def __init__(self, num_images: int | None = None) -> None:

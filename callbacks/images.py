@@ -24,16 +24,15 @@ from vfm_vae.writing import write_picture
 
 
 class ReconstructionImages(Output):
-    """Shows fixed validation images as a grid, a row each: input | reconstruction | multi-scale images, large to small.
+    """Shows fixed validation images in a grid, one per row: input | reconstruction | multi-scale images, large to small.
 
-    Drawn with the weights in training as `train/reconstructions` when training starts, ends, and every so many images,
-    but not again where a run goes on; and with the weights that validation uses as `val/reconstructions` after each
-    validation. Grids go to TensorBoard, and the latest of each kind to `<log_dir>/images/{train,val}.png`. Rank zero
-    does it alone.
+    The weights in training are shown as `train/reconstructions` when training starts and ends and every so many images,
+    but not when a run resumes; the weights that validation uses as `val/reconstructions` after each validation. Grids
+    go to TensorBoard, and the latest of each kind to `<log_dir>/images/{train,val}.png`. Only rank zero draws.
 
     Args:
-        num_images: rows; the images are spread evenly over the validation set, and the same each time.
-        every_n_images: training images between grids; null for none between start and end.
+        num_images: Number of rows. The images are spread evenly over the validation set, and always the same.
+        every_n_images: Number of training images between grids; null for none between start and end.
 
     Raises:
         ValueError: if an option is not positive; when a run starts, if the module has no `reconstruct`, or doesn't
@@ -95,18 +94,18 @@ class ReconstructionImages(Output):
 
 
 class SampleImages(Output):
-    """Shows samples after each validation as grids, one for each guidance scale, with a row for each class.
+    """Shows samples after each validation in grids, one for each guidance scale, with a row for each class.
 
-    Drawn with the weights that validation uses, always from the same noise. Grids go to TensorBoard as
-    `val/samples_guidance_<scale>`, and the latest to `<log_dir>/images/samples_guidance_<scale>.png`. Rank zero does it
-    alone. Nothing is drawn, after a warning, where the module has no tokenizer that decodes.
+    They are drawn with the weights that validation uses, always from the same noise. Grids go to TensorBoard as
+    `val/samples_guidance_<scale>`, and the latest to `<log_dir>/images/samples_guidance_<scale>.png`. Only rank zero
+    draws. If the module has no tokenizer to decode with, it warns and draws nothing.
 
     Args:
-        classes: the classes shown, in this order; null for one row of samples as the module numbers them, where they
-            are not of classes.
-        num_images: samples of each class.
-        guidance_scales: 1 is without guidance.
-        batch_size: samples drawn at a time.
+        classes: The classes to show, one in each row; null for one row of samples as the module numbers them, if they
+            have no classes.
+        num_images: Number of samples of each class.
+        guidance_scales: Guidance scales to show, one grid for each; 1 is without guidance.
+        batch_size: How many samples are drawn at a time.
 
     Raises:
         ValueError: if a number lies outside its range, or nothing is to be shown; when a run starts, if the module

@@ -11,10 +11,17 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.loops.progress import _BatchProgress
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, distributed
 
+from vfm_vae.lightning_private import (
+    BatchProgress,
+    cluster_environment,
+    give_sigterm_back,
+    keep_sigterm,
+    save_last,
+    validation_is_due,
+)
 from vfm_vae.options import at_least, within
 from vfm_vae.saving import write_whole
 
@@ -48,10 +55,10 @@ class StopOnSignal(Checkpoint):
     training runs in another thread than the main one, Python hands it no signals, and nothing happens.
 
     Args:
-        signals: names of the signals that stop the run.
-        every_n_steps: steps between two times that the ranks ask each other.
-        exit_code: of the process that was stopped.
-        requeue: whether the requeue signal requeues a SLURM job.
+        signals: Names of the signals that stop the run.
+        every_n_steps: Ranks ask each other for signals every so many steps.
+        exit_code: Exit code of a process that was stopped.
+        requeue: Whether the requeue signal requeues a SLURM job.
 
     Raises:
         ValueError: if an option is not possible; when training is set up, if no ModelCheckpoint keeps `last`.
@@ -99,9 +106,7 @@ class StopOnSignal(Checkpoint):
             heard = [number for number in self.signals if not _ignored_by_shell(number)]
             self._previous |= {number: signal.signal(number, self._note) for number in heard}
         if trainer.world_size > 1 and signal.SIGTERM in self.signals:
-            loop = trainer.fit_loop.epoch_loop
-            loop._broadcast_sigterm_tensor()  # of a signal that came before; Lightning hears of no later one
-            loop._broadcast_sigterm_tensor = lambda: None
+            keep_sigterm(trainer)  # Lightning hears of a signal that came before, and of no later one
 
     def _note(self, number: int, frame: Any) -> None:
         self._received = number
@@ -114,8 +119,7 @@ class StopOnSignal(Checkpoint):
         """Where a step ended, stops if any rank was told to."""
         if trainer.global_step - self._asked < self.every_n_steps:
             return
-        epoch = trainer.fit_loop.epoch_loop
-        if epoch._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        if validation_is_due(trainer):
             return  # the validation's first batch stops, and the checkpoint knows that it is due
         self._asked = trainer.global_step
         number = self._agreed(trainer)
@@ -145,7 +149,7 @@ class StopOnSignal(Checkpoint):
     def _stop(self, trainer: Trainer, number: int) -> None:
         name, code = signal.Signals(number).name, self.exit_code
         checkpoint = next(callback for callback in _model_checkpoints(trainer) if callback.save_last is True)
-        checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
+        save_last(checkpoint, trainer)
         rank_zero_info(f"{name}: saved {checkpoint.last_model_path} after step {trainer.global_step}")
         environment = _slurm(trainer)
         if self.requeue and environment is not None and number == environment.requeue_signal:
@@ -156,7 +160,7 @@ class StopOnSignal(Checkpoint):
         """Gives the signals back, before Lightning gives back what it found itself."""
         while self._previous:
             signal.signal(*self._previous.popitem())
-        vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
+        give_sigterm_back(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives them back."""
@@ -188,7 +192,7 @@ def _ignored_by_shell(number: signal.Signals) -> bool:
 
 def _slurm(trainer: Trainer) -> SLURMEnvironment | None:
     """SLURM's job, also where one device needs no strategy that would know it."""
-    environment = trainer._accelerator_connector.cluster_environment
+    environment = cluster_environment(trainer)
     return environment if isinstance(environment, SLURMEnvironment) else None
 
 
@@ -205,7 +209,7 @@ def _requeue() -> bool:
     return True
 
 
-def _rewind(progress: _BatchProgress) -> None:
+def _rewind(progress: BatchProgress) -> None:
     """Lets a loop look like one that broke off in its first batch: Lightning then runs it again as a whole."""
     total = progress.total
     total.started = total.ready

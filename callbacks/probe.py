@@ -24,13 +24,13 @@ from vfm_vae.types import Batch, LatentBatch
 class ClassAccuracyCallback(EvaluationCallback):
     """Logs how often a linear probe on a VFM's pooled features finds a sample's class, as `val/class_accuracy`.
 
-    The probe is fitted on real images, when the first validation starts, and never sees a sample before it judges it.
+    The probe is fitted on real images when the first validation starts, and never sees samples before it judges them.
 
     Args:
-        images: folder of the images to fit on, `<images>/<class>/*`, centre-cropped to `image_size`.
-        vfm: whose features are probed; null for the module's own VFM.
-        image_size: their side in pixels.
-        num_images: draw so many samples, numbered evenly over the data set; null for as many as it has.
+        images: Folder `<images>/<class>/*` of the images to fit on.
+        vfm: The VFM whose features are probed; null for the module's own.
+        image_size: Height and width in pixels of these images' centre crops.
+        num_images: Number of samples to draw, numbered evenly over the data set; null for as many as it has.
 
     Raises:
         ValueError: if an option lies outside its range; when a run starts, if the images are of other classes than the
@@ -96,19 +96,19 @@ class ClassAccuracyCallback(EvaluationCallback):
 
 
 class LinearProbeCallback(EvaluationCallback):
-    """Logs how well a linear classifier tells classes by features, as `val/probe/<feature>`: what does a model know?
+    """Logs how well a linear classifier finds classes from features, as `val/probe/<feature>`.
 
-    The features are those of the module's `alignment_features` (a latent averaged over positions, a denoiser's blocks),
-    and the averaged patch tokens of VFMs beside them, named without the tag of their weights unless that alone tells
-    two apart. For each a classifier is fitted to the training split without augmentation, anew at every evaluation, and
-    its top-1 accuracy is on validation images.
+    The features are those of the module's `alignment_features` (a latent averaged over positions, a denoiser's blocks)
+    and the averaged patch tokens of VFMs, named without the tag of their weights unless two differ only by it. At every
+    evaluation, a classifier for each is fitted to the training split without augmentation; its top-1 accuracy on
+    validation images is logged.
 
     Args:
-        vfms: VFMs to compare with; they need images, not cached latents. Null takes the module's own, where it has one
-            and there are images; `[]` takes none.
-        num_train_images: fit to so many images, spread evenly over the training split; null for all.
-        num_images: measure on so many images; null for all.
-        time: of the diffusion, where the module is a denoiser; null for 0.5.
+        vfms: VFMs to compare with. They need images, not cached latents. Null for the module's own, if it has one and
+            there are images; `[]` for none.
+        num_train_images: Number of images to fit to, spread evenly over the training split; null for all.
+        num_images: Number of images to measure on; null for all.
+        time: Diffusion time at which a denoiser's features are probed; null for 0.5.
 
     Raises:
         ValueError: if a VFM is given twice; when validation starts, if the module has no `alignment_features`, or VFMs

@@ -9,11 +9,12 @@ import traceback
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from vfm_vae.lightning_private import cluster_environment
 from vfm_vae.options import positive
 
 
 class EndTogether(Callback):
-    """Sees to it that processes which Lightning started itself don't outlive each other's failure.
+    """Ends the processes that Lightning started when one of them fails.
 
     Lightning's rank zero starts the others of its machine and kills everything within five seconds where one of them
     fails. Two cases stay open, in which ranks would wait for the process group's timeout, or for ever where they wait
@@ -28,7 +29,7 @@ class EndTogether(Callback):
     lives there is the timeout of the process group, which the strategies in configs/trainer set to ten minutes.
 
     Args:
-        grace_seconds: that a rank with an error has to end by itself.
+        grace_seconds: How long a rank with an error has to end by itself.
 
     Raises:
         ValueError: if the time is not positive.
@@ -42,7 +43,7 @@ class EndTogether(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begins to watch."""
         self._over.clear()
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
             watch = (os.getppid(), f"rank {trainer.global_rank} ends: the process that started it is gone", self._over)
             threading.Thread(target=_end_with, args=watch, daemon=True).start()

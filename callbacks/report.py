@@ -32,8 +32,8 @@ class Report(Output):
     writes; the file is replaced at once.
 
     Args:
-        path: the file; null for `<log_dir>/metrics.json`.
-        name: this run's entry; by default what `--run.entry` says, or the run's name, or `run`.
+        path: The metrics file; null for `<log_dir>/metrics.json`.
+        name: Name of this run's entry; the default is `--run.entry`, or the run's name, or `run`.
 
     Raises:
         ValueError: when a run starts, if something else lies at `path`, or nothing can be written there.

@@ -19,13 +19,13 @@ from vfm_vae.types import Batch
 class RobustnessCallback(EvaluationCallback):
     """Logs the cosine similarity between features of clean and of transformed images.
 
-    For the latent averaged over positions, and for VFMs' averaged patch tokens, by transformation: noise, scales and
-    rotations as for SE-CKNNA, as `val/robustness/<feature>/<transformation>`, and their mean. A VFM's feature is its
-    name, without the tag of its weights unless that alone tells two apart.
+    The features are the latent averaged over positions and VFMs' averaged patch tokens; the transformations are noise,
+    scales and rotations as for SE-CKNNA. Logged as `val/robustness/<feature>/<transformation>`, with their mean. A
+    VFM's feature has the VFM's name, without the tag of its weights unless two differ only by it.
 
     Args:
-        vfms: VFMs to compare with; null for the module's own, where it has one; `[]` for none.
-        num_images: measure on so many images, spread evenly over the data set; null for all.
+        vfms: VFMs to compare with; null for the module's own, if it has one; `[]` for none.
+        num_images: Number of images to measure on, spread evenly over the data set; null for all.
 
     Raises:
         ValueError: if a VFM is given twice; when validation starts, if the module encodes no images.

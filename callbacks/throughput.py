@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 from vfm_vae.data.steps import batches_per_step
-from vfm_vae.lightning_private import logs_now
+from vfm_vae.lightning_private import log_numbers, logs_now
 from vfm_vae.options import at_least, positive
 from vfm_vae.types import num_images
 
@@ -58,10 +58,11 @@ class Throughput(Callback):
     host never waits for the device to measure, so a time is that at which a batch was launched.
 
     Args:
-        batch_size_fn: images in a batch.
-        window_size: batches that an average spans; with few, a GPU's rates are rough.
-        count_batches: batches to count, with those that complete their step; 0 counts none and logs no operations.
-        peak_flops: of one device, per second.
+        batch_size_fn: Returns the number of images in a batch.
+        window_size: Number of batches to average over. With few, a GPU's rates are rough.
+        count_batches: Number of batches whose operations are counted, completed to whole steps; 0 for none, and no
+            operations are logged.
+        peak_flops: Peak operations per second of one device; null to look it up.
 
     Raises:
         ValueError: if a number is not possible.
@@ -171,7 +172,7 @@ class Throughput(Callback):
     def _log(self, trainer: Trainer) -> None:
         stage = trainer.state.stage
         rates = {f"{stage.value}/{name}": rate for name, rate in self._meters[stage].rates.compute().items()}
-        trainer._logger_connector.log_metrics(rates)
+        log_numbers(trainer, rates)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Counts no longer."""

@@ -48,7 +48,7 @@ class ReconstructionWriter(Output):
     negative index) is left out.
 
     Args:
-        directory: where to write; made if it is missing. By default what `--run.output` says.
+        directory: Folder to write to, made if it is missing; the default is `--run.output`.
     """
 
     def __init__(self, directory: str | None = None) -> None:
@@ -78,9 +78,9 @@ class LatentWriter(Output):
     that normalise latents, over the plain views. With `model.features`, shards hold a VFM's features too.
 
     Args:
-        directory: where to write; made if it is missing. By default what `--run.output` says.
-        shard_size: images of a shard, which a rank holds in memory until it is complete.
-        dtype: in which latents are stored; features are in bfloat16.
+        directory: Folder to write to, made if it is missing; the default is `--run.output`.
+        shard_size: Number of images in a shard, which a rank holds in memory until it is complete.
+        dtype: Precision in which latents are stored; features are stored in bfloat16.
 
     Raises:
         ValueError: when prediction starts, if the module gives no latents, or the directory holds others.
@@ -205,9 +205,9 @@ class SampleWriter(Output):
     Numbers, labels and noise do not depend on ranks and batches, so an interrupted run is completed by any other.
 
     Args:
-        directory: where to write; made if it is missing. By default what `--run.output` says.
-        npz: put all images into `<directory>.npz` too, as the ADM evaluator reads them: `arr_0` uint8 `[N, H, W, 3]`
-            and `arr_1`, what each was drawn for: labels `[N]`.
+        directory: Folder to write to, made if it is missing; the default is `--run.output`.
+        npz: Whether to also write all images to `<directory>.npz`, as ADM's evaluator reads them: `arr_0` uint8 `[N, H,
+            W, 3]` and `arr_1`, the labels `[N]` or other conditions that they were drawn for.
 
     Raises:
         ValueError: when prediction starts, if the module draws no samples, or the directory holds others.

@@ -35,10 +35,10 @@ def alignment_error(projected: Tensor, features: Tensor) -> Tensor:
 
 
 class REPA(nn.Module):
-    """Draws a block's patch tokens, projected, towards the VFM's (Yu et al. 2025, arXiv 2410.06940).
+    """Aligns a block's projected patch tokens to the VFM's (REPA, Yu et al. 2025, arXiv 2410.06940).
 
     Args:
-        vfm: Makes features of images; null where they are cached beside the latents.
+        vfm: The VFM; null if its features are cached beside the latents.
         weight: Weight of the alignment error in the loss.
     """
 
@@ -150,10 +150,10 @@ class REPA(nn.Module):
 
 
 class REG(REPA):
-    """REPA of all tokens, and the VFM's class token diffused along (Wu et al. 2025, arXiv 2507.01467, section 3).
+    """REPA of all tokens, with the VFM's class token diffused too (REG, Wu et al. 2025, arXiv 2507.01467, section 3).
 
     Args:
-        vfm: As of REPA.
+        vfm: The VFM; null if its features are cached beside the latents.
         weight: Weight of the alignment error in the loss.
         cls_weight: Weight of the class token's squared error in the loss.
     """

@@ -148,7 +148,7 @@ class ClassLabels(Conditioning):
 
     Args:
         num_classes: Number of classes.
-        mode: Classes of samples: `random`, or `balanced` for equally many of each.
+        mode: How samples' classes are chosen: `random`, or `balanced` for equally many of each.
 
     Raises:
         ValueError: if there is no class.

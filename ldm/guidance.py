@@ -14,17 +14,18 @@ from vfm_vae.options import at_least, within
 
 @final
 class Guidance(Described):
-    """Draws predictions away from what the model says without a label, `u + scale · (c − u)`.
+    """Classifier-free guidance within an interval of time: `u + scale · (c − u)`.
 
-    Outside the interval (Kynkäänniemi et al. 2024, arXiv 2404.07724) and at scale 1 only `c` is computed.
+    c is the prediction with the condition, u the one without. Outside the interval (Kynkäänniemi et al. 2024, arXiv
+    2404.07724) and at scale 1 only c is computed.
 
     Args:
-        scale: Strength; 1 is no guidance.
-        start: Time from which on it acts, itself included; 0 is noise, 1 is data.
-        end: Time up to which it acts, itself included.
-        channels: Guide only the first so many latent channels, as the published LightningDiT numbers do with 3; null
-            guides all.
-        cls_scale: Strength for a class token that is diffused along, as REG does; 0 leaves it unguided.
+        scale: Strength of guidance; 1 for none.
+        start: Guidance begins at this time, 0 being noise and 1 data.
+        end: Guidance ends after this time.
+        channels: Guides only this many of the first latent channels, 3 in LightningDiT's published numbers; null guides
+            all.
+        cls_scale: Strength of guidance for the class token that REG diffuses; 0 for none.
 
     Raises:
         ValueError: if an option lies outside its range.

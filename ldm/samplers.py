@@ -56,10 +56,10 @@ class Sampler(Described, ABC):
 
 
 class GridSampler(Sampler):
-    """What samplers on a grid of times share.
+    """Base class of samplers on a grid of times.
 
     Args:
-        steps: Points of the time grid, both ends included.
+        steps: Number of points on the time grid, both ends included.
         shift: Warps the grid, see `time_grid`.
 
     Raises:
@@ -81,7 +81,7 @@ class Euler(GridSampler):
     """Explicit Euler: one evaluation per interval of the grid, error of first order.
 
     Args:
-        steps: Points of the time grid, both ends included, so one more than there are evaluations.
+        steps: Number of points on the time grid, both ends included: one more than there are evaluations.
         shift: Warps the grid, see `time_grid`.
     """
 
@@ -97,7 +97,7 @@ class Heun(GridSampler):
     """Heun's method (the explicit trapezoidal rule): two evaluations per interval, error of second order.
 
     Args:
-        steps: Points of the time grid, both ends included.
+        steps: Number of points on the time grid, both ends included.
         shift: Warps the grid, see `time_grid`.
     """
 
@@ -146,7 +146,7 @@ class EulerMaruyama(Sampler):
     float64.
 
     Args:
-        steps: Evaluations, the last, noiseless one included.
+        steps: Number of evaluations, including the last, noiseless one.
         last: Noise level before the last step, in (0, 1).
 
     Raises:

@@ -68,7 +68,9 @@ def check_optimizers(trained: Sequence[Sequence[nn.Parameter]], checkpoint: Mapp
     """
     states = checkpoint.get("optimizer_states")
     if not states:
-        raise ValueError("ckpt_path: a checkpoint of weights alone can't be resumed; start a stage from it with model.init_from")
+        raise ValueError(
+            "ckpt_path: a checkpoint of weights alone can't be resumed; give it to model.init_from instead"
+        )
     before = [sum(len(group["params"]) for group in state["param_groups"]) for state in states]
     now = [len(parameters) for parameters in trained]
     if before != now:

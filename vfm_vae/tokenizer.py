@@ -42,9 +42,9 @@ class VFMVAE(PretrainedTokenizer):
     """Frozen VFM → adapter → posterior → adapter → decoder.
 
     Args:
-        adapter: Between VFM tokens and latents.
-        decoder: From latents to images.
-        vfm: The encoder; without one the model takes VFM features from the caller, and decodes.
+        adapter: Maps VFM tokens to latents, and latents to the decoder's input.
+        decoder: Maps the adapted latents to images.
+        vfm: The encoder. Without one, the model can only decode, or encode VFM features that it is given.
         quantizer: Makes the latent discrete; without one it is Gaussian.
 
     Raises:
@@ -284,14 +284,14 @@ def _encoding_settings(source: Mapping[str, Any], unshuffle: int) -> list[Any]:
 class FrozenTokenizer(Frozen):
     """A trained tokenizer of any class; it never trains again and is never saved.
 
-    Computes in float32 or, under autocast, as that says.
+    It computes in float32, or in autocast's precision.
 
     Args:
-        checkpoint: File that `python -m vfm_vae fit` wrote, of which the averaged weights are taken where it has them;
-            or a folder that `save_pretrained` or `python -m vfm_vae.convert` wrote, or `owner/model` on the hub.
-        vfm_weights: File with the VFM's weights, where the one that training read is not at hand.
-        tokenizer_class: Class of the tokenizer, such as `my_package.MyVAE`. It has to be given where a folder holds a
-            tokenizer that is none of this project's; others are found by themselves.
+        checkpoint: A checkpoint that `python -m vfm_vae fit` wrote, whose averaged weights are used if it has them; or
+            a folder that `save_pretrained` or `python -m vfm_vae.convert` wrote; or `owner/model` on the hub.
+        vfm_weights: File with the VFM's weights, if the one that training read is not available.
+        tokenizer_class: Class of the tokenizer, such as `my_package.MyVAE`. It must be given if a folder holds a
+            tokenizer that is not one of this project's; otherwise it is found automatically.
 
     Attributes:
         network: The tokenizer.

@@ -35,7 +35,7 @@ FORMERLY: Mapping[str, Any] = {
 
 
 class FrozenVFM(Frozen, Described, VFM):
-    """A vision foundation model as a frozen encoder: images in, tokens of the layers asked for out, in float32.
+    """A frozen vision foundation model of timm's, which maps images to the tokens of some of its layers, in float32.
 
     Layers are counted as the tokens see them: 0 is what enters the first block (after patch and position embedding),
     k in 1..depth the output of block k, -1 the result of the final norm, -2 the output of the last block before that
@@ -43,23 +43,23 @@ class FrozenVFM(Frozen, Described, VFM):
     equals -2. Computes as `precision` says, whatever autocast is around it.
 
     Args:
-        name: timm name of a vision transformer, for instance `vit_large_patch16_siglip_512.v2_webli`.
-        layers: layers whose tokens are wanted, in the order wanted.
-        input_scale: factor by which images are resized before the model sees them.
-        weights: file with the weights, to take instead of a download.
-        pretrained: False leaves the weights random: for tests, and to count parameters.
-        model_args: further arguments of the timm model, for instance a smaller depth in tests.
-        antialias: whether the resizing by `input_scale` is antialiased; by default where it shrinks.
-        antialias_positions: whether the table of learned positions, where images give another grid than its own, is
-            resampled with antialias, as timm does it; by default as the published network does it: most without.
-        precision: in which the network computes on CUDA; elsewhere that is float32 in any case.
-        interpolation: how images are resized before the model; by default as its family wants it, see `vit.FAMILIES`.
-        target_interpolation: how training targets are resized beside it; by default as the family wants it.
+        name: Name of a vision transformer in timm, for instance `vit_large_patch16_siglip_512.v2_webli`.
+        layers: The layers whose tokens are wanted, in this order.
+        input_scale: Factor by which images are resized before the model.
+        weights: File with the weights to use instead of a download.
+        pretrained: Whether to load weights; false leaves them random, for tests and for counting parameters.
+        model_args: Further arguments of the timm model, for instance a smaller depth in tests.
+        antialias: Whether resizing by `input_scale` is antialiased; the default is true if it shrinks.
+        antialias_positions: Whether the table of learned positions is antialiased when it is resampled to another grid,
+            as timm does it. The default is what the published network does: for most, not.
+        precision: Precision of the network on CUDA; elsewhere it is always float32.
+        interpolation: How images are resized before the model; the default is that of its family, see `vit.FAMILIES`.
+        target_interpolation: How training targets are resized for it; the default is that of its family.
 
     Attributes:
-        antialias_positions: whether that is left to timm; so it is, too, where the network has no such table.
-        depth: number of blocks.
-        patch_size: side of a patch in pixels of the resized image.
+        antialias_positions: Whether timm resamples the table; also true for networks without one.
+        depth: Number of blocks.
+        patch_size: Height and width of a patch in pixels of the resized image.
 
     Raises:
         ValueError: if the model is unknown or its weights can't be had, or it has no such layer or precision.

@@ -42,12 +42,12 @@ class Denoiser(nn.Module, Described, ABC):
 
     Args:
         in_channels: Channels C of the latent.
-        input_size: Sides (h, w) of the latent, or one number for a square.
+        input_size: Height and width of the latent, or one number for a square.
         num_classes: Number of classes, for a denoiser that is told a class (see `ldm.condition.Labels`); null for one
             that is told something else.
-        cls_channels: Width of a VFM's class token that is diffused along with the latent (REG); 0 for none.
-        align_channels: Width of a VFM's tokens, to which those within the network are projected (REPA and REG); 0 for
-            no projector.
+        cls_channels: Width of the VFM's class token that is diffused together with the latent (REG); 0 for none.
+        align_channels: Width of the VFM's tokens, to which this network's tokens are projected (REPA and REG); 0 for no
+            projector.
 
     Attributes:
         grid: Rows and columns of the network's tokens; those of the latent, unless a subclass sets others.

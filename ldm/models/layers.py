@@ -175,7 +175,7 @@ class MLP(nn.Sequential):
 
     Args:
         width: Width of the tokens.
-        hidden: Between the two.
+        hidden: Width of the hidden layer.
     """
 
     def __init__(self, width: int, hidden: int):
@@ -199,8 +199,8 @@ class Attention(nn.Module):
 
     Args:
         width: Width of the tokens.
-        num_heads: Has to divide it.
-        norm: Makes the norm of queries and keys of a head's width; null for none.
+        num_heads: Number of heads; must divide the width.
+        norm: Makes the norms of queries and keys, given the width of a head; null for none.
     """
 
     def __init__(self, width: int, num_heads: int, norm: type[nn.Module] | None = None):
@@ -267,9 +267,9 @@ class FinalLayer(nn.Module):
 
     Args:
         width: Width of the tokens.
-        out_features: Numbers in a patch.
+        out_features: How many numbers a patch has.
         norm: Makes the norm.
-        cls_channels: Width of the class token's velocity; 0 where there is none.
+        cls_channels: Width of the class token's velocity; 0 if there is none.
     """
 
     def __init__(self, width: int, out_features: int, norm: type[nn.Module], cls_channels: int = 0):
@@ -299,7 +299,7 @@ class Projector(nn.Sequential):
 
     Args:
         width: Width of the tokens.
-        hidden: Between the layers.
+        hidden: Width of the hidden layers.
         out: Width of the VFM's tokens.
     """
 

@@ -48,22 +48,23 @@ class LightningDiT(Denoiser):
 
     Args:
         in_channels: Channels C of the latent.
-        input_size: Sides (h, w) of the latent, or one number for a square.
-        patch_size: Side of a patch.
-        depth: Blocks.
-        width: Channels D of the tokens, a multiple of 4 · num_heads; without rotary, of 4 and of num_heads.
-        num_heads: Heads of attention.
-        num_classes: Labels; one more stands for no label.
-        qk_norm: Normalise queries and keys.
-        swiglu: Gated MLP instead of GELU.
-        rotary: Rotary position embedding in attention, beside the fixed table.
-        rms_norm: RMSNorm with a gain instead of LayerNorm without.
-        cls_channels: Width of a VFM's class token that is diffused along; 0 for none.
-        align_channels: Width of a VFM's tokens, to which those of this network are projected; 0 for no projector.
-        align_depth: Number of the block whose output is projected, from 1 to depth.
+        input_size: Height and width of the latent, or one number for a square.
+        patch_size: Height and width of a patch.
+        depth: Number of blocks.
+        width: Channels D of the tokens: a multiple of 4 · num_heads, or of both 4 and num_heads without `rotary`.
+        num_heads: Number of attention heads.
+        num_classes: Number of classes; the network has one more label, for no class.
+        qk_norm: Whether to normalise queries and keys.
+        swiglu: Whether MLPs are gated (SwiGLU); otherwise they use GELU.
+        rotary: Whether attention has a rotary position embedding besides the fixed table of positions.
+        rms_norm: Whether norms are RMSNorm with a gain; otherwise they are LayerNorm without.
+        cls_channels: Width of the VFM's class token that is diffused together with the latent (REG); 0 for none.
+        align_channels: Width of the VFM's tokens, to which this network's tokens are projected (REPA and REG); 0 for no
+            projector.
+        align_depth: Number of the block whose output is projected, 1 to depth.
         projector_width: Hidden width of the projector.
-        activation_checkpointing: Compute each block again in the backward pass instead of keeping what is in it: about
-            a third more time for a fraction of the memory.
+        activation_checkpointing: Whether to compute blocks again in the backward pass: it takes about a third more time
+            and a fraction of the memory.
 
     Raises:
         ValueError: if a number lies outside its range, or sizes do not divide.

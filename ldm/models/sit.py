@@ -15,23 +15,24 @@ SIZES = {
 
 
 class SiT(LightningDiT):
-    """A LightningDiT of former parts: GELU, LayerNorm without a gain, no rotary embedding. By default REG's.
+    """A LightningDiT with older parts: GELU, LayerNorm without a gain, no rotary embedding. The defaults are REG's.
 
     Args:
         in_channels: Channels C of the latent.
-        input_size: Sides (h, w) of the latent, or one number for a square.
-        patch_size: Side of a patch.
-        depth: Blocks.
+        input_size: Height and width of the latent, or one number for a square.
+        patch_size: Height and width of a patch.
+        depth: Number of blocks.
         width: Channels D of the tokens, a multiple of 4 and of num_heads.
-        num_heads: Heads of attention.
-        num_classes: Labels; one more stands for no label.
-        qk_norm: Normalise queries and keys.
-        cls_channels: Width of a VFM's class token that is diffused along; 0 for none, as REPA has it.
-        align_channels: Width of a VFM's tokens, to which those of this network are projected; 0 for no projector.
-        align_depth: Number of the block whose output is projected, from 1 to depth.
+        num_heads: Number of attention heads.
+        num_classes: Number of classes; the network has one more label, for no class.
+        qk_norm: Whether to normalise queries and keys.
+        cls_channels: Width of the VFM's class token that is diffused together with the latent (REG); 0 for none.
+        align_channels: Width of the VFM's tokens, to which this network's tokens are projected (REPA and REG); 0 for no
+            projector.
+        align_depth: Number of the block whose output is projected, 1 to depth.
         projector_width: Hidden width of the projector.
-        activation_checkpointing: Compute each block again in the backward pass instead of keeping what is in it: about
-            a third more time for a fraction of the memory.
+        activation_checkpointing: Whether to compute blocks again in the backward pass: it takes about a third more time
+            and a fraction of the memory.
 
     Raises:
         ValueError: if sizes do not divide, or align_depth lies outside its range.

@@ -38,9 +38,9 @@ class DiscriminatorHead(nn.Module):
     the newer parametrisation updates its two vectors in the other order.
 
     Args:
-        width: channels of the tokens.
-        kernel_size: of the circular convolution along the raster of tokens.
-        virtual_batch_size: group size of the local batch norm.
+        width: Width of the tokens.
+        kernel_size: Kernel of the circular convolution along the tokens in raster order.
+        virtual_batch_size: Largest group of the local batch norm.
     """
 
     def __init__(self, width: int, kernel_size: int = 9, virtual_batch_size: int = 8) -> None:
@@ -67,17 +67,18 @@ class ProjectedDiscriminator(nn.Module):
     which are no parameters here and in no `state_dict`. The heads compute in float32 whatever autocast says.
 
     Args:
-        backbone: timm name of any vision transformer.
-        weights: file with its weights, to take instead of a download.
-        pretrained: False leaves the backbone random: for tests.
-        size: side in pixels of the backbone's input.
-        layers: 0 is the tokens that enter the first block, k the output of block k; one head each. Where the backbone
-            has a class token, it is added to every patch token.
-        kernel_size: of the heads' circular convolution.
-        virtual_batch_size: group size of the heads' local batch norm.
-        crop_probability: how often a batch of larger images is cropped, at one random place, rather than resized.
-        interpolation: how images are resized; null for bilinear or, in a config, as the VFM's targets are.
-        augmentation: what to do to the images in training; None takes the default strengths.
+        backbone: Name of a vision transformer in timm.
+        weights: File with the backbone's weights to use instead of a download.
+        pretrained: Whether to load weights; false leaves them random, for tests.
+        size: Height and width in pixels of the backbone's input.
+        layers: The backbone's layers that have a head: 0 for the tokens that enter the first block, k for the output of
+            block k. If the backbone has a class token, it is added to every patch token.
+        kernel_size: Kernel of the heads' circular convolution.
+        virtual_batch_size: Largest group of the heads' local batch norm.
+        crop_probability: How often a batch of images that are larger than `size` is cropped at a random place instead
+            of resized, 0 to 1.
+        interpolation: How images are resized; null for bilinear or, in a config, for that of the tokenizer's VFM.
+        augmentation: Augments images in training; null for the default strengths.
 
     Raises:
         ValueError: if a number lies outside its range, the backbone is unknown or its weights can't be had, it has no
