@@ -23,7 +23,7 @@ from vfm_vae.checkpoints import read_weights
 from vfm_vae.cli import short_errors
 from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.description import describe
-from vfm_vae.published import pick, read_yaml, remove_training, write_training
+from vfm_vae.published_files import pick, read_yaml, remove_training, write_training
 
 __all__ = ["denoiser_from_published", "lightningdit_from_published", "reg_from_published", "to_published"]
 

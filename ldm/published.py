@@ -10,7 +10,7 @@ from ldm.models.denoiser import Denoiser
 from ldm.models.layers import sincos_frequencies
 from ldm.models.lightningdit import LightningDiT
 from ldm.models.sit import SiT
-from vfm_vae.published import from_published
+from vfm_vae.published_files import from_published
 
 # Our modules → published, for both directions. Parameters within them have the same names.
 MODULES = {

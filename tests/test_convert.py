@@ -16,7 +16,9 @@ from callbacks.writers import LatentWriter
 from vfm_vae import convert
 from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
-from vfm_vae.published import discriminator_names, patchgan_names, pick, to_published
+from vfm_vae.published import build_published, timm_name, tokenizer_from_published, tokenizer_to_published
+from vfm_vae.published_files import pick, to_published
+from vfm_vae.published_names import discriminator_names, patchgan_names
 from vfm_vae.tokenizer import VFMVAE, FrozenTokenizer
 from vfm_vae.vfm import FrozenVFM
 
@@ -57,7 +59,7 @@ CONFIG = {
 def random_model(seed: int) -> VFMVAE:
     """No parameter as a fresh model has it, since zeros and ones would hide what is mixed up."""
     torch.manual_seed(seed)
-    model = convert.build_published(CONFIG["G_kwargs"])
+    model = build_published(CONFIG["G_kwargs"])
     for tensor in model.state_dict().values():
         tensor += 0.1 * torch.randn_like(tensor)
     return model.eval()
@@ -79,7 +81,7 @@ def published(models, opponents, tmp_path) -> Path:
     """A file as a public training would leave it, with everything in it, and the public YAML beside it."""
     frozen = {"vfm_encoder.embed.weight": torch.randn(3)}
     content = {
-        name: {f"module.{n}": tensor for n, tensor in (convert.tokenizer_to_published(model) | frozen).items()}
+        name: {f"module.{n}": tensor for n, tensor in (tokenizer_to_published(model) | frozen).items()}
         for name, model in models.items()
     }
     heads = to_published(opponents["discriminator"].state_dict(), discriminator_names(len(LAYERS)), {})
@@ -178,7 +180,7 @@ def test_going_on_within_a_stage_is_refused(converted, opponents, tiny_module, t
 
 def test_a_file_of_the_averages_alone(published, monkeypatch, models):
     """As published for users: no discriminators, and nothing to tell averages from trained weights."""
-    torch.save(convert.tokenizer_to_published(models["G_ema"]), published)
+    torch.save(tokenizer_to_published(models["G_ema"]), published)
     run(monkeypatch, published, "--config", published.with_suffix(".yaml"), "--out", published.parent / "out")
     stored = torch.load(published.parent / "out/training.ckpt", weights_only=True)
     assert "ema" not in stored
@@ -281,7 +283,7 @@ def test_nothing_is_run_to_read_a_file(published, monkeypatch, tmp_path):
     ],
 )
 def test_vfms_have_timm_names(name, expected):
-    assert convert.timm_name(name) == expected
+    assert timm_name(name) == expected
 
 
 @pytest.mark.parametrize(
@@ -303,9 +305,9 @@ def test_any_configuration_goes_there_and_back(changes):
     config = keys["config"] | changes
     config["attn_depths"] = [2] * len(config["attn_block_indices"])
     with torch.device("meta"):
-        model = convert.build_published(config)
-        published = convert.tokenizer_to_published(model)
-        again = convert.tokenizer_to_published(convert.tokenizer_from_published(published, config))
+        model = build_published(config)
+        published = tokenizer_to_published(model)
+        again = tokenizer_to_published(tokenizer_from_published(published, config))
     assert {name: tensor.shape for name, tensor in again.items()} == {n: t.shape for n, t in published.items()}
     assert model.adapter.unshuffle == round(
         config["scale_factor"] * 16 / (14 if config["scale_factor"] == 1.75 else 16)
@@ -321,11 +323,11 @@ def test_five_blocks_at_compression_16_go_there_and_back(downsampling):
     sizes = {"scale_factor": 0.5, "resolution_compression_factor": 16, "how_to_process_concat_z": downsampling}
     config = CONFIG["G_kwargs"] | sizes
     vfm = FrozenVFM(VFM, layers=[0, -1], input_scale=0.5)
-    model = convert.build_published(config, vfm)
+    model = build_published(config, vfm)
     for tensor in model.state_dict().values():
         tensor += 0.1 * torch.randn_like(tensor)
-    published = convert.tokenizer_to_published(model)
-    again = convert.tokenizer_from_published(published, config, vfm)
+    published = tokenizer_to_published(model)
+    again = tokenizer_from_published(published, config, vfm)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
     for block, stages in enumerate(STAGES):
         assert {f"synthesis.z_convs.{block}.{stage}.weight" for stage in stages} <= published.keys()
@@ -340,17 +342,17 @@ def test_five_blocks_at_compression_16_go_there_and_back(downsampling):
 
 def test_what_is_no_way_to_bring_the_latent_to_blocks():
     with pytest.raises(ValueError, match="concat_z='crop' is not supported, only 'unshuffle' or 'pooling' is"):
-        convert.build_published(CONFIG["G_kwargs"] | {"how_to_process_concat_z": "crop"})
+        build_published(CONFIG["G_kwargs"] | {"how_to_process_concat_z": "crop"})
 
 
 def test_real_values_go_there_and_back():
     model = random_model(3)
-    again = convert.tokenizer_from_published(convert.tokenizer_to_published(model), CONFIG["G_kwargs"])
+    again = tokenizer_from_published(tokenizer_to_published(model), CONFIG["G_kwargs"])
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_blur_that_is_another_is_named():
-    weights = convert.tokenizer_to_published(random_model(3))
+    weights = tokenizer_to_published(random_model(3))
     name = "synthesis.blocks.1.last_upsample_conv.blur_weight"
     with pytest.raises(ValueError, match=r"other constants than the published ones: \['synthesis\.blocks\.1\.last"):
-        convert.tokenizer_from_published(weights | {name: weights[name] + 0.1}, CONFIG["G_kwargs"])
+        tokenizer_from_published(weights | {name: weights[name] + 0.1}, CONFIG["G_kwargs"])

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from ldm.alignment import REG
 from ldm.models.sit import SiT
 from vfm_vae import positions
-from vfm_vae.convert import _vfm_source
 from vfm_vae.frozen import sha256_of
 from vfm_vae.positions import resample_positions
+from vfm_vae.published import vfm_source_of
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.vfm import FrozenVFM, check_vfm, vfm_identity
 
@@ -239,7 +239,7 @@ def test_former_models_and_their_latents_are_the_same(former, tiny_model, tmp_pa
 )
 def test_published_tokenizers_have_the_published_way(name, expected):
     config = {"vfm_name": name, "patch_from_layers": [0, -1], "scale_factor": 2.0}
-    assert _vfm_source(config, None)["antialias_positions"] is expected
+    assert vfm_source_of(config, None)["antialias_positions"] is expected
 
 
 def test_features_that_were_cached_before_fit_the_same_way_alone(tiny_module):

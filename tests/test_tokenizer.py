@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vfm_vae.convert import tokenizer_from_published
 from vfm_vae.description import describe
 from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.pretrained import build
+from vfm_vae.published import tokenizer_from_published
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.vfm import FrozenVFM
 

@@ -27,7 +27,7 @@ from vfm_vae.data.shards import Shard, _save_index
 from vfm_vae.embedded.vit import WEIGHTS
 from vfm_vae.files import write_image
 from vfm_vae.metrics.summary import write_entry
-from vfm_vae.published import write_training
+from vfm_vae.published_files import write_training
 from vfm_vae.writing import (
     NotWritten,
     check_place,

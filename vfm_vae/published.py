@@ -1,241 +1,254 @@
-"""Public files of weights: what their tensors are called there.
-
-Names are stated once, from ours to the published ones; importing looks each of ours up, exporting writes it back.
-"""
+"""Published weights of tokenizers and discriminators, brought to our names, and ours to theirs."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import timm
 import torch
-import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
-from vfm_vae.checkpoints import few
-from vfm_vae.writing import write_text, write_torch
+from vfm_vae.discriminators.patchgan import PatchGAN
+from vfm_vae.discriminators.projected import DiscriminatorHead
+from vfm_vae.modules.adapter import Adapter, Projection, ProjectionAttention
+from vfm_vae.modules.decoder import Decoder
+from vfm_vae.modules.layers import UpsampleUnit
+from vfm_vae.modules.maps import Blur
+from vfm_vae.published_files import Names, from_published, read_yaml, to_published
+from vfm_vae.published_names import discriminator_names, patchgan_names, tokenizer_names
+from vfm_vae.tokenizer import VFMVAE
+from vfm_vae.vfm import FrozenVFM
+from vfm_vae.vit import family_of
 
-CHECKPOINT, OVERLAY = "training.ckpt", "model.yaml"
+ENCODER = "vfm_encoder."  # the frozen VFM, which is named and not stored
 
-WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
+PROJECTIONS: dict[str, Projection] = {"attnproj": "attention", "conv": "conv"}
 
-AVERAGED = re.compile(r"(^|_)ema(_|$)", re.IGNORECASE)
-
-Names = Callable[[str], tuple[str, ...]]
-
-# Ours → published, applied in this order.
-TOKENIZER = [
-    (r"^adapter\.layers\.(\d+)\.(\d+)\.", r"ldm_adapter.patch_quants.\1.0.blocks.\2."),
-    (r"^adapter\.layers\.(\d+)\.", r"ldm_adapter.patch_quants.\1.0."),
-    (r"^adapter\.(fuse|widen)\.(\d+)\.", r"adapter.\1.blocks.\2."),
-    (r"^adapter\.fuse\.", "ldm_adapter.final_quant."),
-    (r"^adapter\.widen\.", "ldm_adapter.post_quant."),
-    (r"^adapter\.alignment\.", "ldm_adapter.linear_proj."),
-    (r"^(ldm_adapter.*)\.norm_attention\.", r"\1.norm1."),
-    (r"^(ldm_adapter.*)\.norm_mlp\.", r"\1.norm2."),
-    (r"^(ldm_adapter.*)\.norm_proj\.", r"\1.norm3."),
-    (r"^(ldm_adapter.*)\.attention\.", r"\1.attn."),
-    (r"\.mlp\.gate\.", ".mlp.w0."),
-    (r"\.mlp\.value\.", ".mlp.w1."),
-    (r"\.mlp\.out\.", ".mlp.w2."),
-    (r"^decoder\.mapping\.average$", "mapping.x_avg"),
-    (r"^decoder\.mapping\.hidden\.", "mapping.mlp.fc0."),
-    (r"^decoder\.mapping\.out\.", "mapping.mlp.fc1."),
-    (r"^decoder\.blocks\.", "synthesis.blocks."),
-    (r"\.layers\.0\.", ".conv0."),
-    (r"\.layers\.(\d+)\.", lambda match: f".convs1.{int(match[1]) - 1}."),
-    (r"\.upsample\.", ".seperate_upsample_conv."),
-    (r"\.upsample_sum\.", ".last_upsample_conv."),
-    (r"\.to_rgb\.style\.affine\.", ".torgb.affine.proj."),
-    (r"\.to_rgb\.", ".torgb."),
-    (r"\.style\.affine\.", ".affine_pw1.proj."),
-    (r"^(synthesis.*\.conv.*)\.depthwise\.", r"\1.dwconv."),
-    (r"\.expand$", ".pwconv1.weight"),
-    (r"\.expand_bias$", ".pwconv1.bias"),
-    (r"\.contract\.", ".pwconv2."),
-    (r"\.layer_scale$", ".gamma"),
-    (r"\.noise\.map$", ".noise_const"),
-    (r"\.noise\.strength$", ".noise_strength"),
-    (r"\.attention\.(\d+)\.feed_forward\.", r".self_attns.\1.ff."),
-    (r"\.attention\.(\d+)\.out\.", r".self_attns.\1.attn.to_out."),
-    (r"\.attention\.(\d+)\.", r".self_attns.\1.attn."),
-    (r"\.gain$", ".gamma"),
-]
-
-# Dimensions of one before and after those that our tensor has, by published name.
-DIMENSIONS = [
-    (r"\.conv(0|s1\.\d+)\.gamma$", 1, 0),
-    (r"\.(pwconv1|torgb)\.bias$", 1, 2),
-    (r"\.(pwconv1|torgb|to_[qkv]|to_out|ff\.\d)\.weight$", 0, 2),
-    (r"\.(attn\.norm|ff\.0)\.gamma$", 0, 2),
+# Names of VFMs on the Hugging Face hub → timm's.
+VFMS = [
+    (r"siglip2-giant-opt-(patch\d+)-(\d+)", r"vit_giantopt_\1_siglip_\2.v2_webli"),
+    (r"siglip2-(\w+)-(patch\d+)-(\d+)", r"vit_\1_\2_siglip_\3.v2_webli"),
+    (r"siglip-(\w+)-(patch\d+)-(\d+)", r"vit_\1_\2_siglip_\3.webli"),
+    (r"dinov2-with-registers-(\w+)", r"vit_\1_patch14_reg4_dinov2.lvd142m"),
+    (r"dinov2-(\w+)", r"vit_\1_patch14_dinov2.lvd142m"),
+    (r"vit-mae-huge", r"vit_huge_patch14_224.mae"),
+    (r"vit-mae-(\w+)", r"vit_\1_patch16_224.mae"),
+    (r"clip-vit-(\w+)-(patch\d+)-336", r"vit_\1_\2_clip_quickgelu_336.openai"),
+    (r"clip-vit-(\w+)-(patch\d+)", r"vit_\1_\2_clip_quickgelu_224.openai"),
 ]
 
 
-def tokenizer_names(ours: str, first_scale: int = -2) -> tuple[str, ...]:
-    """Published names of a tensor of VFMVAE: one, or those of queries, keys and values, which are one matrix here.
+def tokenizer_from_published(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any], vfm: FrozenVFM | None = None
+) -> VFMVAE:
+    """Builds the tokenizer of a public configuration and fills it with public weights.
 
     Args:
-        ours: Its name here.
-        first_scale: log2 of the sides that the decoder's first block takes over the latent's.
-    """
-    if route := re.fullmatch(r"decoder\.routes\.(\d+)\.(\d+)\.(\w+)", ours):
-        block, layer = int(route[1]), int(route[2])
-        # What shrinks the latent of coarse blocks is counted there, and stands first; so is a shuffle, which is amid.
-        scale = first_scale + block
-        first = 1 if scale < 0 else 0
-        last = first + (2 if scale > 0 else 1)
-        stage, layer = (first, layer - 1) if layer < 6 else (last, layer - 6)
-        return (f"synthesis.z_convs.{block}.{stage}.{layer}.{route[3]}",)
-    name = _renamed(ours, TOKENIZER)
-    if name.startswith("synthesis.") and name.endswith(".qkv.weight"):
-        return tuple(name.replace(".qkv.", f".to_{part}.") for part in "qkv")
-    return (name,)
-
-
-def discriminator_names(num_heads: int) -> Names:
-    """Names of the projected discriminator; the head of the patch embedding comes last there, and first here."""
-
-    def names(ours: str) -> tuple[str, ...]:
-        return (re.sub(r"^heads\.(\d+)", lambda match: f"heads.{(int(match[1]) - 1) % num_heads}", ours),)
-
-    return names
-
-
-def patchgan_names(num_scales: int, features: bool) -> Names:
-    """Names of the PatchGAN, whose scales count down from the full size.
-
-    Args:
-        num_scales: Number of its discriminator's scales.
-        features: Whether it is the published variant that gives the features of its layers; the other's layers lie in
-            one sequence, activations counted.
-    """
-
-    def names(ours: str) -> tuple[str, ...]:
-        scale, layer, part, kind = re.fullmatch(r"scales\.(\d+)\.layers\.(\d+)\.(\w+)\.(\w+)", ours).groups()
-        place, layer, norm = num_scales - 1 - int(scale), int(layer), part == "norm"
-        if features:
-            return (f"patchgan_discriminator.scale{place}_layer{layer}.{int(norm)}.{kind}",)
-        position = 3 * layer - 1 if layer else 0  # convolution, activation; then convolution, norm, activation
-        return (f"patchgan_discriminator.layer{place}.{position + norm}.{kind}",)
-
-    return names
-
-
-def from_published(
-    ours: Mapping[str, Tensor], published: Mapping[str, Tensor], names: Names, constants: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Our tensors, taken from published ones.
-
-    Args:
-        ours: State of a model of ours, for its names and shapes.
-        published: Tensors under published names.
-        names: From our names to those.
-        constants: Published tensors that our models make themselves.
+        state_dict: Generator weights under their published names; those of the VFM are passed over.
+        config: The public YAML's `G_kwargs`.
+        vfm: The frozen encoder that the weights belong to; without it the model takes features from the caller.
 
     Returns:
-        Values for all of `ours`.
+        The tokenizer, in eval mode.
 
     Raises:
-        ValueError: if a tensor is missing, left over, or of another shape, or a constant is another.
+        ValueError: if the configuration is of another kind of model, or names are missing or left over, or tensors
+            are of another shape.
     """
-    wanted = {name: names(name) for name in ours}
-    known = [*(part for parts in wanted.values() for part in parts), *constants]
-    missing, left_over = set(known) - published.keys(), published.keys() - set(known)
-    if missing or left_over:
-        raise ValueError(f"the weights do not fit the config: missing {few(missing)}; left over {few(left_over)}")
-    expected = to_published(ours, names, constants)
-    shapes = {
-        f"{name}: {tuple(published[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if published[name].shape != tensor.shape
+    model = build_published(config, vfm)
+    model.load_state_dict(weights_from_published(model, state_dict))
+    return model.eval()
+
+
+def tokenizer_to_published(model: VFMVAE) -> dict[str, Tensor]:
+    """All generator weights under their published names, but for the VFM's; for the public code to read.
+
+    Raises:
+        ValueError: if the model has a quantizer, whose published names are not known.
+    """
+    if model.quantizer is not None:
+        raise ValueError("model: published names of a quantizer are not known")
+    return to_published(model.state_dict(), _names(model), _constants(model))
+
+
+def build_published(config: Mapping[str, Any], vfm: FrozenVFM | None = None) -> VFMVAE:
+    """Builds the model of a public configuration, with fresh weights.
+
+    Raises:
+        ValueError: if the configuration lacks options, or asks for what there is not here.
+    """
+    wanted = {
+        "compression_mode": ["continuous"],
+        "conditional": [False],
+        "use_self_attn": [True],
+        "use_cross_attn": [False],
+        "use_convnext": [True],
+        "how_to_process_concat_z": ["unshuffle", "pooling"],
     }
-    if shapes:
-        raise ValueError(f"the weights do not fit the config: of another shape are {few(shapes)}")
-    other = [n for n, t in constants.items() if not (t.is_meta or published[n].is_meta) and not _close(published[n], t)]
-    if other:
-        raise ValueError(f"the weights were made with other constants than the published ones: {sorted(other)}")
-    parts = {name: [published[part] for part in wanted[name]] for name in ours}
-    joined = {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in parts.items()}
-    return {name: joined[name].reshape(tensor.shape).to(tensor.dtype) for name, tensor in ours.items()}
+    for option, values in wanted.items():
+        if config.get(option, values[0]) not in values:
+            known = " or ".join(map(repr, values))
+            raise ValueError(f"config: {option}={config[option]!r} is not supported, only {known} is")
+    try:
+        adapter = _adapter(config)
+        decoder = _decoder(config, config["z_dimension"] * config["decompress_factor"])
+    except KeyError as error:
+        raise ValueError(f"config: the option {error} is missing; give the public YAML whole") from error
+    return VFMVAE(adapter, decoder, vfm)
 
 
-def to_published(ours: Mapping[str, Tensor], names: Names, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_published`: all tensors under published names, in published shapes."""
-    published = dict(constants)
-    for name, tensor in ours.items():
-        parts = names(name)
-        for part, values in zip(parts, tensor.chunk(len(parts)) if len(parts) > 1 else [tensor], strict=True):
-            before, after = next((d[1:] for d in DIMENSIONS if re.search(d[0], part)), (0, 0))
-            published[part] = values.reshape([*[1] * before, *values.shape, *[1] * after])
-    return published
+def timm_name(vfm_name: str) -> str | None:
+    """What timm calls a VFM of the Hugging Face hub, which may be given by its local path; None if it has none such."""
+    name = vfm_name.rstrip("/").rpartition("/")[2]
+    for pattern, replacement in VFMS:
+        if re.fullmatch(pattern, name):
+            name = re.sub(pattern, replacement, name)
+            break
+    return name if timm.is_model(name) else None
 
 
-def read_yaml(path: str, option: str = "config") -> dict[str, Any]:
-    """Reads a file of options.
+def _adapter(config: Mapping[str, Any]) -> Adapter:
+    layers, feature_channels = list(config["patch_from_layers"]), list(config["patch_in_dimensions"])
+    patch = re.search(r"patch(\d+)", timm_name(config["vfm_name"]) or "")
+    # Patches of the enlarged image, against the latent's cells.
+    unshuffle = config["scale_factor"] * config["resolution_compression_factor"] / (int(patch[1]) if patch else 16)
+    return Adapter(
+        feature_channels=feature_channels,
+        layer_channels=list(config["patch_out_dimensions"]),
+        latent_channels=config["z_dimension"],
+        unshuffle=round(unshuffle),
+        decoded_channels=config["z_dimension"] * config["decompress_factor"],
+        alignment_channels=feature_channels[layers.index(-1)] if -1 in layers else feature_channels[-1],
+        encode_projection=PROJECTIONS[config["how_to_compress"]],
+        decode_projection=PROJECTIONS[config["how_to_decompress"]],
+        encode_layers=config["attnproj_quant_layers"],
+        decode_layers=config["attnproj_post_quant_layers"],
+    )
+
+
+def _decoder(config: Mapping[str, Any], decoded_channels: int) -> Decoder:
+    synthesis, num_blocks = config["synthesis_kwargs"], config["num_blocks"]
+    return Decoder(
+        in_channels=decoded_channels,
+        channels=[
+            min(synthesis["channel_max"], synthesis["channel_base"] // (256 // 2 ** (num_blocks - 1 - i)))
+            for i in range(num_blocks)
+        ],
+        route_channels=_per_block(config["concat_z_block_indices"], config["concat_z_mapped_dims"]),
+        attention_depths=_per_block(config["attn_block_indices"], config["attn_depths"]),
+        num_res_blocks=synthesis["num_res_blocks"],
+        extra_low_res_layers=config["add_additional_convnext"],
+        w_channels=config["z_dim_for_mapping_mlp_output"],
+        pooled_size=config["z_pooled_resolution"],
+        attention_heads=synthesis.get("attn_heads", 8),
+        attention_widening=synthesis.get("attn_ff_mult", 4),
+        route_activation=config["activation_for_concat_z"],
+        blur=config["use_gaussian_blur"],
+        legacy_noise=config["legacy"],
+        compression=config["resolution_compression_factor"],
+        route_downsampling=config.get("how_to_process_concat_z", "unshuffle"),
+    )
+
+
+def _per_block(indices: Sequence[int], values: Sequence[int]) -> list[int]:
+    """Values by block index, 0 where the index is left out."""
+    by_index = dict(zip(indices, values, strict=True))
+    return [by_index.get(i, 0) for i in range(max(by_index, default=-1) + 1)]
+
+
+def weights_from_published(model: VFMVAE, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's tensors, taken from published generator weights; those of the VFM are passed over.
 
     Raises:
-        ValueError: if there is no such file, or it is none.
+        ValueError: if names are missing or left over, or tensors are of another shape.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{option}: there is no file {path!r}")
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option}: {path!r} is no YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{option}: {path!r} holds no options")
-    return dict(content)
+    trained = {name: tensor for name, tensor in published.items() if not name.startswith(ENCODER)}
+    return from_published(model.state_dict(), trained, _names(model), _constants(model))
 
 
-def write_training(folder: str | Path, checkpoint: Mapping[str, Any], overlay: Mapping[str, Any]) -> None:
-    """Puts what the command lines go on from beside a model: a checkpoint, and what says what the model is.
+def _names(model: VFMVAE) -> Names:
+    return partial(tokenizer_names, first_scale=model.decoder.first_scale)
+
+
+def _constants(model: VFMVAE) -> dict[str, Tensor]:
+    """What the public code stores and our modules make themselves: biases of keys, and the kernels of blurs."""
+    constants = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ProjectionAttention):
+            (published,) = tokenizer_names(f"{name}.zero_k_bias")
+            constants[published] = torch.zeros_like(module.q_bias)
+        elif isinstance(module, UpsampleUnit) and isinstance(module.blur, Blur):
+            (published,) = tokenizer_names(f"{name}.blur_weight")
+            constants[published] = module.blur.kernel.repeat(module.pointwise.out_channels // 4, 1, 1, 1)
+    return constants
+
+
+def opponents_from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Discriminators' weights as TokenizerModule names them, `discriminator.heads…` and `patchgan.scales…`.
 
     Args:
-        folder: The model's folder.
-        checkpoint: As Lightning reads it.
-        overlay: A config that goes after others.
+        state_dict: Published discriminator weights: heads, a PatchGAN of either variant, or both; those of the frozen
+            backbone are passed over.
+
+    Raises:
+        ValueError: if names are missing or left over.
     """
-    write_torch(Path(folder) / CHECKPOINT, dict(checkpoint))
-    write_text(Path(folder) / OVERLAY, yaml.safe_dump(dict(overlay), sort_keys=False))
+    heads = {name: tensor for name, tensor in state_dict.items() if name.startswith("heads.")}
+    patches = {name: tensor for name, tensor in state_dict.items() if name.startswith("patchgan_discriminator.")}
+    if other := sorted(n for n in state_dict.keys() - heads.keys() - patches.keys() if not n.startswith("dino.")):
+        raise ValueError(f"the discriminators' weights have left over {other}")
+    opponents: dict[str, Tensor] = {}
+    with torch.device("meta"):
+        if heads:
+            number = 1 + max(int(name.split(".")[1]) for name in heads)
+            width = heads["heads.0.main.0.0.bias"].numel()
+            module = nn.ModuleDict({"heads": nn.ModuleList(DiscriminatorHead(width) for _ in range(number))})
+            opponents |= _taken("discriminator.", module, heads, discriminator_names(number))
+        if patches:
+            features = any("_layer" in name for name in patches)
+            scales, first = ("scale", "scale0_layer0.0") if features else ("layer", "layer0.0")
+            number = 1 + max(int(re.search(rf"\.{scales}(\d+)", name)[1]) for name in patches)
+            channels = patches[f"patchgan_discriminator.{first}.bias"].numel()
+            module = PatchGAN(num_scales=number, base_channels=channels)
+            opponents |= _taken("patchgan.", module, patches, patchgan_names(number, features))
+    return opponents
 
 
-def remove_training(folder: str | Path) -> None:
-    """Takes away what `write_training` put there for a former model."""
-    for name in (CHECKPOINT, OVERLAY):
-        (Path(folder) / name).unlink(missing_ok=True)
+def _taken(prefix: str, module: nn.Module, published: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+    taken = from_published(module.state_dict(), published, names, {})
+    return {f"{prefix}{name}": tensor for name, tensor in taken.items()}
 
 
-def state_dicts(content: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """All groups of tensors by name in a file, each with its place; names without the prefixes of wrappers."""
-    if not isinstance(content, Mapping):
-        return
-    tensors = {WRAPPERS.sub("", str(n)): value for n, value in content.items() if isinstance(value, Tensor)}
-    if tensors:
-        yield place, tensors
-    for name, value in content.items():
-        yield from state_dicts(value, (*place, str(name)))
-
-
-def pick(content: Any, marker: str) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
-    """Trained and averaged weights of the model, in a file of several, that has names beginning with `marker`.
-
-    A place with the word "ema" in its name, such as `ema` or `G_ema`, holds averages.
+def read_config(path: str) -> tuple[dict[str, Any], int]:
+    """Reads a public YAML.
 
     Returns:
-        Trained and averaged weights, each None where the file lacks them.
+        Its `G_kwargs`, and after how many images that stage of training ends (0 if it does not say).
+
+    Raises:
+        ValueError: if it is no such file.
     """
-    found: dict[bool, dict[str, Tensor]] = {}
-    for place, tensors in state_dicts(content):
-        if any(name.startswith(marker) for name in tensors):
-            found.setdefault(any(AVERAGED.search(part) for part in place), tensors)
-    return found.get(False), found.get(True)
+    config = read_yaml(path)
+    generator = config.get("G_kwargs", config)
+    if not isinstance(generator, Mapping) or "patch_from_layers" not in generator:
+        raise ValueError(f"config: {path!r} is no public VFM-VAE configuration, which has G_kwargs")
+    return dict(generator), 1000 * int(config.get("total_kimg", 0))
 
 
-def _renamed(name: str, rules: list[tuple[str, Any]]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
+def vfm_source_of(config: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
+    """The VFM of a public configuration, as `VFM.source` says it; its weights are not known.
 
+    Args:
+        config: The public YAML's `G_kwargs`.
+        name: timm's name of the VFM, where the configuration's can't be told.
 
-def _close(actual: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(actual.float(), expected.float(), atol=1e-4 if actual.dtype == torch.float32 else 1e-2)
+    Raises:
+        ValueError: if there is no such VFM.
+    """
+    name = name or timm_name(config["vfm_name"])
+    if name is None:
+        raise ValueError(f"vfm: {config['vfm_name']!r} is no VFM that timm is known to have; give timm's name for it")
+    arguments = {"name": name, "layers": list(config["patch_from_layers"]), "input_scale": config["scale_factor"]}
+    arguments["antialias_positions"] = family_of(name).antialias_positions
+    return FrozenVFM.arguments_of({"init_args": arguments}) | {"fingerprint": None}

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from timm.models import VisionTransformer
 from torch import nn
 
-from vfm_vae.convert import opponents_from_published
 from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import DiscriminatorHead, ProjectedDiscriminator, layer_tokens, set_input_size
 from vfm_vae.losses.adversarial import (
@@ -21,6 +20,7 @@ from vfm_vae.losses.adversarial import (
     least_squares_discriminator_loss,
     least_squares_generator_loss,
 )
+from vfm_vae.published import opponents_from_published
 
 SETS = {name: load_file(Path(__file__).parent / "data" / f"discriminator_{name}.safetensors") for name in "ab"}
 PATCHGAN = load_file(Path(__file__).parent / "data" / "patchgan_b.safetensors")

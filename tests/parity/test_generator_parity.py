@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vfm_vae.convert import opponents_from_published, tokenizer_from_published, tokenizer_to_published
 from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import DiscriminatorHead
 from vfm_vae.losses.alignment import adaptive_weight, pool_tokens, vf_loss
-from vfm_vae.published import tokenizer_names
+from vfm_vae.published import opponents_from_published, tokenizer_from_published, tokenizer_to_published
+from vfm_vae.published_names import tokenizer_names
 
 DATA = Path(__file__).parent / "data"
 # Relative to the largest absolute reference value; the formulas leave 2e-5, gradient norms 3e-4.

@@ -11,13 +11,14 @@ from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vfm_vae.convert import opponents_from_published, tokenizer_from_published, tokenizer_to_published
 from vfm_vae.discriminators import projected
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.losses.objective import Objective
 from vfm_vae.module import TokenizerModule
 from vfm_vae.modules.posterior import DiagonalGaussian
-from vfm_vae.published import discriminator_names, to_published
+from vfm_vae.published import opponents_from_published, tokenizer_from_published, tokenizer_to_published
+from vfm_vae.published_files import to_published
+from vfm_vae.published_names import discriminator_names
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Batch, VFMFeatures
 from vfm_vae.vit import create_vit
