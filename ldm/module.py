@@ -1,10 +1,9 @@
 """DiffusionModule: how a denoiser is trained on a tokenizer's latents, and how it samples."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -13,7 +12,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ldm import path
 from ldm.alignment import REPA
 from ldm.compatibility import DIFFUSION, begin_from, check_checkpoint, check_data, check_parts, check_untrained
-from ldm.condition import Condition, Conditioning, LabelMode
+from ldm.condition import Conditioning, LabelMode
+from ldm.drawing import Content, DrawingModule
 from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
 from ldm.models.denoiser import Denoiser
@@ -27,17 +27,16 @@ from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.contracts import VFM
 from vfm_vae.data.latents import RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
-from vfm_vae.frozen import sha256_of
-from vfm_vae.images import Rounding, from_uint8, quantised
+from vfm_vae.images import Rounding, from_uint8
 from vfm_vae.lightning_private import logs_now
 from vfm_vae.metrics.reconstruction import MeanOverImages
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least, within
 from vfm_vae.tokenizer import FrozenTokenizer
-from vfm_vae.types import Batch, LatentBatch, Samples
+from vfm_vae.types import Batch, LatentBatch
 
 
-class DiffusionModule(LightningModule):
+class DiffusionModule(DrawingModule):
     """Trains a denoiser by flow matching, on cached latents or on images that a frozen tokenizer encodes.
 
     Args:
@@ -66,13 +65,8 @@ class DiffusionModule(LightningModule):
 
     Raises:
         ValueError: if an option lies outside its range, or does not fit another.
-
-    Attributes:
-        pipeline: Draws samples. It shares denoiser and statistics with this module and holds no weights of its own.
-        images_seen: How many images were trained on, over all ranks.
     """
 
-    pipeline: LatentDiffusion
     flops_per_batch: float | None = None  # counted by callbacks.throughput.Throughput, in `rehearse`
 
     def __init__(
@@ -87,7 +81,7 @@ class DiffusionModule(LightningModule):
         alignment: REPA | None = None,
         label_drop: float = 0.1,
         label_mode: LabelMode = "random",
-        predict: Literal["images", "latents"] = "images",
+        predict: Content = "images",
         rounding: Rounding = "round",
         statistics_images: int = 10_000,
         init_from: str | None = None,
@@ -95,32 +89,24 @@ class DiffusionModule(LightningModule):
         seed: int = 0,
         conditioning: Conditioning | None = None,
     ):
-        super().__init__()
-        at_least(0, cosine_weight=cosine_weight, seed=seed)
+        pipeline = LatentDiffusion(model, sampler, guidance, conditioning or class_labels(model, label_mode))
+        super().__init__(pipeline, tokenizer, predict, rounding, seed)
+        at_least(0, cosine_weight=cosine_weight)
         at_least(1, statistics_images=statistics_images)
         within(0, 1, label_drop=label_drop)
         try_optimizers(optimizer=optimizer)
-        pipeline = LatentDiffusion(model, sampler, guidance, conditioning or class_labels(model, label_mode))
         within(1, model.in_channels, **{"guidance.channels": pipeline.guidance.channels})
-        vars(self)["pipeline"] = pipeline  # outside the module registry, so that no weight has two names
-        self.model, self.normalization = pipeline.model, pipeline.normalization
         self.optimizer = optimizer
-        self.tokenizer = tokenizer
         self.times: path.Times = times
         self.alignment = alignment
         self.weights = {"mse": 1.0, "cosine": cosine_weight} | (alignment.weights if alignment else {})
         self.label_drop = label_drop
-        self.predict, self.rounding = predict, rounding
         self.statistics_images = statistics_images
         self.init_from = init_from
         self.torch_compile: Compile = torch_compile
-        self.seed = seed
-        self.images_seen = 0
         self.skipped = SkippedSteps()
-        pipeline.latent_source = None if tokenizer is None else tokenizer.identity
         self.train_loss_by_time, self.val_loss_by_time = LossByTime(), LossByTime()
         self.val_loss = MeanOverImages()
-        self._drawn: Samples | None = None
         self._losses: dict[str, Tensor] = {}
         self._grad_norm = torch.zeros(())
         check_parts(model, alignment, tokenizer)
@@ -266,83 +252,6 @@ class DiffusionModule(LightningModule):
         condition = self.pipeline.conditioning.of_batch(batch).null()
         features = block_features(self.model, state, condition, noise, 0.5 if time is None else time)
         return {f"block_{number:02d}": values for number, values in enumerate(features, start=1)}
-
-    def evaluation_images(self, batch: Batch | LatentBatch) -> tuple[Tensor | None, Tensor]:
-        """Samples as `draw` gives them, numbered like the batch, beside its images where it holds any."""
-        if self._drawn is None or not torch.equal(self._drawn.index, batch.index):
-            self._drawn = self.draw(batch.index)
-        has_images = isinstance(batch, Batch) and batch.has_images
-        return from_uint8(batch.images) if has_images else None, self._drawn.images
-
-    def on_validation_batch_end(self, *_: Any) -> None:
-        """Forgets the samples, after the callbacks have asked for them."""
-        self._drawn = None
-
-    on_test_batch_end = on_validation_batch_end
-
-    # Sampling
-
-    @property
-    def num_classes(self) -> int | None:
-        """Classes that samples can be drawn of; None where they are drawn for something else."""
-        return self.pipeline.conditioning.num_classes
-
-    @property
-    def can_decode(self) -> bool:
-        """Whether samples can be had as images."""
-        return self.tokenizer is not None
-
-    @torch.no_grad()
-    def draw(
-        self,
-        index: Tensor,
-        condition: Condition | Sequence[Any] | Tensor | None = None,
-        guidance_scale: float | None = None,
-        decode: bool = True,
-    ) -> Samples:
-        """Draws samples, images after 8 bits; each depends on the seed, its number and its condition alone.
-
-        Args:
-            index: Their numbers, int64 `[B]`.
-            condition: What they are drawn for, or plain values such as classes; `sample_condition` if not given.
-            guidance_scale: Instead of the module's.
-            decode: Whether images are wanted, or latents alone.
-
-        Raises:
-            ValueError: if images are wanted but there is no tokenizer, there is no condition for a value, or the
-                statistics of latents are not known.
-        """
-        if decode and not self.can_decode:
-            raise ValueError("model.tokenizer: images need a tokenizer that decodes latents; or set predict: latents")
-        condition = None if condition is None else self.pipeline.condition(condition)
-        samples = self.pipeline.draw(index, self.seed, condition, guidance_scale)
-        if not decode:
-            return samples
-        return samples._replace(images=quantised(self.tokenizer.decode(samples.latents), self.rounding))
-
-    def sample_condition(self, index: Tensor) -> Condition:
-        """What samples are drawn for, by their numbers, int64 `[B]`."""
-        return self.pipeline.sample_condition(index, self.seed)
-
-    def evaluation_settings(self) -> dict[str, Any]:
-        """All that samples depend on; asked on all ranks, which may share the weights."""
-        state = self.model.state_dict()
-        weights = {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in state.items()}
-        return {
-            **self.pipeline.settings(),
-            "seed": self.seed,
-            "content": self.predict,
-            "rounding": self.rounding,
-            "decoder": self.tokenizer.fingerprint() if self.predict == "images" and self.can_decode else None,
-            "precision": self.trainer.precision,
-            "matmul_precision": torch.get_float32_matmul_precision(),
-            "images_seen": self.images_seen,
-            "weights": sha256_of(weights),
-        }
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Samples:
-        """Draws the samples that a batch numbers."""
-        return self.draw(batch.index, decode=self.predict == "images")
 
     # Optimiser, data, checkpoints
 

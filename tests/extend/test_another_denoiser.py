@@ -79,9 +79,11 @@ def test_it_is_trained_watched_sampled_and_evaluated(folder, told):
     (entry,) = json.loads((folder / "runs/mixer/metrics.json").read_text()).values()
     for name in ("loss", "probe/block_01", "probe/block_02", "fd_vit_photos_patch8_64/train"):
         assert np.isfinite(entry["metrics"][f"val/{name}"])
-    ldm("test", "--ckpt_path", LAST, "--data.num_samples=6")
+    distance = "{class_path: DistributionCallback, init_args: {network: %s, reference: photos/train, image_size: 64}}"
+    distance %= "{class_path: FrozenVFM, init_args: {name: vit_photos_patch8_64}}"
+    ldm("test", "--ckpt_path", LAST, "--data.num_samples=6", f"--trainer.callbacks=[EMA, {distance}]")
 
-    writer = "--trainer.callbacks=[{class_path: SampleWriter, init_args: {npz: true, directory: %s}}, EMA]"
+    writer = "--trainer.callbacks=[EMA, {class_path: SampleWriter, init_args: {npz: true, directory: %s}}]"
     for name, scale in (("plain", 1), ("guided", 3)):
         options = [f"--model.guidance.scale={scale}", "--data.num_samples=5", writer % name]
         ldm("predict", "--ckpt_path", LAST, *options)

@@ -1,0 +1,132 @@
+"""The part of a module that draws samples: for prediction, and for callbacks that look at samples."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ldm.condition import Condition
+from ldm.pipeline import LatentDiffusion
+from vfm_vae.frozen import sha256_of
+from vfm_vae.images import Rounding, from_uint8, quantised
+from vfm_vae.options import at_least
+from vfm_vae.tokenizer import FrozenTokenizer
+from vfm_vae.types import Batch, LatentBatch, Samples
+
+Content = Literal["images", "latents"]
+
+
+class DrawingModule(LightningModule):
+    """Draws the samples of a `LatentDiffusion` in Lightning's hooks.
+
+    Args:
+        pipeline: Draws latents. Its denoiser and statistics become parts of this module, under the same names.
+        tokenizer: Decodes them, and says whose latents they are; None if neither is needed.
+        predict: What prediction returns.
+        rounding: How samples are converted to 8 bits.
+        seed: Seed of samples.
+
+    Attributes:
+        pipeline: As given. It is outside the module registry, so that no weight has two names.
+        images_seen: How many images were trained on, over all ranks.
+    """
+
+    pipeline: LatentDiffusion
+
+    def __init__(
+        self,
+        pipeline: LatentDiffusion,
+        tokenizer: FrozenTokenizer | None,
+        predict: Content,
+        rounding: Rounding,
+        seed: int,
+    ):
+        super().__init__()
+        at_least(0, seed=seed)
+        vars(self)["pipeline"] = pipeline
+        self.model, self.normalization = pipeline.model, pipeline.normalization
+        self.tokenizer = tokenizer
+        pipeline.latent_source = None if tokenizer is None else tokenizer.identity
+        self.predict: Content = predict
+        self.rounding: Rounding = rounding
+        self.seed = seed
+        self.images_seen = 0
+        self._drawn: Samples | None = None
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes that samples can be drawn of; None where they are drawn for something else."""
+        return self.pipeline.conditioning.num_classes
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether samples can be had as images."""
+        return self.tokenizer is not None
+
+    @torch.no_grad()
+    def draw(
+        self,
+        index: Tensor,
+        condition: Condition | Sequence[Any] | Tensor | None = None,
+        guidance_scale: float | None = None,
+        decode: bool = True,
+    ) -> Samples:
+        """Draws samples, images after 8 bits; each depends on the seed, its number and its condition alone.
+
+        Args:
+            index: Their numbers, int64 `[B]`.
+            condition: What they are drawn for, or plain values such as classes; `sample_condition` if not given.
+            guidance_scale: Instead of the module's.
+            decode: Whether images are wanted, or latents alone.
+
+        Raises:
+            ValueError: if images are wanted but there is no tokenizer, there is no condition for a value, or the
+                statistics of latents are not known.
+        """
+        if decode and not self.can_decode:
+            raise ValueError("model.tokenizer: images need a tokenizer that decodes latents; or set predict: latents")
+        condition = None if condition is None else self.pipeline.condition(condition)
+        samples = self.pipeline.draw(index, self.seed, condition, guidance_scale)
+        if not decode:
+            return samples
+        return samples._replace(images=quantised(self.tokenizer.decode(samples.latents), self.rounding))
+
+    def sample_condition(self, index: Tensor) -> Condition:
+        """What samples are drawn for, by their numbers, int64 `[B]`."""
+        return self.pipeline.sample_condition(index, self.seed)
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """All that samples depend on; asked on all ranks, which may share the weights."""
+        state = self.model.state_dict()
+        weights = {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in state.items()}
+        return {
+            **self.pipeline.settings(),
+            "seed": self.seed,
+            "content": self.predict,
+            "rounding": self.rounding,
+            "decoder": self.tokenizer.fingerprint() if self.predict == "images" and self.can_decode else None,
+            "precision": self.trainer.precision,
+            "matmul_precision": torch.get_float32_matmul_precision(),
+            "images_seen": self.images_seen,
+            "weights": sha256_of(weights),
+        }
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Samples:
+        """Draws the samples that a batch numbers."""
+        return self.draw(batch.index, decode=self.predict == "images")
+
+    def evaluation_images(self, batch: Batch | LatentBatch) -> tuple[Tensor | None, Tensor]:
+        """Samples as `draw` gives them, numbered like the batch, beside its images where it holds any."""
+        if self._drawn is None or not torch.equal(self._drawn.index, batch.index):
+            self._drawn = self.draw(batch.index)
+        has_images = isinstance(batch, Batch) and batch.has_images
+        return from_uint8(batch.images) if has_images else None, self._drawn.images
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Forgets the samples, after the callbacks have asked for them."""
+        self._drawn = None
+
+    on_test_batch_end = on_validation_batch_end
