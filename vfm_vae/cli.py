@@ -14,7 +14,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -83,6 +83,7 @@ class CLI(HookedCLI):
             self.config = parser.parse_object(args)
         else:
             self.config = parser.parse_args(words(sys.argv[1:] if args is None else args))
+        within(0, MAX_SEED, seed_everything=self.config[self.config.subcommand]["seed_everything"])
 
     def instantiate_classes(self) -> None:
         """Builds everything by the completed config; what `config.yaml` keeps is the one that was given."""
@@ -96,27 +97,47 @@ class CLI(HookedCLI):
         model = {"class_path": class_path(self.model_class), "init_args": options.model.as_dict()}
         fill_in(options.model, complete(model)["init_args"])
         run = Run(**options.run.as_dict())
-        for callback in options.trainer.callbacks or []:
+        callbacks = options.trainer.callbacks or []
+        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
             run.tell(callback)
         return config
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Logs a run that has a name to its folder, unless the config has a logger of its own."""
+        """Makes the trainer.
+
+        A run that has a name is logged to its folder, unless the config has a logger of its own. From a trial run is
+        taken what would write.
+
+        Raises:
+            ValueError: if the trainer takes an option not; the message names it, or those whose values Lightning
+                speaks of.
+        """
         self.config = self.given
         options = self.config[self.subcommand]
         if options.trainer.logger in (None, True):
             logger = Run(**options.run.as_dict()).logger()
             kwargs |= {} if logger is None else {"logger": logger}
-        return super().instantiate_trainer(**kwargs)
+        config = {**self.config_init[self.subcommand]["trainer"], **kwargs}
+        self.cut_short_by = cut_short_by(config, self.subcommand)
+        if self.cut_short_by is not None:
+            rank_zero_warn(
+                f"{self.cut_short_by}: a trial run, which reads no last checkpoint and writes nothing: no "
+                "checkpoints, numbers, pictures or samples; leave the option out for a run that counts"
+            )
+            self.save_config_callback = None
+            given = config["callbacks"] or []
+            config = without_output(config | {"callbacks": given if isinstance(given, list) else [given]})
+        try:
+            return super().instantiate_trainer(**config)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            named = [name for name in config if name in str(error)]
+            told = [name for name, value in config.items() if isinstance(value, str) and value in str(error)]
+            place = ", ".join(f"trainer.{name}" for name in named or told)
+            raise ValueError(f"{place or 'trainer'}: {error}") from error
 
     def before_instantiate_classes(self) -> None:
         """Sets it."""
         set_matmul_precision(self.config[self.subcommand][MATMUL_PRECISION])
-
-    def _set_seed(self) -> None:
-        """As Lightning does; `true` draws one."""
-        within(0, MAX_SEED, seed_everything=self.config[self.subcommand]["seed_everything"])
-        super()._set_seed()
 
     def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
         """Reads checkpoints without unpickling, and lets an evaluation ask for an untrained model."""
@@ -125,34 +146,6 @@ class CLI(HookedCLI):
             parser.add_argument(
                 f"--{UNTRAINED}", type=bool, default=False, help="Take a model without a checkpoint, as it is built."
             )
-
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Takes away from a trial run what would write, and says so."""
-        self.cut_short_by = cut_short_by(config, self.subcommand or "fit")
-        if self.cut_short_by is None:
-            return self._trainer(config, callbacks)
-        rank_zero_warn(
-            f"{self.cut_short_by}: a trial run, which reads no last checkpoint and writes nothing: no checkpoints, "
-            "numbers, pictures or samples; leave the option out for a run that counts"
-        )
-        self.save_config_callback = None
-        given = config["callbacks"] or []
-        config = without_output(config | {"callbacks": given if isinstance(given, list) else [given]})
-        return self._trainer(config, callbacks)
-
-    def _trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """The trainer of some options.
-
-        Raises:
-            ValueError: if it takes one not; the message names the option, or those whose values Lightning speaks of.
-        """
-        try:
-            return super()._instantiate_trainer(config, callbacks)
-        except (MisconfigurationException, TypeError, ValueError) as error:
-            named = [name for name in config if name in str(error)]
-            told = [name for name, value in config.items() if isinstance(value, str) and value in str(error)]
-            options = ", ".join(f"trainer.{name}" for name in named or told)
-            raise ValueError(f"{options or 'trainer'}: {error}") from error
 
     def before_fit(self) -> None:
         """Sees whether the run's folder can be written to; loggers, which are the first to try, say it at length.
@@ -163,17 +156,30 @@ class CLI(HookedCLI):
         if folder is not None and self.cut_short_by is None:
             check_place(folder / "config.yaml")
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Decides which checkpoint is read: in a trial not the last, in an evaluation one, unless asked for none."""
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if subcommand == "fit":
-            # Set here, `setup` knows whether the run goes on; Lightning would say so after it.
-            self.trainer.ckpt_path = self._found(subcommand, kwargs.pop("ckpt_path"))
-        elif not self.config[subcommand][UNTRAINED]:
-            kwargs["ckpt_path"] = self._trained(subcommand, kwargs["ckpt_path"])
-        elif kwargs.pop("ckpt_path") not in (None, "last"):
+    def fit(self, ckpt_path: str | None, **options: Any) -> None:
+        """Trains, from the checkpoint that is asked for; a trial run reads no last one."""
+        # Set here, `setup` knows whether the run goes on; Lightning would say so after it.
+        self.trainer.ckpt_path = self._found("fit", ckpt_path)
+        self.trainer.fit(**options)
+
+    def validate(self, **options: Any) -> None:
+        """Measures on the validation data, by a checkpoint unless an untrained model is asked for."""
+        self.trainer.validate(**self._with_checkpoint("validate", **options))
+
+    def test(self, **options: Any) -> None:
+        """Measures on the test data, likewise."""
+        self.trainer.test(**self._with_checkpoint("test", **options))
+
+    def predict(self, **options: Any) -> None:
+        """Predicts, likewise."""
+        self.trainer.predict(**self._with_checkpoint("predict", **options))
+
+    def _with_checkpoint(self, subcommand: str, ckpt_path: str | None, **options: Any) -> dict[str, Any]:
+        if not self.config[subcommand][UNTRAINED]:
+            return options | {"ckpt_path": self._trained(subcommand, ckpt_path)}
+        if ckpt_path not in (None, "last"):
             raise ValueError(f"{UNTRAINED}: a model without a checkpoint was asked for; leave --ckpt_path out")
-        return kwargs
+        return options
 
     def _trained(self, subcommand: str, ckpt_path: str | None) -> str:
         """The checkpoint that an evaluation reads.

@@ -1,12 +1,63 @@
-"""What Lightning offers no public way to: one function for each of its private parts that is used."""
+"""What Lightning offers no public way to: everything of it that is private and used here, with a name of its own.
 
-from lightning.pytorch import Trainer
+`setup.cfg` states the versions of Lightning in which all of this is as it is here.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loops.progress import _BatchProgress
+from lightning.pytorch.trainer.states import TrainerFn
+
+BatchProgress = _BatchProgress  # how many batches a loop has begun and ended
+
+
+class HookedCLI(LightningCLI):
+    """LightningCLI with a hook for the options of one subcommand; what a checkpoint says stays out of the config."""
+
+    def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
+        """Adds options to a subcommand, or changes their defaults, when those of the trainer's method are there."""
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        self.add_subcommand_arguments(parser, subcommand)
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the config alone; Lightning would put a former checkpoint's hyper-parameters over it."""
+
+
+def checkpoint_path(trainer: Trainer, subcommand: str, ckpt_path: str | None) -> str | None:
+    """The file that Lightning takes for an option `ckpt_path`, which may be `last` or `best`; None where is none."""
+    connector = trainer._checkpoint_connector
+    path = connector._parse_ckpt_path(TrainerFn(subcommand), ckpt_path, model_provided=True, model_connected=False)
+    return None if path is None else str(path)
+
+
+def cluster_environment(trainer: Trainer) -> ClusterEnvironment | None:
+    """What started the processes; also where one device needs no strategy that would know it."""
+    return trainer._accelerator_connector.cluster_environment
+
+
+def has_trainer(module: LightningModule) -> bool:
+    """Whether a module belongs to a trainer; `module.trainer` would raise."""
+    return module._trainer is not None
 
 
 def logs_now(trainer: Trainer) -> bool:
     """Whether the trainer logs the numbers of the training batch at hand: the last of a step, where one is due."""
     loop = trainer.fit_loop
     return not loop._should_accumulate() and trainer._logger_connector.should_update_logs
+
+
+def log_numbers(trainer: Trainer, numbers: Mapping[str, float]) -> None:
+    """Logs numbers at the present step, as Lightning's monitors do; `log_dict` would copy them to the device."""
+    trainer._logger_connector.log_metrics(dict(numbers))
 
 
 def forget_logged(trainer: Trainer) -> None:
@@ -16,3 +67,51 @@ def forget_logged(trainer: Trainer) -> None:
     """
     if trainer.fit_loop._results is not None:
         trainer.fit_loop._results.clear()
+
+
+def logged_steps(trainer: Trainer) -> int:
+    """Steps of training before the batch at hand, as Lightning counts them for loggers."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def restore_logged_steps(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Takes that count from a checkpoint, which Lightning does where it trains only."""
+    loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.state_dict", {})
+    trainer.fit_loop.epoch_loop._batches_that_stepped = loop.get("_batches_that_stepped", 0)
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether a validation follows the training batch that has just ended."""
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+
+
+def keep_sigterm(trainer: Trainer) -> None:
+    """Lets ranks ask each other for a SIGTERM once more, and then no longer before each batch."""
+    loop = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor()
+    loop._broadcast_sigterm_tensor = lambda: None
+
+
+def give_sigterm_back(trainer: Trainer) -> None:
+    """Lets them ask again."""
+    vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
+
+
+def save_last(checkpoint: ModelCheckpoint, trainer: Trainer) -> None:
+    """Writes a callback's last checkpoint now."""
+    checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
+
+
+def note_saved(checkpoint: ModelCheckpoint, step: int) -> None:
+    """Tells a callback that a step is in no need of being written."""
+    checkpoint._last_global_step_saved = step
+
+
+def describe_epochs(bar: RichProgressBar, describe: Callable[[int], str]) -> None:
+    """Sets how a progress bar describes an epoch of training, by its number."""
+    bar._get_train_description = describe
+
+
+def without_placeholder(logger: TensorBoardLogger) -> None:
+    """Lets a logger write no placeholder for a metric of hyper-parameters, which each start would add at step 0."""
+    logger._default_hp_metric = False

@@ -350,7 +350,7 @@ class TokenizerModule(TwoPlayers):
         """The tokenizer's own VFM, which callbacks may use, too."""
         return self.model.vfm
 
-    def latent_identity(self) -> dict[str, Any]:
+    def latent_identity(self) -> dict[str, Any] | None:
         """What a cache notes of the tokenizer."""
         return self.model.latent_identity()
 

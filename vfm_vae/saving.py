@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from fsspec.core import url_to_fs
+from fsspec.utils import get_protocol
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
@@ -120,7 +120,9 @@ def newest_whole(path: Path) -> Path | None:
 
 def local_path(address: str | Path | None) -> Path | None:
     """Where a file lies on this machine; None for an address of another file system, or where there is none."""
-    return Path(url_to_fs(str(address))[1]) if address is not None and _is_local_file_protocol(address) else None
+    if address is None or get_protocol(str(address)) != "file":
+        return None
+    return Path(url_to_fs(str(address))[1])
 
 
 def expected_bytes(trainer: Trainer, module: LightningModule) -> int:

@@ -1,6 +1,7 @@
 """Steps and epochs as they are shown: each once, though a run was stopped and went on."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+from vfm_vae.lightning_private import describe_epochs, logged_steps, restore_logged_steps, without_placeholder
 
 
 class Timeline(Callback):
@@ -26,16 +29,15 @@ class Timeline(Callback):
         self._hidden = False
         for bar in trainer.callbacks:
             if isinstance(bar, RichProgressBar) and trainer.max_epochs == -1:
-                bar._get_train_description = lambda epoch, bar=bar: without_total(bar, epoch)
+                describe_epochs(bar, partial(without_total, bar))
         for logger in tensorboards(trainer):
             if has_former(logger):
-                logger._default_hp_metric = False  # a placeholder at step 0, which each start would add
+                without_placeholder(logger)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Learns the step of what is evaluated; training restores it itself."""
-        loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.state_dict", {})
         if trainer.state.fn != "fit":
-            trainer.fit_loop.epoch_loop._batches_that_stepped = loop.get("_batches_that_stepped", 0)
+            restore_logged_steps(trainer, checkpoint)
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         """Before the first batch, hides what is to come: here Lightning knows the step that it will log next."""
@@ -60,7 +62,7 @@ def hide_from(logger: TensorBoardLogger, step: int) -> None:
     """Lets TensorBoard forget what it read so far of a step and of later ones."""
     if has_former(logger):
         start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
-        logger.experiment._get_file_writer().add_event(start)
+        logger.experiment.file_writer.add_event(start)
 
 
 def logged_step(trainer: Trainer, ended: bool = False) -> int:
@@ -70,7 +72,7 @@ def logged_step(trainer: Trainer, ended: bool = False) -> int:
         trainer: whose.
         ended: whether training has, so that the counter is one further.
     """
-    return max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - ended)
+    return max(0, logged_steps(trainer) - ended)
 
 
 def without_total(bar: RichProgressBar, epoch: int) -> str:
