@@ -113,7 +113,7 @@ class LatentWriter(Output):
         """Notes whose latents these are, by the weights that encode them: averaged ones stand in for them by now."""
         trainer.predict_loop.return_predictions = False
         settings = {
-            "tokenizer": dict(pl_module.latent_identity()),
+            "tokenizer": pl_module.latent_identity(),
             "content": pl_module.predict,
             "image_size": trainer.datamodule.image_size,
             "evaluation_crop": trainer.datamodule.evaluation_crop,

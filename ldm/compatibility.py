@@ -250,9 +250,8 @@ def check_tokenizer(expected: Mapping[str, Any] | None, found: Mapping[str, Any]
         return
     # Where the weights of a VFM are not known there is no fingerprint, and the rest has to agree.
     by_name = None in (expected["fingerprint"], found["fingerprint"])
-    if all(
-        expected.get(x) == found.get(x) for x in (("vfm", "channels", "compression") if by_name else ("fingerprint",))
-    ):
+    compared = ("tokenizer", "vfm", "channels", "compression") if by_name else ("fingerprint",)
+    if all(expected.get(name) == found.get(name) for name in compared):
         return
     raise ValueError(
         f"{what} of another tokenizer ({_short(found)}) than was expected ({_short(expected)}): its weights differ, "
@@ -261,6 +260,11 @@ def check_tokenizer(expected: Mapping[str, Any] | None, found: Mapping[str, Any]
     )
 
 
+def name_of(identity: Mapping[str, Any]) -> str:
+    """What a tokenizer is called by its identity: its class, or, of a VFMVAE, its VFM."""
+    return str(identity.get("tokenizer") or identity["vfm"])
+
+
 def _short(identity: Mapping[str, Any]) -> str:
     fingerprint = identity["fingerprint"]
-    return f"{identity['vfm']}, {'weights not known' if fingerprint is None else fingerprint[:12] + '…'}"
+    return f"{name_of(identity)}, {'weights not known' if fingerprint is None else fingerprint[:12] + '…'}"

@@ -137,7 +137,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def __init__(self, transformer: LatentDiffusionModel, vae: AutoencoderVFM):
         super().__init__()
         # A fingerprint is of weights in float32.
-        if vae.dtype == torch.float32 and vae.network.vfm_source() is not None:
+        if vae.dtype == torch.float32:
             check_tokenizer(transformer.diffusion.latent_source, vae.network.latent_identity(), "vae: it is")
         self.register_modules(transformer=transformer, vae=vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae.network.compression)

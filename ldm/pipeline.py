@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ldm.compatibility import DIFFUSION, check_tokenizer
+from ldm.compatibility import DIFFUSION, check_tokenizer, name_of
 from ldm.condition import ClassLabels, Condition, Conditioning, LabelMode
 from ldm.guidance import Guidance
 from ldm.models.denoiser import Denoiser
@@ -19,8 +19,9 @@ from vfm_vae.finite import check_finite
 from vfm_vae.frozen import Frozen
 from vfm_vae.options import at_least, named_as
 from vfm_vae.pretrained import Pretrained
+from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
 from vfm_vae.schema import Kind
-from vfm_vae.tokenizer import VFMVAE
+from vfm_vae.tokenizer import read_tokenizer
 from vfm_vae.types import Samples
 
 STREAM = "sample"  # names the random numbers of samples
@@ -50,8 +51,8 @@ class LatentDiffusion(nn.Module, Pretrained):
 
     Attributes:
         normalization: Statistics of the latents that the denoiser was trained on.
-        tokenizer: Holds the VFMVAE that decodes; None where latents are enough. It is not saved along.
-        latent_source: Which tokenizer's latents these are, see `VFMVAE.latent_identity`; None where it is not known.
+        tokenizer: Holds the tokenizer that decodes; None where latents are enough. It is not saved along.
+        latent_source: Which tokenizer's latents these are, see `Tokenizer.latent_identity`; None where it is not known.
 
     Raises:
         ValueError: if denoiser and conditioning do not fit.
@@ -80,7 +81,9 @@ class LatentDiffusion(nn.Module, Pretrained):
         self.latent_source: dict[str, Any] | None = None
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, tokenizer: str | Path | VFMVAE | None = None, **hub: Any) -> Self:
+    def from_pretrained(
+        cls, name: str | Path, tokenizer: str | Path | PretrainedTokenizer | None = None, **hub: Any
+    ) -> Self:
         """Loads a folder that `save_pretrained` wrote, or a model of the Hugging Face hub.
 
         Args:
@@ -99,7 +102,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         return super().from_pretrained(name, **hub).use_tokenizer(tokenizer)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, tokenizer: str | Path | VFMVAE | None = None) -> Self:
+    def from_checkpoint(cls, path: str | Path, tokenizer: str | Path | PretrainedTokenizer | None = None) -> Self:
         """Loads a checkpoint of training; its averaged weights where it has them.
 
         Args:
@@ -120,7 +123,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         self.latent_source = config["tokenizer"]
         return self
 
-    def use_tokenizer(self, tokenizer: str | Path | VFMVAE | None) -> Self:
+    def use_tokenizer(self, tokenizer: str | Path | PretrainedTokenizer | None) -> Self:
         """Sets what decodes, and returns the model.
 
         Args:
@@ -130,11 +133,10 @@ class LatentDiffusion(nn.Module, Pretrained):
         Raises:
             ValueError: if it can't be had, or is another than that of the latents.
         """
-        if tokenizer is not None and not isinstance(tokenizer, VFMVAE):
-            is_file = Path(tokenizer).is_file()
+        if isinstance(tokenizer, str | Path):
             with named_as(name="tokenizer", checkpoint="tokenizer"):
-                tokenizer = (VFMVAE.from_checkpoint if is_file else VFMVAE.from_pretrained)(tokenizer, vfm=False)
-        if tokenizer is not None and tokenizer.vfm_source() is not None:
+                tokenizer = read_tokenizer(tokenizer, vfm=False)
+        if tokenizer is not None:
             check_tokenizer(self.latent_source, tokenizer.latent_identity(), "tokenizer: it is")
         self.tokenizer = None if tokenizer is None else Frozen(tokenizer)
         return self
@@ -261,7 +263,7 @@ class LatentDiffusion(nn.Module, Pretrained):
     def model_card(self) -> str:
         """What the card says."""
         channels, height, width = self.model.latent_shape
-        source = "a tokenizer that is not known" if self.latent_source is None else self.latent_source["vfm"]
+        source = "a tokenizer that is not known" if self.latent_source is None else name_of(self.latent_source)
         return CARD.format(
             name=type(self.model).__name__,
             channels=channels,

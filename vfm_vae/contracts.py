@@ -34,7 +34,7 @@ class VFM(Protocol):
     stride: float
     target_interpolation: Interpolation
 
-    __call__: Callable[[Tensor], VFMFeatures]
+    __call__: Callable[..., VFMFeatures]
     to: Callable[..., Any]
 
     def forward(self, images: Tensor) -> VFMFeatures:
@@ -110,8 +110,8 @@ class Tokenizer(Protocol):
     def decode(self, z: Tensor) -> Decoded:
         """Images of latents, with smaller ones of the same, where it makes such."""
 
-    def latent_identity(self) -> dict[str, Any]:
-        """What tells these latents from those of other tokenizers, in plain data.
+    def latent_identity(self) -> dict[str, Any] | None:
+        """What tells these latents from those of other tokenizers, in plain data; None where that is not known.
 
         It has `fingerprint`, a hash of all that makes the latents, which is None where that is not known; `channels`;
         `compression`; and `tokenizer`, the class, or, of a VFMVAE, `vfm`, the name of the VFM.
@@ -194,7 +194,7 @@ class MakesLatents(Protocol):
     predict: str
     seed: int
 
-    def latent_identity(self) -> Mapping[str, str | int]:
+    def latent_identity(self) -> Mapping[str, Any] | None:
         """What tells the tokenizer's latents from others'."""
 
 

@@ -119,6 +119,8 @@ class AutoencoderVFM(WholeModel, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: if the statistics are not those of C channels, or the tokenizer does not take the size.
         """
+        if not isinstance(model, VFMVAE):
+            raise ValueError(f"model: AutoencoderVFM holds a VFMVAE, and no {type(model).__name__}")
         model.check_image_size(sample_size)
         statistics = _statistics(model.latent_channels, latents_mean, latents_std)
         halvings = model.compression.bit_length() - 1

@@ -134,7 +134,7 @@ class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
     def compile_regions(self) -> None:
         """Compiles nothing unless a subclass does."""
 
-    def latent_identity(self) -> dict[str, Any]:
+    def latent_identity(self) -> dict[str, Any] | None:
         """What a cache of latents, and a model trained on it, say of where they come from.
 
         The fingerprint is of the class and of all weights but those of a part called `decoder`.

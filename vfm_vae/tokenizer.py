@@ -173,18 +173,16 @@ class VFMVAE(PretrainedTokenizer):
         if self.vfm is not None:
             self.vfm.compile_regions()
 
-    def latent_identity(self) -> dict[str, Any]:
+    def latent_identity(self) -> dict[str, Any] | None:
         """What a cache of latents, and a model trained on it, say of where they come from.
 
         The fingerprint is of all that makes the latents and of nothing else: tokenizers that differ in their decoders
-        alone share it. It is None where the VFM's weights are not known.
-
-        Raises:
-            ValueError: if the model has no VFM, nor knows of one.
+        alone share it. It is None where the VFM's weights are not known; and where nothing is known of the VFM, there
+        is no identity.
         """
         source = self.vfm_source()
         if source is None:
-            raise ValueError("this VFMVAE has no VFM, so its latents have no identity: pass vfm=FrozenVFM(…)")
+            return None
         encoding = nn.ModuleDict({"layers": self.adapter.layers, "fuse": self.adapter.fuse}).state_dict()
         if self.quantizer is not None:
             encoding["codebooks"] = self.quantizer.codebooks
@@ -314,7 +312,10 @@ class FrozenTokenizer(Frozen):
         with named_as(name="checkpoint", weights="vfm_weights"):
             network = read_tokenizer(checkpoint, tokenizer_class, vfm_weights=vfm_weights)
         super().__init__(network)
-        self.identity = network.latent_identity()
+        identity = network.latent_identity()
+        if identity is None:
+            raise ValueError(f"checkpoint: the tokenizer at {checkpoint!r} can't tell its latents from others'")
+        self.identity = identity
 
     def compile_regions(self) -> None:
         """As the network has it."""
