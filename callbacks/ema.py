@@ -27,6 +27,10 @@ class EMA(Callback):
     averaged model is `checkpoint["state_dict"] | checkpoint["ema"]["weights"]`. (Lightning calls no callback for
     checkpoints with `save_weights_only`: these hold no average.)
 
+    Lightning's own `WeightAveraging` is no base for it: it copies the whole module, discriminators and frozen networks
+    included, can't be sharded, knows steps but no images, leaves `test` and `predict` to the weights in training, and
+    puts the average where checkpoints hold those.
+
     Args:
         half_life_images: After so many images, a weight's share in the average has halved.
         ramp_up: Limits the half-life to this fraction of the images seen so far; null for no limit.
