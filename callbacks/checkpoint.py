@@ -3,7 +3,7 @@
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from vfm_vae.lightning_private import note_saved, save_last
+from vfm_vae.lightning_private import note_saved, save_last, undeclared
 from vfm_vae.options import at_least
 from vfm_vae.saving import check_places, write_whole
 
@@ -43,6 +43,6 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes what training ends with."""
-        if trainer.fast_dev_run:
+        if undeclared(trainer).fast_dev_run:
             return
         save_last(self, trainer)

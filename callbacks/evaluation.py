@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vfm_vae.contracts import VFM, HasVFM
+from vfm_vae.lightning_private import undeclared
 from vfm_vae.options import at_least
 from vfm_vae.types import Batch, LatentBatch
 
@@ -85,13 +86,13 @@ class EvaluationCallback(Callback, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Looks whether another callback logs the same: Lightning would log the average of both."""
         self.adopt(pl_module)
-        for other in trainer.callbacks:
+        for other in undeclared(trainer).callbacks:
             if other is self or not isinstance(other, EvaluationCallback):
                 continue
             other.adopt(pl_module)
             if shared := sorted(self.names() & other.names()):
                 raise ValueError(
-                    f"trainer.callbacks: {type(self).__name__} and another {type(other).__name__} would both log "
+                    f"undeclared(trainer).callbacks: {type(self).__name__} and another {type(other).__name__} would both log "
                     f"{shared[0]!r}; give all `vfms` to one of them, or measure the other in a run of its own"
                 )
 

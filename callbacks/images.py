@@ -16,6 +16,7 @@ from torchvision.utils import make_grid
 
 from vfm_vae.contracts import CountsImages, DrawsSamples, Reconstructs
 from vfm_vae.images import from_uint8, to_uint8
+from vfm_vae.lightning_private import undeclared
 from vfm_vae.options import at_least, within
 from vfm_vae.timeline import logged_step
 from vfm_vae.trial import Output
@@ -24,7 +25,7 @@ from vfm_vae.writing import write_picture
 
 
 class ReconstructionImages(Output):
-    """Shows fixed validation images in a grid, one per row: input | reconstruction | multi-scale images, large to small.
+    """Shows fixed validation images in a grid, one per row: input, reconstruction, multi-scale images from large to small.
 
     The weights in training are shown as `train/reconstructions` when training starts and ends and every so many images,
     but not when a run resumes; the weights that validation uses as `val/reconstructions` after each validation. Grids
@@ -189,7 +190,7 @@ def fixed_images(trainer: Trainer, pl_module: LightningModule, num_images: int) 
     """Samples spread evenly over the validation set, the same however many ranks there are."""
     loader = trainer.val_dataloaders
     if loader is None:
-        loader = (trainer.datamodule or pl_module).val_dataloader()
+        loader = (undeclared(trainer).datamodule or pl_module).val_dataloader()
     loader = loader[0] if isinstance(loader, list | tuple) else loader
     positions = torch.linspace(0, len(loader.dataset) - 1, num_images).round().int().unique().tolist()
     subset = Subset(loader.dataset, positions)

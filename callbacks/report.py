@@ -10,6 +10,7 @@ from rich.console import Console
 from callbacks.evaluation import EvaluationCallback
 from vfm_vae.contracts import HasEvaluationSettings
 from vfm_vae.data.transforms import CentreCrop, ResizeAndCrop
+from vfm_vae.lightning_private import undeclared
 from vfm_vae.metrics.summary import (
     check_entries,
     json_numbers,
@@ -100,7 +101,7 @@ def evaluation_settings(trainer: Trainer) -> dict[str, Any]:
     if isinstance(crop, CentreCrop | ResizeAndCrop) and trainer.datamodule.source != "latents":
         name = "adm" if isinstance(crop, CentreCrop) else "resize"
         settings["data"] = {"image_size": crop.image_size, "evaluation_crop": name}
-    for callback in trainer.callbacks:
+    for callback in undeclared(trainer).callbacks:
         if isinstance(callback, EvaluationCallback):
             name = type(callback).__name__
             while name in settings:

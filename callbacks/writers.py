@@ -23,6 +23,7 @@ from vfm_vae.data.identity import files_state
 from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, measure_shards
 from vfm_vae.finite import check_finite
 from vfm_vae.images import to_uint8
+from vfm_vae.lightning_private import undeclared
 from vfm_vae.options import at_least
 from vfm_vae.saving import alike
 from vfm_vae.trial import Output
@@ -103,10 +104,12 @@ class LatentWriter(Output):
         if not isinstance(pl_module, MakesLatents) or pl_module.predict == "reconstructions":
             raise ValueError("model.predict: a cache takes 'latents' or 'moments' of a tokenizer")
         self._streams = []
-        for split, dataset in trainer.datamodule.predict_sets.items():
+        for split, dataset in undeclared(trainer).datamodule.predict_sets.items():
             plan = ShardPlan(self.directory / split, len(dataset), self.shard_size)
             shards = plan.missing(trainer.global_rank, trainer.world_size)
-            trainer.datamodule.predict_indices[split] = [image for shard in shards for image in plan.images(shard)]
+            undeclared(trainer).datamodule.predict_indices[split] = [
+                image for shard in shards for image in plan.images(shard)
+            ]
             self._streams.append(_ShardStream(plan, shards, getattr(torch, self.dtype)))
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,8 +118,8 @@ class LatentWriter(Output):
         settings = {
             "tokenizer": pl_module.latent_identity(),
             "content": pl_module.predict,
-            "image_size": trainer.datamodule.image_size,
-            "evaluation_crop": trainer.datamodule.evaluation_crop,
+            "image_size": undeclared(trainer).datamodule.image_size,
+            "evaluation_crop": undeclared(trainer).datamodule.evaluation_crop,
             "shard_size": self.shard_size,
             "dtype": self.dtype,
             "precision": trainer.precision,
@@ -128,7 +131,7 @@ class LatentWriter(Output):
         features = pl_module.features_source() if isinstance(pl_module, MakesFeatures) else None
         if features is not None:
             settings["features"] = dict(features)
-        for stream, dataset in zip(self._streams, trainer.datamodule.predict_sets.values(), strict=True):
+        for stream, dataset in zip(self._streams, undeclared(trainer).datamodule.predict_sets.values(), strict=True):
             file = stream.plan.folder / IDENTITY
             if not file.is_file() and any(stream.plan.folder.glob("*.safetensors")):
                 raise ValueError(f"directory: {str(file.parent)!r} holds safetensors of unknown origin; choose another")
@@ -220,13 +223,17 @@ class SampleWriter(Output):
         """Divides what is missing over the ranks; Lightning lets no rank go on before all did so."""
         if stage != "predict":
             return
-        if not isinstance(pl_module, DrawsSamples) or "samples" not in trainer.datamodule.predict_sets:
+        if not isinstance(pl_module, DrawsSamples) or "samples" not in undeclared(trainer).datamodule.predict_sets:
             raise ValueError("data.num_samples: says how many samples a diffusion model is to draw; it is not set")
         if self.npz and pl_module.predict == "latents":
             raise ValueError("npz: holds images, but model.predict is 'latents'; leave one of them out")
         present = self._present()
-        missing = [number for number in range(len(trainer.datamodule.predict_sets["samples"])) if number not in present]
-        trainer.datamodule.predict_indices["samples"] = missing[trainer.global_rank :: trainer.world_size]
+        missing = [
+            number
+            for number in range(len(undeclared(trainer).datamodule.predict_sets["samples"]))
+            if number not in present
+        ]
+        undeclared(trainer).datamodule.predict_indices["samples"] = missing[trainer.global_rank :: trainer.world_size]
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes how they are drawn, and by which weights: averaged ones stand in for the others by now."""
@@ -248,7 +255,7 @@ class SampleWriter(Output):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the `.npz` once all ranks are through."""
         trainer.strategy.barrier()
-        num_samples = len(trainer.datamodule.predict_sets["samples"])
+        num_samples = len(undeclared(trainer).datamodule.predict_sets["samples"])
         files = [self.directory / f"{number:08d}.png" for number in range(num_samples)]
         if self.npz and trainer.is_global_zero and all(file.is_file() for file in files):
             labels = np.asarray(pl_module.sample_condition(torch.arange(num_samples)).plain())

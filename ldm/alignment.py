@@ -15,7 +15,7 @@ from vfm_vae.contracts import VFM
 from vfm_vae.images import from_uint8
 from vfm_vae.options import at_least
 from vfm_vae.types import Batch, LatentBatch
-from vfm_vae.vfm import check_vfm, vfm_identity
+from vfm_vae.vfm import check_frozen, check_vfm, vfm_identity
 
 # What a VFM's source says that changes no features, or that the fingerprint tells.
 UNSEEN = {"layers", "weights", "precision", "pretrained", "model_args", "target_interpolation"}
@@ -47,6 +47,8 @@ class REPA(nn.Module):
     def __init__(self, vfm: VFM | None = None, weight: float = 0.5):
         super().__init__()
         at_least(0, weight=weight)
+        if vfm is not None:
+            check_frozen(vfm)
         self.vfm, self.weight = vfm, weight
 
     @property

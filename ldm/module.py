@@ -28,7 +28,7 @@ from vfm_vae.contracts import VFM
 from vfm_vae.data.latents import RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.images import Rounding, from_uint8
-from vfm_vae.lightning_private import logs_now
+from vfm_vae.lightning_private import logs_now, undeclared
 from vfm_vae.metrics.reconstruction import MeanOverImages
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least, within
@@ -222,7 +222,7 @@ class DiffusionModule(DrawingModule):
     def on_validation_epoch_end(self) -> None:
         """Logs over all ranks, unless there was nothing but numbers of samples."""
         stage = "test" if self.trainer.testing else "val"
-        if stage == "test" and self.trainer.datamodule.num_samples is not None:
+        if stage == "test" and undeclared(self.trainer).datamodule.num_samples is not None:
             return
         values = {f"{stage}/loss": self.val_loss.compute()} | self.val_loss_by_time.named(stage)
         self.log_dict(values, rank_zero_only=False)
@@ -277,7 +277,7 @@ class DiffusionModule(DrawingModule):
             self.model.compile_regions()
             if self.tokenizer is not None:
                 self.tokenizer.compile_regions()
-        data, pipeline = self.trainer.datamodule, self.pipeline
+        data, pipeline = undeclared(self.trainer).datamodule, self.pipeline
         if stage == "predict" or data is None:
             return
         pipeline.latent_source = check_data(data, self.model, self.tokenizer, self.alignment, pipeline.latent_source)
@@ -288,9 +288,9 @@ class DiffusionModule(DrawingModule):
 
     def on_fit_start(self) -> None:
         """Looks whether all classes are trained; measures the latents' statistics where nothing brought any."""
-        if self.trainer.datamodule is not None:
+        if undeclared(self.trainer).datamodule is not None:
             begins = self.init_from is None and self.trainer.ckpt_path is None
-            check_untrained(self.trainer.datamodule, self.num_classes, begins)
+            check_untrained(undeclared(self.trainer).datamodule, self.num_classes, begins)
         if not self.normalization.is_known:
             self._measure_latents()
 
@@ -298,7 +298,7 @@ class DiffusionModule(DrawingModule):
     def _measure_latents(self) -> None:
         """Takes statistics of `statistics_images` training images, spread over the data set, over all ranks."""
         running, strategy = RunningStatistics(self.model.in_channels, self.device), self.trainer.strategy
-        for batch in self.trainer.datamodule.spread_dataloader(self.statistics_images):
+        for batch in undeclared(self.trainer).datamodule.spread_dataloader(self.statistics_images):
             batch = strategy.batch_to_device(batch, self.device)
             noise = IndexedNoise("posterior", self.seed, batch.index, self.device)
             running.add(self._latents(batch, noise.normal(*self.model.latent_shape))[batch.real])

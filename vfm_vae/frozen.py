@@ -14,7 +14,7 @@ def sha256_of(tensors: Mapping[str, Tensor], *texts: str) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     for text in texts:
         digest.update(text.encode())
     return digest.hexdigest()
@@ -33,10 +33,10 @@ class Frozen(nn.Module):
     still follows `to()`, `cuda()` and copies.
 
     Args:
-        network: what to freeze; switched to eval mode, its parameters to no gradient.
+        network: The network to freeze. It is switched to eval mode, and its parameters take no gradients.
     """
 
-    network: nn.Module
+    network: Any
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -45,17 +45,17 @@ class Frozen(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Frozen":
         self.network._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the network; gradients may pass through it to its inputs."""
         return self.network(*args, **kwargs)
 
     def hold_products_in(self, dtype: torch.dtype) -> None:
-        """Keeps the weights of linear layers and convolutions in the precision that autocast takes them in.
+        """Keeps the weights of linear layers and convolutions in the precision that autocast casts them to.
 
-        Under it the outputs stay the same, bit for bit, and nothing is cast at each call. The fingerprint remains that
-        of the weights as they were read.
+        Under autocast the outputs stay the same, bit for bit, and nothing is cast at each call. The fingerprint remains
+        that of the weights as they were read.
 
         Args:
             dtype: The precision of autocast.

@@ -1,14 +1,14 @@
-"""What Lightning offers no public way to: everything of it that is private and used here, with a name of its own.
+"""The one place that uses private parts of Lightning, and attributes that it sets without declaring them.
 
-`setup.cfg` states the versions of Lightning in which all of this is as it is here.
+`setup.cfg` states the versions of Lightning that have these.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loops.progress import _BatchProgress
@@ -57,7 +57,8 @@ def logs_now(trainer: Trainer) -> bool:
 
 def log_numbers(trainer: Trainer, numbers: Mapping[str, float]) -> None:
     """Logs numbers at the present step, as Lightning's monitors do; `log_dict` would copy them to the device."""
-    trainer._logger_connector.log_metrics(dict(numbers))
+    connector: Any = trainer._logger_connector  # it takes numbers as well as the tensors that it declares
+    connector.log_metrics(dict(numbers))
 
 
 def forget_logged(trainer: Trainer) -> None:
@@ -82,19 +83,20 @@ def restore_logged_steps(trainer: Trainer, checkpoint: Mapping[str, Any]) -> Non
 
 def validation_is_due(trainer: Trainer) -> bool:
     """Whether a validation follows the training batch that has just ended."""
-    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def keep_sigterm(trainer: Trainer) -> None:
     """Lets ranks ask each other for a SIGTERM once more, and then no longer before each batch."""
-    loop = trainer.fit_loop.epoch_loop
+    loop: Any = trainer.fit_loop.epoch_loop
     loop._broadcast_sigterm_tensor()
     loop._broadcast_sigterm_tensor = lambda: None
 
 
 def give_sigterm_back(trainer: Trainer) -> None:
     """Lets them ask again."""
-    vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
+    trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
 
 
 def save_last(checkpoint: ModelCheckpoint, trainer: Trainer) -> None:
@@ -107,9 +109,17 @@ def note_saved(checkpoint: ModelCheckpoint, step: int) -> None:
     checkpoint._last_global_step_saved = step
 
 
-def describe_epochs(bar: RichProgressBar, describe: Callable[[int], str]) -> None:
-    """Sets how a progress bar describes an epoch of training, by its number."""
+def describe_epochs(bar: Any, describe: Callable[[int], str]) -> None:
+    """Sets how a `RichProgressBar` describes an epoch of training, by its number."""
     bar._get_train_description = describe
+
+
+def undeclared(trainer: Trainer) -> Any:
+    """The trainer, for those of its public attributes that Lightning sets without declaring them.
+
+    They are, among others, `callbacks`, `datamodule`, `fast_dev_run` and `overfit_batches`.
+    """
+    return trainer
 
 
 def without_placeholder(logger: TensorBoardLogger) -> None:

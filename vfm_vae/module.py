@@ -19,7 +19,7 @@ from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.frozen import sha256_of
 from vfm_vae.gan_losses import GANLosses
 from vfm_vae.images import Rounding, from_uint8, quantised, resize
-from vfm_vae.lightning_private import has_trainer, logs_now
+from vfm_vae.lightning_private import has_trainer, logs_now, undeclared
 from vfm_vae.losses.alignment import settle
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.losses.objective import Objective
@@ -403,7 +403,7 @@ class TokenizerModule(TwoPlayers):
         """Hands the former stage's averages to whoever averages; a finished stage that is resumed ends here."""
         self._waiting, self._refused = [], None  # of a run that was cut short amid a step
         average, self._average = self._average, None
-        for callback in self.trainer.callbacks if average is not None else ():
+        for callback in undeclared(self.trainer).callbacks if average is not None else ():
             if isinstance(callback, WeightAverage):
                 callback.load_average(average)
         self._stop_when_done()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -46,7 +47,7 @@ class Positions:
         interpolation: how the published network does it.
     """
 
-    def __init__(self, network: nn.Module, interpolation: Interpolation) -> None:
+    def __init__(self, network: Any, interpolation: Interpolation) -> None:
         self.network, self.interpolation = network, interpolation
         self._resampled: dict[tuple[int, int], nn.Parameter] = {}
 

@@ -2,7 +2,7 @@
 
 `config.json` holds `format_version`, the `model` as configs have it (`class_path` and `init_args`), and what else the
 kind of model needs. Nothing in a folder is unpickled, and only classes of this project, or of the package of a class
-that the caller gives, are built from one; a VFM of another class is, if its module was imported before.
+that the caller gives, are built from one; other VFMs and parts are, if their modules were imported before.
 """
 
 import json
@@ -253,8 +253,11 @@ def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> Non
         raise ValueError(f"name: the {CONFIG} in {str(name)!r} describes no model")
     paths = list(_class_paths(config["model"]))
     packages = {*PACKAGES, base.__module__.partition(".")[0]}
-    if foreign := [path for path in paths if path.partition(".")[0] not in packages]:
-        raise ValueError(f"name: {str(name)!r} asks for {foreign}, but only classes of this project are built")
+    if foreign := [path for path in paths if path.partition(".")[0] not in packages and not _is_imported(path)]:
+        raise ValueError(
+            f"name: {str(name)!r} asks for {foreign}, but only classes of this project are built, and parts of models "
+            "from modules that were imported before"
+        )
     vfm_class = str((config.get("vfm") or {}).get("class_path", ""))
     if vfm_class and vfm_class.partition(".")[0] not in packages and vfm_class.rpartition(".")[0] not in sys.modules:
         raise ValueError(
@@ -263,6 +266,11 @@ def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> Non
     path = config["model"]["class_path"]
     if path != class_path(base) and not _names_subclass(path, base):
         raise ValueError(f"name: {str(name)!r} holds a {path}, and no {base.__qualname__}")
+
+
+def _is_imported(path: str) -> bool:
+    """Whether a part of a model has this path, in a module that whoever loads the folder has imported."""
+    return path.rpartition(".")[0] in sys.modules and _names_subclass(path, Described)
 
 
 def _names_subclass(path: str, base: type) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from vfm_vae.contracts import Tokenizer
+from vfm_vae.contracts import VFM, Tokenizer
 from vfm_vae.description import class_path, describe
 from vfm_vae.frozen import sha256_of
 from vfm_vae.images import Interpolation
@@ -30,9 +30,9 @@ images = model.decode(z).image
 class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
     """A tokenizer that is saved as a folder, and read from one or from a checkpoint of its training.
 
-    A subclass writes `encode`, `decode`, `latent_channels` and `compression`; what is here holds for one without a VFM.
-    One with a VFM takes it as its argument `vfm`, is built without it when it is read, and writes `attach_vfm` and
-    `vfm_source`, too.
+    A subclass writes `encode`, `decode`, `latent_channels` and `compression`. One with a VFM takes it as its argument
+    `vfm`, and is built without it when it is read; if it can't encode then, it writes `attach_vfm`, too. `Aligned` says
+    what it takes to be drawn towards the VFM's features.
 
     Attributes:
         absent_vfm: The VFM that the weights belong to, as `VFM.source` says it, where it is known by name alone.
@@ -40,7 +40,7 @@ class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.vfm = None
+        self.vfm: VFM | None = None
         self.absent_vfm: dict[str, Any] | None = None
 
     @classmethod
@@ -87,21 +87,21 @@ class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
         return self
 
     def attach_vfm(self, weights: str | None = None) -> Self:
-        """Loads the VFM that the weights belong to, where there is one, and returns the model.
+        """Loads the VFM, if the tokenizer encodes with it, and returns the model; here it does not.
 
         Args:
-            weights: File with its weights.
+            weights: File with the VFM's weights.
 
         Raises:
-            ValueError: if it can't be had, or there is none to have these weights.
+            ValueError: if the VFM can't be had, or is not needed.
         """
         if weights is not None:
-            raise ValueError(f"vfm_weights: {type(self).__name__} has no VFM whose weights they could be")
+            raise ValueError(f"vfm_weights: {type(self).__name__} does not encode with a VFM; leave them out")
         return self
 
     def vfm_source(self) -> dict[str, Any] | None:
         """The VFM that the weights belong to, with its fingerprint where that is known; None where nothing is."""
-        return None
+        return self.absent_vfm if self.vfm is None else self.vfm.source()
 
     def encode_with_features(self, images: Tensor) -> tuple[Posterior, VFMFeatures | None]:
         """Encodes images for training, and looks at them with the VFM, where there is one."""

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 
 from vfm_vae.checkpoints import read_checkpoint
+from vfm_vae.lightning_private import undeclared
 from vfm_vae.writing import NotWritten, check_place, num_bytes, remove_leftovers, whole_file
 
 
@@ -63,7 +64,7 @@ def check_places(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         NotWritten: if a folder can't be written to, or the disk has no space for one checkpoint, on all ranks.
     """
-    if trainer.fast_dev_run:
+    if undeclared(trainer).fast_dev_run:
         return
     size = expected_bytes(trainer, module)
 

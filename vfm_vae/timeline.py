@@ -10,7 +10,13 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from vfm_vae.lightning_private import describe_epochs, logged_steps, restore_logged_steps, without_placeholder
+from vfm_vae.lightning_private import (
+    describe_epochs,
+    logged_steps,
+    restore_logged_steps,
+    undeclared,
+    without_placeholder,
+)
 
 
 class Timeline(Callback):
@@ -27,7 +33,7 @@ class Timeline(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tells progress bars, and keeps former hyper-parameters."""
         self._hidden = False
-        for bar in trainer.callbacks:
+        for bar in undeclared(trainer).callbacks:
             if isinstance(bar, RichProgressBar) and trainer.max_epochs == -1:
                 describe_epochs(bar, partial(without_total, bar))
         for logger in tensorboards(trainer):

@@ -21,7 +21,7 @@ from vfm_vae.modules.quantizer import QuantizedPosterior, VectorQuantizer
 from vfm_vae.options import named_as
 from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
 from vfm_vae.types import Decoded, Posterior, VFMFeatures
-from vfm_vae.vfm import FORMERLY, check_vfm, vfm_from
+from vfm_vae.vfm import FORMERLY, check_frozen, check_vfm, vfm_from
 
 CARD = """# VFM-VAE: latents of {channels} channels, {compression} times smaller than the image
 
@@ -98,10 +98,6 @@ class VFMVAE(PretrainedTokenizer):
         self.vfm = vfm
         return self
 
-    def vfm_source(self) -> dict[str, Any] | None:
-        """The VFM that the weights belong to, with its fingerprint where that is known; None where nothing is."""
-        return self.absent_vfm if self.vfm is None else self.vfm.source()
-
     def model_card(self) -> str:
         """What the card says."""
         source = self.vfm_source()
@@ -120,6 +116,7 @@ class VFMVAE(PretrainedTokenizer):
             )
 
     def _check_fit(self, vfm: VFM) -> None:
+        check_frozen(vfm)
         widths = list(vfm.widths)
         if self.adapter.feature_channels != widths:
             raise ValueError(
@@ -275,7 +272,8 @@ def _encoding_settings(source: Mapping[str, Any], unshuffle: int) -> list[Any]:
         return [{name: source[name] for name in sorted(source) if name != "weights"}, unshuffle]
     settings = [source["fingerprint"], list(source["layers"]), source["input_scale"], unshuffle]
     settings += [] if source.get("antialias") is None else [source["antialias"]]
-    return settings + ([] if (FORMERLY | source)["antialias_positions"] else ["positions without antialias"])
+    settings += [] if (FORMERLY | source)["antialias_positions"] else ["positions without antialias"]
+    return settings + ([] if source.get("interpolation") is None else [source["interpolation"]])
 
 
 @final

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfm_vae.compilation import compile_regions
@@ -197,7 +197,7 @@ class FrozenVFM(Frozen, Described, VFM):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=in_bfloat16):
             inputs = self.prepare(images)  # [B, 3, H·scale, W·scale]
             grid = self._token_grid(*inputs.shape[-2:])
-            with nullcontext() if self.antialias_positions else self._positions.at(grid):
+            with nullcontext() if self.antialias_positions or self._positions is None else self._positions.at(grid):
                 inputs = inputs.to(next(self.network.parameters()).dtype)
                 wanted = [number for number in self._blocks_before if number is not None]
                 run = partial(self.network.forward_features, inputs)
@@ -299,6 +299,19 @@ def vfm_from(source: Mapping[str, Any], weights: str | None = None) -> VFM:
     takes = inspect.signature(class_at(path).__init__).parameters
     arguments = {name: value for name, value in given.items() if name in takes}
     return build(VFM, {"class_path": path, "init_args": arguments})
+
+
+def check_frozen(vfm: VFM) -> None:
+    """Sees that nothing of a VFM would be trained or saved with the model that has it.
+
+    Raises:
+        ValueError: if it has parameters or buffers that a `state_dict` holds.
+    """
+    if isinstance(vfm, nn.Module) and vfm.state_dict():
+        raise ValueError(
+            f"{type(vfm).__name__} would be trained and saved with the model, as it has weights in its state_dict: "
+            "derive it from vfm_vae.frozen.Frozen, which hides its network"
+        )
 
 
 def vfm_identity(vfm: VFM | None) -> dict[str, str | bool] | None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
-from torch import nn
 
 from vfm_vae import embedded  # noqa: F401  importing it registers the embedded model with timm
 from vfm_vae.images import Interpolation
@@ -42,12 +41,12 @@ FAMILIES: tuple[tuple[str, Family], ...] = (
 """Families by pattern of timm's name, `architecture.tag`; the first that fits counts. Others are a plain `Family()`."""
 
 
-def family_of(name: str, network: nn.Module | None = None) -> Family:
+def family_of(name: str, network: Any = None) -> Family:
     """The family of a timm name.
 
     Args:
         name: With or without the tag of its weights.
-        network: Needed for names of timm's sources, `hf-hub:` and `local-dir:`, which may be called anything.
+        network: The network; needed for names of timm's sources, `hf-hub:` and `local-dir:`, which are arbitrary.
     """
     if ":" in name and network is not None:
         config = network.pretrained_cfg
@@ -55,7 +54,7 @@ def family_of(name: str, network: nn.Module | None = None) -> Family:
     return next((family for pattern, family in FAMILIES if fnmatchcase(name, pattern)), Family())
 
 
-def create_vit(name: str, *, weights: str | Path | None = None, pretrained: bool = True, **kwargs: Any) -> nn.Module:
+def create_vit(name: str, *, weights: str | Path | None = None, pretrained: bool = True, **kwargs: Any) -> Any:
     """Creates a timm vision transformer without its classifier, for images of any size where the family allows it.
 
     Args:
@@ -71,10 +70,10 @@ def create_vit(name: str, *, weights: str | Path | None = None, pretrained: bool
             where `weights` says, whole and in its shapes, nor downloadable.
     """
     _check_name(name)
-    is_given, is_sourced = weights is not None, ":" in name  # timm's own sources, hf-hub: and local-dir:
-    if pretrained and is_given and not Path(weights).is_file():
+    is_sourced = ":" in name  # timm's own sources, hf-hub: and local-dir:
+    if pretrained and weights is not None and not Path(weights).is_file():
         raise ValueError(f"weights: no file at {str(weights)!r} for {name!r}; give the file's path or leave it out")
-    by_timm = pretrained and not is_given and not is_sourced  # what timm publishes; other files may hold anything
+    by_timm = pretrained and weights is None and not is_sourced  # what timm publishes; other files may hold anything
     arguments = {"pretrained": by_timm, "num_classes": 0, **kwargs}
     try:
         try:
@@ -92,7 +91,7 @@ def create_vit(name: str, *, weights: str | Path | None = None, pretrained: bool
             f"name: {name!r} ({type(network).__name__}) is no plain vision transformer; choose one with patch tokens "
             "and a sequence of blocks, for instance 'vit_large_patch16_siglip_512.v2_webli'"
         )
-    if pretrained and is_given:
+    if pretrained and weights is not None:
         load_vit(network, name, weights)
     elif pretrained and is_sourced:
         load_vit_from_source(network, name)

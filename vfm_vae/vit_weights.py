@@ -56,7 +56,7 @@ def load_vit(network: nn.Module, name: str, weights: str | Path) -> None:
     _load(network, name, read_weights(weights, "weights"), repr(str(weights)))
 
 
-def load_vit_from_source(network: nn.Module, name: str) -> None:
+def load_vit_from_source(network: Any, name: str) -> None:
     """The same for a network of timm's own sources: `local-dir:` and `hf-hub:`."""
     config = network.pretrained_cfg
     if config["source"] == "hf-hub":
@@ -107,7 +107,7 @@ def _tensors_of(content: Any, place: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _conversion(network: nn.Module) -> Any:
+def _conversion(network: Any) -> Any:
     """The function by which timm brings published layouts of the network's family to its own."""
     architecture = network.pretrained_cfg["architecture"]
     family = sys.modules[timm.model_entrypoint(architecture).__module__]

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ class ImageArchive:
             raise ValueError(f"{str(self.path)!r} holds no images ({IMAGES!r}), only {sorted(self.names)}")
         return f"{IMAGES}.npy"
 
-    def _shape(self, file: zipfile.ZipExtFile) -> tuple[int, ...]:
+    def _shape(self, file: IO[bytes]) -> tuple[int, ...]:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read(file)

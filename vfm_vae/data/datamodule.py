@@ -18,6 +18,7 @@ from vfm_vae.data.sources import SOURCES, Options, check_photos
 from vfm_vae.data.steps import Steps, divided, whole_steps
 from vfm_vae.data.transforms import CentreCrop, RandomCrop, ResizeAndCrop, Transform
 from vfm_vae.data.workers import outlive_signals
+from vfm_vae.lightning_private import undeclared
 from vfm_vae.options import at_least, one_of, within
 
 Split = Literal["train", "val"]
@@ -201,7 +202,9 @@ class ImageNetDataModule(LightningDataModule):
         """
         dataset, ranks = self._trained(), self._ranks()
         size, loading = self._steps.of_rank(ranks["num_replicas"]), self._loading(dataset)
-        if self.trainer and self.trainer.overfit_batches:  # Lightning takes the first ones, in order, again and again
+        if (
+            self.trainer and undeclared(self.trainer).overfit_batches
+        ):  # Lightning takes the first ones, in order, again and again
             return DataLoader(dataset, batch_size=size, **loading)
         sampler = TrainingSampler(
             dataset,

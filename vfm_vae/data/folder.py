@@ -80,7 +80,9 @@ def check_classes(root: str | Path, classes: list[str], split: str) -> None:
 
 
 def _list_images(folder: Path, classes: list[str]) -> tuple[list[str], list[int]]:
-    names, labels, left_out = [], [], Counter()
+    names: list[str] = []
+    labels: list[int] = []
+    left_out: Counter[str] = Counter()
     for label, class_name in enumerate(classes):
         files = find_images(folder / class_name, left_out)
         names += [f"{class_name}/{file}" for file in files]

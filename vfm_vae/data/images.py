@@ -41,19 +41,21 @@ class ImageDataset(SampleSet):
         num_lost: images that are known to be damaged, and are not among the names.
 
     Attributes:
-        classes: names of the classes; a label is a position in this list.
+        classes: Names of the classes; a label is a position in this list.
+        paths: The tar shards, where images lie in such.
 
     Raises:
         ValueError: a label is negative; too many images are damaged: at once, or when reading.
     """
 
     classes: list[str]
+    paths: list[Path]
 
     def __init__(
         self,
         place: str | Path,
         names: Sequence[str],
-        labels: Sequence[int],
+        labels: Sequence[int] | np.ndarray,
         transform: Transform,
         *,
         seed: int = 0,

@@ -221,7 +221,7 @@ class LatentDataset(SampleSet):
         identity = self.folder / IDENTITY
         stored: dict[str, Any] = read_json(identity, "root") if identity.is_file() else {}
         self.tokenizer = stored.get("tokenizer")
-        self.features_shape: tuple[int, int] | None = self._shapes.get("features")
+        self.features_shape: tuple[int, ...] | None = self._shapes.get("features")
         self.features_source: Mapping[str, Any] | None = stored.get("features")
 
     def __len__(self) -> int:

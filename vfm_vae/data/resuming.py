@@ -1,6 +1,6 @@
 """How a run that was stopped goes on within its epoch, also with other batches or on other ranks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -27,6 +27,7 @@ class ResumableLoader(DataLoader[Any]):
     """
 
     sampler: TrainingSampler
+    batch_size: int
 
     def __init__(self, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,7 +63,7 @@ class ResumableLoader(DataLoader[Any]):
         if self.trainer is not None:
             self._recount(self.trainer, state["batches_per_step"])
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         """The batches of one epoch, or what is left of it."""
         sampler = self.sampler
         sampler.start = self._images if self._resumed and self._epoch == sampler.epoch else 0
@@ -95,7 +96,8 @@ class ResumableLoader(DataLoader[Any]):
         size = self.batch_size * self.sampler.num_replicas
         epoch = 0
         if self.trainer is not None:
-            epoch = self.trainer.fit_loop.epoch_progress.current.processed
+            progress: Any = self.trainer.fit_loop.epoch_progress  # declared without what it counts
+            epoch = progress.current.processed
             self._check_size(self.trainer, epoch, num_batches, size)
         return (epoch, num_batches * size) if num_batches % len(self) else (FORMER, len(self.sampler.dataset))
 

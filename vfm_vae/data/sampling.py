@@ -4,8 +4,8 @@ All randomness of training is a function of (seed, epoch, index): neither worker
 """
 
 import math
-from collections.abc import Iterator, Sequence, Sized
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class Draw(NamedTuple):
     padding: bool = False
 
 
-class TrainingSampler(DistributedSampler):
+class TrainingSampler(DistributedSampler[Any]):
     """Shuffles by (seed, epoch) and gives each rank its part of every batch; an incomplete last step is dropped.
 
     An epoch has one order, whatever the batch size, the accumulation and the number of ranks: each batch over all ranks
@@ -54,9 +54,11 @@ class TrainingSampler(DistributedSampler):
         ValueError: the data set is smaller than what makes one step.
     """
 
+    dataset: Any
+
     def __init__(
         self,
-        dataset: Sized,
+        dataset: Any,
         batch_size: int,
         *,
         seed: int = 0,
@@ -108,7 +110,7 @@ class TrainingSampler(DistributedSampler):
         return self.num_batches * self.batch_size
 
 
-class EvaluationSampler(DistributedSampler):
+class EvaluationSampler(DistributedSampler[Any]):
     """Every image once, in order; each batch is divided over the ranks, the last one filled with marked padding.
 
     Args:
@@ -118,7 +120,9 @@ class EvaluationSampler(DistributedSampler):
         rank: this process's.
     """
 
-    def __init__(self, dataset: Sized, batch_size: int, *, num_replicas: int = 1, rank: int = 0) -> None:
+    dataset: Any
+
+    def __init__(self, dataset: Any, batch_size: int, *, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=False)
         self.batch_size = batch_size
 
@@ -138,7 +142,7 @@ class EvaluationSampler(DistributedSampler):
         return full * self.batch_size + math.ceil(rest / self.num_replicas)
 
 
-class GivenOrder(DistributedSampler):
+class GivenOrder(DistributedSampler[Any]):
     """The samples that this rank was told to take, in that order; ranks may differ in number.
 
     A rank without any gets one that is padding: without a batch, Lightning would skip the run's hooks on this rank
@@ -149,7 +153,7 @@ class GivenOrder(DistributedSampler):
         indices: positions in it.
     """
 
-    def __init__(self, dataset: Sized, indices: Sequence[int]) -> None:
+    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
         super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
         self.indices = indices
 

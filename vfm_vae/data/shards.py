@@ -75,6 +75,9 @@ class ImageShardDataset(ImageDataset):
         ValueError: there are no shards or images, or too many are damaged; the index can't be written.
     """
 
+    shards: np.ndarray
+    paths: list[Path]
+
     def __init__(
         self,
         root: str | Path,
@@ -129,7 +132,7 @@ class Member(io.RawIOBase):
         """It is."""
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         """Reads what comes next."""
         size = min(len(buffer), max(self.size - self.position, 0))
         content = os.pread(self.file.fileno(), size, self.offset + self.position)
@@ -236,13 +239,15 @@ def read_index(paths: list[Path], file: Path | None = None, retry: bool = False,
 
 def index_shard(path: Path) -> Shard:
     """Looks through one shard; reads headers and labels alone."""
-    stat, damage, rows = path.stat(), [], []
+    stat = path.stat()
+    damage: list[str] = []
+    rows: list[tuple[bytes, int, int, int]] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for key, members in _samples(tar):
                 images = [members[ending] for ending in EXTENSIONS if ending in members]
                 try:
-                    label = int(tar.extractfile(members[".cls"]).read())
+                    label = int(_content(tar, members[".cls"]))
                     rows.append((os.fsencode(images[0].name), images[0].offset_data, images[0].size, label))
                 except KeyError:
                     damage.append(f"sample {key!r} has no label (.cls)")
@@ -264,7 +269,8 @@ def index_shard(path: Path) -> Shard:
 
 def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """Members that follow each other under one key, the name up to the first dot of its last part, by their endings."""
-    key, members = None, {}
+    key = ""
+    members: dict[str, tarfile.TarInfo] = {}
     for member in tar:
         if not member.isfile() or any(is_hidden(part) for part in member.name.split("/")):
             continue
@@ -286,9 +292,15 @@ def _ends_well(path: Path, offset: int) -> bool:
     return len(block) == tarfile.BLOCKSIZE and not any(block)
 
 
-def _columns(rows: list[tuple[bytes, int, int, int]]) -> tuple[np.ndarray, ...]:
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()
+
+
+def _columns(rows: list[tuple[bytes, int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     names, *numbers = zip(*rows, strict=True) if rows else ((),) * 4
-    return np.array(names, dtype=np.bytes_), *(np.array(column, dtype=np.int64) for column in numbers)
+    offsets, sizes, labels = (np.array(column, dtype=np.int64) for column in numbers)
+    return np.array(names, dtype=np.bytes_), offsets, sizes, labels
 
 
 def _num_lost(shards: list[Shard]) -> int:
@@ -306,7 +318,7 @@ def _save_index(file: Path, shards: dict[str, Shard]) -> None:
         for name, s in shards.items()
     }
     columns = ("names", "offsets", "sizes", "labels")
-    arrays = {column: np.concatenate([getattr(s, column) for s in shards.values()]) for column in columns}
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(s, name) for s in shards.values()]) for name in columns}
     with whole_file(file, option="cache_dir") as content:
         np.savez(content, shards=np.array(json.dumps(described)), **arrays)
 
@@ -321,7 +333,7 @@ def _load_index(file: Path) -> dict[str, Shard]:
     shards, start = {}, 0
     for name, of in described.items():
         stop = start + of["images"]
-        rows = (column[start:stop] for column in columns)
-        shards[name] = Shard(of["size"], of["modified"], *rows, of["damage"], of["whole"])
+        names, offsets, sizes, labels = (column[start:stop] for column in columns)
+        shards[name] = Shard(of["size"], of["modified"], names, offsets, sizes, labels, of["damage"], of["whole"])
         start = stop
     return shards

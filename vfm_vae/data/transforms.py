@@ -90,7 +90,7 @@ class CentreCrop:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         left, top = (image.width - self.image_size) // 2, (image.height - self.image_size) // 2
         image = image.crop((left, top, left + self.image_size, top + self.image_size))
-        if self.flip and generator.random() < 0.5:
+        if self.flip and generator is not None and generator.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(image)
 

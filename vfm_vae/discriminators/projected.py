@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +170,7 @@ class ProjectedDiscriminator(nn.Module):
         return images[..., top : top + self.size, left : left + self.size]
 
 
-def layer_tokens(vit: nn.Module, inputs: Tensor, layers: Sequence[int]) -> list[Tensor]:
+def layer_tokens(vit: Any, inputs: Tensor, layers: Sequence[int]) -> list[Tensor]:
     """Patch tokens of several layers, the class token (if there is one) added to each.
 
     Args:
@@ -190,7 +191,7 @@ def layer_tokens(vit: nn.Module, inputs: Tensor, layers: Sequence[int]) -> list[
     return [read_out(tokens[layer]) for layer in layers]
 
 
-def set_input_size(vit: nn.Module, size: int) -> None:
+def set_input_size(vit: Any, size: int) -> None:
     """Makes a timm vision transformer take `size`, its position embedding resized bilinearly without antialias.
 
     As the published discriminators do it; timm's own resizing, which is bicubic with antialias, differs by 3e-2.
@@ -208,7 +209,7 @@ def set_input_size(vit: nn.Module, size: int) -> None:
     vit.pos_embed = nn.Parameter(table, requires_grad=embedding.requires_grad)
 
 
-def _check(vit: nn.Module, name: str, size: int, layers: Sequence[int], kernel_size: int) -> None:
+def _check(vit: Any, name: str, size: int, layers: Sequence[int], kernel_size: int) -> None:
     depth, patch_size = len(vit.blocks), vit.patch_embed.patch_size[0]
     if not layers or any(not 0 <= layer <= depth for layer in layers):
         raise ValueError(f"layers: {name} has layers 0 to {depth}, given {list(layers)}")
