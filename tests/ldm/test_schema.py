@@ -1,6 +1,7 @@
 """A checkpoint says how to make its model again, however training was started, and is read by whoever needs it."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -93,8 +94,10 @@ def test_a_diffusion_model_trained_from_python_is_read_like_any_other(denoiser, 
     assert model.normalization.is_known and model.latent_source == stored["tokenizer"]
 
 
-def test_classes_of_others_are_built_from_checkpoints_and_not_from_folders(denoiser, tmp_path):
+def test_classes_of_others_are_built_from_folders_once_they_are_imported(denoiser, tmp_path, monkeypatch):
     diffusion_convert.convert(str(denoiser), str(tmp_path / "folder"))
+    assert type(LatentDiffusion.from_pretrained(tmp_path / "folder").sampler) is HalfSteps
+    monkeypatch.delitem(sys.modules, HalfSteps.__module__)
     with pytest.raises(ValueError, match=r"asks for \['.*HalfSteps'\], but only classes of this project"):
         LatentDiffusion.from_pretrained(tmp_path / "folder")
 
