@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vfm_vae.frozen import Frozen
-from vfm_vae.vfm import FrozenVFM, check_vfm, source_of, vfm_from, vfm_identity
+from vfm_vae.vfm import FrozenVFM, check_frozen, check_vfm, source_of, vfm_from, vfm_identity
 from vfm_vae.vit import create_vit, family_of
 
 # Real timm entry points, shrunk; (prefix tokens, has a class token)
@@ -165,6 +165,16 @@ def test_grid_is_of_the_images_before_they_are_resized():
     assert vfm.grid(32, 48) == vfm(torch.zeros(1, 3, 32, 48)).grid == (4, 6)
     with pytest.raises(ValueError, match=r"don't divide 66x64 \(images resized by input_scale = 2.0\)"):
         vfm.grid(33, 32)
+
+
+def test_a_vfm_whose_weights_would_be_trained_is_refused():
+    vfm = tiny()
+    check_frozen(vfm)
+    vfm.head = nn.Linear(2, 2)
+    with pytest.raises(
+        ValueError, match=r"^FrozenVFM would be trained and saved .* derive it from vfm_vae.frozen.Frozen"
+    ):
+        check_frozen(vfm)
 
 
 class ShiftedVFM(FrozenVFM):

@@ -90,6 +90,25 @@ def test_distance_to_a_folder(painter, photos, trainer):
     assert run.callback_metrics[f"val/fd_{VFM}/train"].item() == pytest.approx(by_hand, rel=1e-4)
 
 
+def test_without_a_network_the_modules_own_vfm_is_taken(painter, photos, trainer):
+    painter.vfm = FrozenVFM(VFM)
+    distance = DistributionCallback(num_images=20, reference=str(photos / "train"), image_size=64)
+    accuracy = ClassAccuracyCallback(str(photos / "train"), image_size=64)
+    run = trainer(distance, accuracy)
+    run.validate(painter, photos_data(photos), verbose=False)
+    assert distance.network is painter.vfm and accuracy.vfm is painter.vfm
+    values = run.callback_metrics
+    assert {f"val/fd_{VFM}/train", "val/class_accuracy"} <= values.keys()
+    copy = DistributionCallback(FrozenVFM(VFM), num_images=20, reference=str(photos / "train"), image_size=64)
+    run = trainer(copy)
+    run.validate(painter, photos_data(photos), verbose=False)
+    assert run.callback_metrics[f"val/fd_{VFM}/train"] == values[f"val/fd_{VFM}/train"]
+    del painter.vfm
+    for callback, option in (DistributionCallback(), "network"), (ClassAccuracyCallback(str(photos / "train")), "vfm"):
+        with pytest.raises(ValueError, match=f"^{option}: Painter has no VFM of its own here; give one$"):
+            trainer(callback).validate(painter, photos_data(photos), verbose=False)
+
+
 def test_settings_name_the_reference_and_its_crops(painter, photos, trainer):
     vfm = FrozenVFM(VFM)
     distance = DistributionCallback(vfm, num_images=20, reference=str(photos / "train"), image_size=64)

@@ -1,6 +1,5 @@
 """A VFM that is none of timm's, and in a file of its own, takes the place of FrozenVFM on the command line."""
 
-import importlib
 import json
 import shutil
 import sys
@@ -24,7 +23,10 @@ model:
   model:
     init_args:
       vfm: {class_path: patch_vfm.PatchVFM, init_args: {width: 16, layers: [0, 1, 1]}}
-  objective: {perceptual_loss: {init_args: {vfm: {class_path: patch_vfm.PatchVFM, init_args: {width: 8, layers: [0, 1]}}}}}
+  objective:
+    perceptual_loss:
+      init_args:
+        vfm: {class_path: patch_vfm.PatchVFM, init_args: {width: 8, layers: [0, 1]}}
   max_images: 24
 trainer:
   callbacks:
@@ -37,12 +39,30 @@ trainer:
     init_args: {path: runs/metrics.json}
 """
 
+OTHERS = """
+from typing import Any
+
+from torch import nn
+
+from patch_vfm import PatchVFM
+
+
+class OtherVFM(PatchVFM):
+    def source(self) -> dict[str, Any]:
+        return super().source() | {"class_path": "other_vfm.OtherVFM"}
+
+
+class HalfVFM(nn.Module):
+    width = 3
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, photos):
     """Where the tokenizer was trained on the VFM."""
     folder = tmp_path_factory.mktemp("another_vfm")
     shutil.copy(Path(__file__).with_name("patch_vfm.py"), folder)
+    (folder / "other_vfm.py").write_text(OTHERS)
     (folder / "patches.yaml").write_text(PATCHES)
     (folder / "photos").symlink_to(photos)
     ended = run(folder, "vfm_vae", "fit", *CONFIGS)
@@ -67,17 +87,16 @@ def test_validation_compares_with_the_modules_own(folder):
 def test_a_cache_holds_its_features_and_says_whose(folder):
     features = '{"class_path": "patch_vfm.PatchVFM", "init_args": {"width": 20}}'
     options = ["--model.predict=moments", f"--model.features={features}", "--data.predict=[val]"]
-    options += ['--trainer.callbacks={"class_path": "LatentWriter", "init_args": {"directory": "latents"}}']
+    options += ['--trainer.callbacks=[{"class_path": "LatentWriter", "init_args": {"directory": "latents"}}]']
     ended = run(folder, "vfm_vae", "predict", *CONFIGS, *options, "--ckpt_path", CHECKPOINT)
     assert ended.code == 0, ended.err
-    cache = LatentDataset(folder / "latents", "val")
+    cache = LatentDataset(folder / "latents/val", train=False)
     assert cache.features_shape == (1 + 64, 20)
     vfm = vfm_from(cache.features_source)
     assert type(vfm).__name__ == "PatchVFM" and vfm.width == 20
 
 
 def test_checkpoints_and_folders_bring_it_back(folder):
-    importlib.invalidate_caches()
     model = VFMVAE.from_checkpoint(folder / CHECKPOINT)
     assert type(model.vfm) is sys.modules["patch_vfm"].PatchVFM and model.vfm.layers == (0, 1, 1)
     assert not any("vfm" in name for name in model.state_dict()) and not any(model.vfm.parameters())
@@ -96,10 +115,6 @@ def test_a_folder_builds_no_class_that_was_not_imported(folder, monkeypatch):
 
 
 def test_another_class_goes_on_with_no_checkpoint_of_it(folder):
-    (folder / "other_vfm.py").write_text(
-        "import patch_vfm\nfrom vfm_vae.vfm import class_path\n\n\nclass OtherVFM(patch_vfm.PatchVFM):\n"
-        "    def source(self):\n        return super().source() | {'class_path': class_path(type(self))}\n"
-    )
     other = "--model.model.init_args.vfm.class_path=other_vfm.OtherVFM"
     ended = run(folder, "vfm_vae", "validate", *CONFIGS, other, "--ckpt_path", CHECKPOINT)
     assert ended.code != 0
@@ -107,7 +122,6 @@ def test_another_class_goes_on_with_no_checkpoint_of_it(folder):
 
 
 def test_a_class_that_lacks_something_is_refused(folder):
-    (folder / "half_vfm.py").write_text("from torch import nn\n\n\nclass HalfVFM(nn.Module):\n    width = 3\n")
-    half = "--model.model.init_args.vfm=half_vfm.HalfVFM"
+    half = "--model.model.init_args.vfm=other_vfm.HalfVFM"
     ended = run(folder, "vfm_vae", "fit", *CONFIGS, half)
-    assert ended.code != 0 and "half_vfm.HalfVFM does not implement protocol VFM" in ended.err
+    assert ended.code != 0 and "does not implement protocol VFM" in ended.err
