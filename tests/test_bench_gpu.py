@@ -24,6 +24,8 @@ FIGURES = {
     "evaluation": {"images_per_s", "distances_s", "precision_recall_s"},
 }
 
+FAST = ("lightningdit", "tokenizer_16_eager", "sampling")
+
 
 @pytest.fixture
 def bench(monkeypatch):
@@ -38,7 +40,9 @@ def options() -> argparse.Namespace:
     return argparse.Namespace(device="cpu", toy=True, batch_size=None, option=[], budget=0.0)
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in FIGURES]
+)
 def test_a_run_notes_its_figures(bench, name, tmp_path):
     runs = bench("gpu_runs")
     toy = runs.Bench(tmp_path / "figures.json", "cpu", toy=True)

@@ -21,7 +21,9 @@ def setting() -> tuple[str, bool]:
     return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize(
+    "command", ["fit", "predict"] + [pytest.param(name, marks=pytest.mark.slow) for name in ("validate", "test")]
+)
 @pytest.mark.parametrize("module", CONFIGS)
 def test_every_command_sets_it_before_anything_is_built(module, command, monkeypatch):
     """The configs say nothing of it, like those that runs saved before there was the option."""

@@ -148,6 +148,7 @@ def test_a_copy_of_a_compiled_decoder_runs_its_own_weights(decoder, graphs):
     assert not torch.allclose(decoder(latent).multiscale[0], other(latent).multiscale[0])
 
 
+@pytest.mark.slow
 def test_ten_steps_with_equivariance_recompile_no_more_often_than_there_are_shapes(
     tiny_module, trainer, batch, graphs, accelerator
 ):

@@ -95,21 +95,21 @@ def same(ours: object, theirs: object) -> bool:
 PARTS = ("state_dict", "ema", "optimizer_states", "images_seen", "global_step", "epoch", "guard")
 
 
-def test_the_command_line_saves_ends_and_goes_on(tmp_path: Path, photos: Path):
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+def test_the_command_line_saves_ends_and_goes_on(tmp_path: Path, photos: Path, name: str):
     (tmp_path / "photos").symlink_to(photos)
     (tmp_path / "run.yaml").write_text(SMALL)
     (tmp_path / "sender.py").write_text(SENDER)
     last = "checkpoints/last.ckpt"
-    stopped = {name: fit(tmp_path, name) for name in ("SIGTERM", "SIGINT")}
-    for name, process in stopped.items():
-        wait_for(tmp_path / f"ready_{name}", process)
-        os.killpg(process.pid, signal.Signals[name])  # as a terminal and SLURM do; what loads data gets it, too
-        (tmp_path / f"sent_{name}").touch()
-        assert end(process) == 0
-        assert torch.load(tmp_path / "runs" / name / last, weights_only=True)["global_step"] == 3  # of 6 in the epoch
-    runs = [fit(tmp_path, "SIGTERM"), fit(tmp_path, "whole")]
+    process = fit(tmp_path, name)
+    wait_for(tmp_path / f"ready_{name}", process)
+    os.killpg(process.pid, signal.Signals[name])  # as a terminal and SLURM do; what loads data gets it, too
+    (tmp_path / f"sent_{name}").touch()
+    assert end(process) == 0
+    assert torch.load(tmp_path / "runs" / name / last, weights_only=True)["global_step"] == 3  # of 6 in the epoch
+    runs = [fit(tmp_path, name), fit(tmp_path, "whole")]
     assert [end(process) for process in runs] == [0, 0]  # the demo's config says `ckpt_path: last`
-    resumed, whole = (torch.load(tmp_path / "runs" / name / last, weights_only=True) for name in ("SIGTERM", "whole"))
+    resumed, whole = (torch.load(tmp_path / "runs" / run / last, weights_only=True) for run in (name, "whole"))
     assert whole["images_seen"] == 96
     for part in PARTS:
         assert same(resumed[part], whole[part]), part

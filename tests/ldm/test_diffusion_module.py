@@ -35,7 +35,7 @@ def test_one_batch_overfits(diffusion, latents, trainer):
     run = trainer(max_steps=1)
     run.fit(module, datamodule=data)
     before = run.validate(module, datamodule=data, verbose=False)[0]["val/loss"]
-    run = trainer(max_steps=200)
+    run = trainer(max_steps=80)
     run.fit(module, datamodule=data)
     after = run.validate(module, datamodule=data, verbose=False)[0]["val/loss"]
     assert after < 0.75 * before
@@ -332,7 +332,7 @@ def test_labels_are_random_or_balanced(diffusion):
 
 def test_samples_show_their_class_after_training(diffusion, latents, trainer):
     module = diffusion(guidance=Guidance(2.0))
-    trainer(max_steps=500).fit(module, datamodule=latents(batch_size=32))
+    trainer(max_steps=300).fit(module, datamodule=latents(batch_size=16))
     drawn = module.draw(torch.arange(30), decode=False)
     found = ((drawn.latents.mean((1, 2, 3)) - 0.375) / 2).round().long()
     assert (found == drawn.condition.labels).float().mean() > 0.9
