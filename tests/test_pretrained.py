@@ -215,18 +215,20 @@ def test_the_hub_gives_back_what_it_was_given(model, tmp_path, monkeypatch):
             assert (private, exist_ok) == (True, True)
             return type("Repository", (), {"repo_id": f"me/{name}"})
 
-        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> str:
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str, create_pr: bool) -> str:
+            assert create_pr
             Path(folder_path).rename(stored)
             Path(folder_path).mkdir()
             return f"https://hub/{repo_id}/{commit_message}"
 
-    def download(name: str, revision: str, token: str, allow_patterns: list[str]) -> str:
-        assert (name, revision, token) == ("me/model", "v1", "secret")
+    def download(name: str, revision: str, token: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        assert (name, revision, token, local_files_only) == ("me/model", "v1", "secret", True)
         assert {path.name for path in stored.iterdir()} == set(allow_patterns)
         return str(stored)
 
     monkeypatch.setattr(pretrained, "HfApi", Hub)
     monkeypatch.setattr(pretrained, "snapshot_download", download)
-    assert model.push_to_hub("model", private=True, token="secret") == "https://hub/me/model/Upload model"
-    loaded = VFMVAE.from_pretrained("me/model", revision="v1", token="secret")
+    options = {"private": True, "token": "secret", "create_pr": True}
+    assert model.push_to_hub("model", **options) == "https://hub/me/model/Upload model"
+    loaded = VFMVAE.from_pretrained("me/model", revision="v1", token="secret", local_files_only=True)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())

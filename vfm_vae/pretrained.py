@@ -3,6 +3,10 @@
 `config.json` holds `format_version`, the `model` as configs have it (`class_path` and `init_args`), and what else the
 kind of model needs. Nothing in a folder is unpickled, and only classes of this project, or of the package of a class
 that the caller gives, are built from one; other VFMs and parts are, if their modules were imported before.
+
+`huggingface_hub.ModelHubMixin` is no base for it: saving, it removes the former `config.json` before the new weights
+are written, and reading, it takes entries of `config.json` for arguments before anything has checked them. What it
+offers of the hub (`cache_dir`, `local_files_only`, `create_pr`, …) is passed on here, too.
 """
 
 import json
