@@ -48,6 +48,7 @@ class DrawingModule(LightningModule):
         at_least(0, seed=seed)
         vars(self)["pipeline"] = pipeline
         self.model, self.normalization = pipeline.model, pipeline.normalization
+        self.conditioning = pipeline.conditioning  # which may hold networks, to be moved along
         self.tokenizer = tokenizer
         pipeline.latent_source = None if tokenizer is None else tokenizer.identity
         self.predict: Content = predict
@@ -59,7 +60,7 @@ class DrawingModule(LightningModule):
     @property
     def num_classes(self) -> int | None:
         """Classes that samples can be drawn of; None where they are drawn for something else."""
-        return self.pipeline.conditioning.num_classes
+        return self.conditioning.num_classes
 
     @property
     def can_decode(self) -> bool:

@@ -120,7 +120,7 @@ class DiffusionModule(DrawingModule):
         noise = torch.randn_like(latents)
         t = path.times(self.times, torch.randn(len(noise), device=noise.device))  # [B]
         dropped = torch.rand(len(noise), device=noise.device) < self.label_drop
-        condition = self.pipeline.conditioning.of_batch(batch).drop(dropped)
+        condition = self.conditioning.of_batch(batch).drop(dropped)
         noise_token = torch.randn(len(noise), self.model.cls_channels, device=noise.device)  # empty without one
         state, noise = self._state(latents, features), self.model.join(noise, noise_token)
 
@@ -180,7 +180,7 @@ class DiffusionModule(DrawingModule):
     def rehearse(self, batch: Batch | LatentBatch) -> bool:
         """Does a step's products where they cost nothing, so that they can be counted; whether that can be done."""
         if isinstance(batch, LatentBatch):
-            rehearse(self.model, self.alignment, self.pipeline.conditioning.of_batch(batch))
+            rehearse(self.model, self.alignment, self.conditioning.of_batch(batch))
         return isinstance(batch, LatentBatch)
 
     def on_train_epoch_end(self) -> None:
@@ -209,7 +209,7 @@ class DiffusionModule(DrawingModule):
         features = self._features(batch)
         state = self._state(self._latents(batch, numbers.normal(*shape)), features)
         noise = self.model.join(noise, numbers.normal(self.model.cls_channels))
-        condition = self.pipeline.conditioning.of_batch(batch)
+        condition = self.conditioning.of_batch(batch)
         errors = denoising_errors(self.model, self.alignment, state, features, noise, t, condition)
         self.val_loss.update(sum(self.weights[name] * error for name, error in errors.items())[batch.real])
         self.val_loss_by_time.update(errors["mse"][batch.real], t[batch.real])
@@ -249,7 +249,7 @@ class DiffusionModule(DrawingModule):
         noise = IndexedNoise("alignment", self.seed, batch.index, self.device)
         latents = self._latents(batch, noise.normal(*self.model.latent_shape))
         state = self._state(latents, self._features(batch) if self.model.cls_channels else None)
-        condition = self.pipeline.conditioning.of_batch(batch).null()
+        condition = self.conditioning.of_batch(batch).null()
         features = block_features(self.model, state, condition, noise, 0.5 if time is None else time)
         return {f"block_{number:02d}": values for number, values in enumerate(features, start=1)}
 
