@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from callbacks.evaluation import EvaluationCallback, by_name, first_loader, needed_vfm, rows_of, settings_of
 from callbacks.heatmap import block_heat_map
@@ -152,7 +151,7 @@ class CKNNACallback(EvaluationCallback):
         for vfm in self.vfms.values():
             vfm.to(pl_module.device)
 
-    def _published_numbers(self, dataset: Dataset) -> Tensor:
+    def _published_numbers(self, dataset: Any) -> Tensor:
         """Numbers of the images that take part, by their positions in the data set, int64 `[num_samples]`."""
         numbers = torch.arange(self.num_samples)
         positions = numbers[self.chosen(numbers)]
@@ -162,7 +161,7 @@ class CKNNACallback(EvaluationCallback):
             numbers[positions] = torch.arange(len(positions))
         return numbers
 
-    def update(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> None:
+    def update(self, pl_module: Any, batch: Batch | LatentBatch) -> None:
         """Extracts the features of the chosen images."""
         is_numbers_alone = isinstance(batch, Batch) and not batch.has_images
         chosen = self.chosen(batch.index)
@@ -178,8 +177,8 @@ class CKNNACallback(EvaluationCallback):
             self._add({f"cknna/{name}{suffix}": values[rows] for name, values in features.items()}, part.index)
         if not self._known:
             self._add_references(pl_module, part)
-        if self.se_cknna:
-            self._add_transformed(pl_module, batch, chosen)
+        if self.se_cknna and isinstance(batch, Batch):
+            self._add_transformed(pl_module, self.se_cknna, batch, chosen)
 
     def _add_references(self, pl_module: LightningModule, part: Batch | LatentBatch) -> None:
         """Adds the VFMs' features of the chosen images."""
@@ -209,20 +208,22 @@ class CKNNACallback(EvaluationCallback):
         samples = [self._images[i][0] for i in numbers]
         return torch.stack(samples).to(part.index.device) if samples else torch.zeros(0, 3, 1, 1).byte()
 
-    def _add_transformed(self, pl_module: LightningModule, batch: Batch, chosen: Tensor) -> None:
+    def _add_transformed(
+        self, pl_module: EncodesImages, protocol: Literal["each", "published"], batch: Batch, chosen: Tensor
+    ) -> None:
         """Adds the features of transformed images, and of transformed latents."""
         part = rows_of(batch, chosen)
-        number = self._numbers[part.index.cpu()] if self.se_cknna == "published" else part.index
+        number = self._numbers[part.index.cpu()] if protocol == "published" else part.index
         latent = pl_module.latents(batch)[chosen]  # [b, C, h, w]
-        parts = transformed(self.se_cknna, part.images, number) if len(number) else {}
-        for name in names_of(self.se_cknna):  # a rank without images has to know them, too
+        parts = transformed(protocol, part.images, number) if len(number) else {}
+        for name in names_of(protocol):  # a rank without images has to know them, too
             features = latent.new_zeros(latent.shape[:2])
             for rows, images in parts.get(name, ()):
                 piece = Batch(images, part.labels[rows], part.index[rows])
                 features[rows] = pl_module.latents(piece).mean(dim=(2, 3))
             self._add({f"se_cknna/latent/{name}": features}, part.index)
-        turned = geometric(self.se_cknna, latent, number) if len(number) else {}
-        for name in names_of(self.se_cknna, geometric_alone=True):
+        turned = geometric(protocol, latent, number) if len(number) else {}
+        for name in names_of(protocol, geometric_alone=True):
             features = latent.new_zeros(latent.shape[:2])
             for rows, maps in turned.get(name, ()):
                 features[rows] = maps.mean(dim=(2, 3))
@@ -236,7 +237,9 @@ class CKNNACallback(EvaluationCallback):
         for feature, store in self._stores.items():
             ours = self._neighbours(store)
             for name, theirs in self._known.items():
-                value = torch.tensor(math.nan) if ours is None else cknna_of_neighbours(ours, theirs)
+                value = torch.tensor(math.nan)
+                if ours is not None and theirs is not None:
+                    value = cknna_of_neighbours(ours, theirs)
                 key = feature if len(self.vfms) == 1 else f"{feature}/{name}"
                 values[key] = value.to(store.device)
         for mean, parts in self._means(values).items():
@@ -254,7 +257,8 @@ class CKNNACallback(EvaluationCallback):
         """What is averaged: the single transformations of the image."""
         if self.se_cknna != "each":
             return {}
-        prefix, means = "se_cknna/latent/", {}
+        prefix = "se_cknna/latent/"
+        means: dict[str, list[Tensor]] = {}
         for key, value in values.items():
             if key.startswith(prefix):
                 _, slash, vfm = key.removeprefix(prefix).partition("/")

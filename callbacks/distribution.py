@@ -44,6 +44,9 @@ class DistributionCallback(EvaluationCallback):
             ones and no reference.
     """
 
+    network: Inception | VFM  # `adopt` sets it where none was given
+    _suite: DistributionSuite  # of one pass over the data
+
     def __init__(
         self,
         network: Inception | VFM | None = None,
@@ -58,18 +61,19 @@ class DistributionCallback(EvaluationCallback):
         at_least(1, image_size=image_size)
         if not isinstance(network, Inception | VFM | None):
             raise ValueError(f"network: Inception or a VFM; given {type(network).__name__}.")
-        self.network, self._adopts = network, network is None
+        self._adopts = network is None
+        if network is not None:
+            self.network = network
         self.reference = reference
-        self.precision_recall = precision_recall
         if precision_recall is None:
-            self.precision_recall = reference is not None and isinstance(network, Inception)
+            precision_recall = reference is not None and isinstance(network, Inception)
+        self.precision_recall = precision_recall
         self._images = ReferenceImages(reference, image_size, statistics, remeasure) if reference else None
         self._measured: Reference | None = None
-        self._suite: DistributionSuite | None = None
 
     def adopt(self, pl_module: LightningModule) -> None:
         """Takes the module's own VFM where no network was given."""
-        if self._adopts and self.network is not (vfm := needed_vfm(pl_module, "network")):
+        if self._adopts and getattr(self, "network", None) is not (vfm := needed_vfm(pl_module, "network")):
             self.network, self._measured = vfm, None
 
     def names(self) -> set[str]:
@@ -100,7 +104,7 @@ class DistributionCallback(EvaluationCallback):
             self.network, self.num_chosen, self._measured, self.precision_recall, self._images is None
         ).to(pl_module.device)
 
-    def update(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> None:
+    def update(self, pl_module: Any, batch: Any) -> None:
         """Adds the features of both kinds of images."""
         batch = self.select(batch)
         if not len(batch.index):
@@ -119,12 +123,13 @@ class DistributionCallback(EvaluationCallback):
         return {self._log_name(name): value for name, value in values.items()}
 
     def _log_name(self, name: str) -> str:
-        is_plain = isinstance(self.network, Inception) or self.reference is None
-        return name if is_plain else f"{name}/{Path(self.reference).stem}"
+        if isinstance(self.network, Inception) or self.reference is None:
+            return name
+        return f"{name}/{Path(self.reference).stem}"
 
     def _check_real_images(self, pl_module: LightningModule, loaders: Any) -> None:
         """Looks at one sample, where real images have to be those of the data: the first batch would cost samples."""
-        loader = first_loader(loaders)
+        loader: Any = first_loader(loaders)
         if self._images is None and self._measured is None and len(loader.dataset):
             batch = loader.collate_fn([loader.dataset[0]])
             if isinstance(batch, LatentBatch) or (isinstance(batch, Batch) and not batch.has_images):

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +13,8 @@ from vfm_vae.contracts import VFM, HasVFM
 from vfm_vae.lightning_private import undeclared
 from vfm_vae.options import at_least
 from vfm_vae.types import Batch, LatentBatch
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch | LatentBatch)
 
 
 class EvaluationCallback(Callback, ABC):
@@ -52,8 +54,8 @@ class EvaluationCallback(Callback, ABC):
             return index >= 0
         return (index >= 0) & (index * self.num_images % self.num_samples < self.num_images)
 
-    def select(self, batch: Batch | LatentBatch) -> Batch | LatentBatch:
-        """The samples of a batch that take part, numbered anew, without gaps over the whole; the batch if all do."""
+    def select(self, batch: AnyBatch) -> AnyBatch:
+        """The samples of a batch that take part, numbered without gaps over all batches; the batch itself if all do."""
         chosen = self.chosen(batch.index)
         if chosen.all() and self.num_images is None:
             return batch
@@ -69,8 +71,8 @@ class EvaluationCallback(Callback, ABC):
         """Prepares for a pass over the data set."""
 
     @abstractmethod
-    def update(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> None:
-        """Takes in a batch, in evaluation mode and without gradients."""
+    def update(self, pl_module: Any, batch: Any) -> None:
+        """Takes in a batch, in evaluation mode and without gradients; `start` has checked the module."""
 
     @abstractmethod
     def results(self) -> dict[str, Tensor]:
@@ -92,7 +94,7 @@ class EvaluationCallback(Callback, ABC):
             other.adopt(pl_module)
             if shared := sorted(self.names() & other.names()):
                 raise ValueError(
-                    f"undeclared(trainer).callbacks: {type(self).__name__} and another {type(other).__name__} would both log "
+                    f"trainer.callbacks: {type(self).__name__} and another {type(other).__name__} would both log "
                     f"{shared[0]!r}; give all `vfms` to one of them, or measure the other in a run of its own"
                 )
 
@@ -106,7 +108,8 @@ class EvaluationCallback(Callback, ABC):
         self._start(trainer, pl_module, trainer.test_dataloaders)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
-        self.num_samples = len(first_loader(loaders).dataset)
+        dataset: Any = first_loader(loaders).dataset
+        self.num_samples = len(dataset)
         self._count = torch.zeros((), dtype=torch.int64, device=pl_module.device)
         self.start(trainer, pl_module)
 
@@ -143,13 +146,15 @@ class EvaluationCallback(Callback, ABC):
         count = int(trainer.strategy.reduce(self._count, reduce_op="sum"))
         self.num_measured = count if values else 0
         # Equal on every rank already; sync_dist only says so.
-        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, sync_dist=True)
+        logger: Any = self  # Lightning gives callbacks `log_dict` without declaring it
+        logger.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, sync_dist=True)
         return values
 
 
-def rows_of(batch: Batch | LatentBatch, chosen: Tensor) -> Batch | LatentBatch:
+def rows_of(batch: AnyBatch, chosen: Tensor) -> AnyBatch:
     """The chosen samples of a batch, by a mask `[B]` or by positions."""
-    return type(batch)(*(None if tensor is None else tensor[chosen] for tensor in batch))
+    kind: Any = type(batch)
+    return kind(*(None if tensor is None else tensor[chosen] for tensor in batch))
 
 
 def own_vfm(pl_module: LightningModule) -> VFM | None:
@@ -197,6 +202,6 @@ def settings_of(vfms: Iterable[VFM]) -> dict[str, Any]:
     return {"vfms": {vfm.name: {"weights": vfm.fingerprint(), **vfm.view()} for vfm in vfms}}
 
 
-def first_loader(loaders: Any) -> DataLoader:
+def first_loader(loaders: Any) -> DataLoader[Any]:
     """The first of the trainer's data loaders, which is the one measured."""
     return loaders[0] if isinstance(loaders, list | tuple) else loaders

@@ -25,7 +25,7 @@ from vfm_vae.writing import write_picture
 
 
 class ReconstructionImages(Output):
-    """Shows fixed validation images in a grid, one per row: input, reconstruction, multi-scale images from large to small.
+    """Shows fixed validation images in a grid, one per row: input, reconstruction, multi-scale images.
 
     The weights in training are shown as `train/reconstructions` when training starts and ends and every so many images,
     but not when a run resumes; the weights that validation uses as `val/reconstructions` after each validation. Grids
@@ -57,16 +57,16 @@ class ReconstructionImages(Output):
         self._directory = Path(trainer.log_dir or trainer.default_root_dir) / "images"
         self._batch = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws what there is to begin with."""
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Draws the first state."""
         self._drawn = trainer.global_step
         if not trainer.global_step:
             self._draw(trainer, pl_module, "train")
         if self.every_n_images:
             self._due = (pl_module.images_seen // self.every_n_images + 1) * self.every_n_images
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Draws when it is time."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        """Draws every `every_n_images` images."""
         if self.every_n_images and pl_module.images_seen >= self._due:
             self._draw(trainer, pl_module, "train")
             self._drawn = trainer.global_step
@@ -82,7 +82,7 @@ class ReconstructionImages(Output):
         if not trainer.sanity_checking:
             self._draw(trainer, pl_module, "val")
 
-    def _draw(self, trainer: Trainer, pl_module: LightningModule, kind: str, ended: bool = False) -> None:
+    def _draw(self, trainer: Trainer, pl_module: Any, kind: str, ended: bool = False) -> None:
         if not trainer.is_global_zero:
             return
         if self._batch is None:
@@ -142,8 +142,8 @@ class SampleImages(Output):
             )
         self._directory = Path(trainer.log_dir or trainer.default_root_dir) / "images"
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws, on all ranks alike: a model that is sharded over them needs all."""
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Draws on all ranks, because a sharded model needs all of them."""
         if trainer.sanity_checking or not pl_module.can_decode:
             return
         labels = None if self.classes is None else torch.tensor(self.classes).repeat_interleave(self.num_images)

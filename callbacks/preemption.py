@@ -112,7 +112,7 @@ class StopOnSignal(Checkpoint):
         self._received = number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)  # so the second ends the process, whatever it is waiting for
-            if rank_zero_only.rank == 0:
+            if getattr(rank_zero_only, "rank", 0) == 0:
                 os.write(2, b"\nSIGINT: saves after this step and ends; a second one ends at once, without saving\n")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -211,7 +211,7 @@ def _requeue() -> bool:
 
 def _rewind(progress: BatchProgress) -> None:
     """Lets a loop look like one that broke off in its first batch: Lightning then runs it again as a whole."""
-    total = progress.total
+    total: Any = progress.total  # declared without what it counts
     total.started = total.ready
     total.processed = total.completed = total.ready - 1
     progress.current.reset()

@@ -1,18 +1,18 @@
 """What a linear probe reads: the classes of samples, and what a model's features know of real images' classes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from callbacks.evaluation import EvaluationCallback, by_short_name, needed_vfm, own_vfm, rows_of, settings_of
 from vfm_vae.contracts import VFM, AlignmentFeatures, DrawsSamples, EvaluationImages
 from vfm_vae.data.folder import list_classes
 from vfm_vae.images import from_uint8, quantised
+from vfm_vae.lightning_private import undeclared
 from vfm_vae.metrics.features import FeatureStore
 from vfm_vae.metrics.probe import LinearProbe
 from vfm_vae.metrics.reconstruction import MeanOverImages
@@ -37,12 +37,16 @@ class ClassAccuracyCallback(EvaluationCallback):
             module's, or no VFM is given and it has none of its own; when validation starts, if it draws no samples.
     """
 
+    vfm: VFM  # `adopt` sets it where none was given
+
     def __init__(
         self, images: str, vfm: VFM | None = None, image_size: int = 256, num_images: int | None = None
     ) -> None:
         super().__init__(num_images)
         at_least(1, image_size=image_size)
-        self.vfm, self._adopts = vfm, vfm is None
+        self._adopts = vfm is None
+        if vfm is not None:
+            self.vfm = vfm
         self.images, self.image_size = Path(images), image_size
         self._probe: LinearProbe | None = None
         self._hits = MeanOverImages()
@@ -53,7 +57,7 @@ class ClassAccuracyCallback(EvaluationCallback):
 
     def adopt(self, pl_module: LightningModule) -> None:
         """Takes the module's own VFM where none was given."""
-        if self._adopts and self.vfm is not (vfm := needed_vfm(pl_module, "vfm")):
+        if self._adopts and getattr(self, "vfm", None) is not (vfm := needed_vfm(pl_module, "vfm")):
             self.vfm, self._probe = vfm, None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -76,10 +80,10 @@ class ClassAccuracyCallback(EvaluationCallback):
         if self._probe is None:
             self._probe = LinearProbe(*folder_features(self.vfm, self.images, self.image_size))
 
-    def update(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> None:
+    def update(self, pl_module: Any, batch: Batch | LatentBatch) -> None:
         """Judges the samples of a batch."""
         batch = self.select(batch)
-        if len(batch.index):
+        if len(batch.index) and self._probe is not None:
             features = self.vfm(quantised(pl_module.evaluation_images(batch)[1])).pooled
             labels = torch.tensor(pl_module.sample_condition(batch.index).plain(), device=features.device)
             hits = self._probe.predict(features) == labels
@@ -127,7 +131,7 @@ class LinearProbeCallback(EvaluationCallback):
         within(0, 1, time=time)
         self.vfms, self._adopts = by_short_name(vfms or ()), vfms is None
         self.num_train_images, self.time = num_train_images, time
-        self._train: DataLoader | None = None
+        self._train: Any = ()  # a data loader
         self._num_fitted = 0
         self._probes: dict[str, LinearProbe] = {}
         self._hits: dict[str, MeanOverImages] = {}
@@ -147,7 +151,7 @@ class LinearProbeCallback(EvaluationCallback):
         if not isinstance(pl_module, AlignmentFeatures):
             raise ValueError(f"{type(pl_module).__name__} has no alignment_features to probe.")
         self._probes, self._hits = {}, {}
-        self._train = trainer.datamodule.evaluation_dataloader("train")
+        self._train = undeclared(trainer).datamodule.evaluation_dataloader("train")
         for vfm in self.vfms.values():
             vfm.to(pl_module.device)
 
@@ -182,7 +186,7 @@ class LinearProbeCallback(EvaluationCallback):
             self._probes[name] = LinearProbe(store.compute(), labels)
             self._hits[name] = MeanOverImages().to(pl_module.device)
 
-    def _features(self, pl_module: LightningModule, batch: Batch | LatentBatch) -> Mapping[str, Tensor]:
+    def _features(self, pl_module: Any, batch: Batch | LatentBatch) -> dict[str, Tensor]:
         features = dict(pl_module.alignment_features(batch, self.time))
         if self._adopts and not isinstance(batch, Batch):
             self.vfms = {}  # the module's own has no images to see

@@ -97,8 +97,9 @@ def evaluation_settings(trainer: Trainer) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if trainer.state.fn != "fit":  # there it is what training went on from
         settings["checkpoint"] = str(trainer.ckpt_path) if trainer.ckpt_path else None
-    crop = getattr(trainer.datamodule, "evaluation_transform", None)
-    if isinstance(crop, CentreCrop | ResizeAndCrop) and trainer.datamodule.source != "latents":
+    data = undeclared(trainer).datamodule
+    crop = getattr(data, "evaluation_transform", None)
+    if isinstance(crop, CentreCrop | ResizeAndCrop) and data.source != "latents":
         name = "adm" if isinstance(crop, CentreCrop) else "resize"
         settings["data"] = {"image_size": crop.image_size, "evaluation_crop": name}
     for callback in undeclared(trainer).callbacks:

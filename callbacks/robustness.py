@@ -59,7 +59,7 @@ class RobustnessCallback(EvaluationCallback):
         for vfm in self.vfms.values():
             vfm.to(pl_module.device)
 
-    def update(self, pl_module: LightningModule, batch: Batch) -> None:
+    def update(self, pl_module: EncodesImages, batch: Batch) -> None:
         """Compares features of the chosen images."""
         part = rows_of(batch, self.chosen(batch.index))
         if not len(part.index):
@@ -71,13 +71,13 @@ class RobustnessCallback(EvaluationCallback):
             for name, features in self._features(pl_module, part._replace(images=images)).items():
                 self._similarities[name][change].update(F.cosine_similarity(features, clean[name]))
 
-    def _features(self, pl_module: LightningModule, batch: Batch) -> Mapping[str, Tensor]:
+    def _features(self, pl_module: EncodesImages, batch: Batch) -> Mapping[str, Tensor]:
         features = {"latent": pl_module.latents(batch).mean(dim=(2, 3)).float()}  # [B, C] each
         return features | {name: vfm(from_uint8(batch.images)).tokens.mean(1) for name, vfm in self.vfms.items()}
 
     def results(self) -> dict[str, Tensor]:
         """Means over images, and over transformations."""
-        values = {}
+        values: dict[str, Tensor] = {}
         for name, similarities in self._similarities.items():
             parts = {change: similarity.compute() for change, similarity in similarities.items()}
             values |= {f"robustness/{name}/{change}": value for change, value in parts.items()}

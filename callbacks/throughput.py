@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -87,8 +87,8 @@ class Throughput(Callback):
         self._counter: FlopCounterMode | None = None
         self._counting = ExitStack()
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learns what the device can do."""
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Looks up the device's peak operations per second."""
         self.available_flops = self.peak_flops or peak_flops(trainer)
         self._meters = {}
         if stage == "fit":
@@ -119,9 +119,7 @@ class Throughput(Callback):
             self._counter = self._counting.enter_context(flop_counter())
 
     @rank_zero_only
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
         """Notes the count, and then starts the clock; later batches are measured."""
         if self._counter is not None:
             self._counting.close()
@@ -134,7 +132,7 @@ class Throughput(Callback):
         if logs_now(trainer):
             self._log(trainer)
 
-    def _finish_counting(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _finish_counting(self, trainer: Trainer, pl_module: Any) -> None:
         if len(self._counts) == self._num_counted:
             pl_module.flops_per_batch = sum(self._counts) / self._num_counted
         self._begin(trainer)
@@ -147,11 +145,17 @@ class Throughput(Callback):
 
     @rank_zero_only
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Measures a batch of the evaluation."""
         if not trainer.sanity_checking:
-            self._meters[trainer.state.stage].note(self.batch_size_fn(batch))
+            self._meters[_stage(trainer)].note(self.batch_size_fn(batch))
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,10 +171,10 @@ class Throughput(Callback):
 
     def _begin(self, trainer: Trainer) -> None:
         rates = Rates(self.available_flops, trainer.world_size, self.window_size)
-        self._meters[trainer.state.stage] = _Meter(rates)
+        self._meters[_stage(trainer)] = _Meter(rates)
 
     def _log(self, trainer: Trainer) -> None:
-        stage = trainer.state.stage
+        stage = _stage(trainer)
         rates = {f"{stage.value}/{name}": rate for name, rate in self._meters[stage].rates.compute().items()}
         log_numbers(trainer, rates)
 
@@ -178,6 +182,11 @@ class Throughput(Callback):
         """Counts no longer."""
         self._counting.close()
         self._counter = None
+
+
+def _stage(trainer: Trainer) -> RunningStage:
+    assert trainer.state.stage is not None  # within hooks
+    return trainer.state.stage
 
 
 class _Meter:
@@ -193,7 +202,7 @@ class _Meter:
         self._batches = self._images = 0
         self._seconds, self._start = 0.0, time.perf_counter()
 
-    def note(self, images: int, flops: float | None = None) -> None:
+    def note(self, images: int, flops: Any = None) -> None:
         """A batch has ended."""
         self._batches += 1
         self._images += images
@@ -224,9 +233,7 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
-def _convolution_backward(
-    gradient: Sequence[int], x: Sequence[int], weight: Sequence[int], *arguments: Any, **_: Any
-) -> int:
+def _convolution_backward(gradient: list[int], x: list[int], weight: list[int], *arguments: Any, **_: Any) -> int:
     """The gradients of the input and of the weight, where asked for: each has the products of the forward pass.
 
     Args:
@@ -235,7 +242,7 @@ def _convolution_backward(
         weight: shape `[C_out, C_in / groups, *kernel]`, transposed `[C_in, C_out / groups, *kernel]`.
         arguments: the others of `aten.convolution_backward`, in its order.
     """
-    *_, transposed, _, _, wanted = arguments
+    transposed, wanted = arguments[-4], arguments[-1]
     return conv_flop_count(x, weight, gradient, transposed) * sum(wanted[:2])
 
 

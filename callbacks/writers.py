@@ -103,23 +103,22 @@ class LatentWriter(Output):
             return
         if not isinstance(pl_module, MakesLatents) or pl_module.predict == "reconstructions":
             raise ValueError("model.predict: a cache takes 'latents' or 'moments' of a tokenizer")
-        self._streams = []
-        for split, dataset in undeclared(trainer).datamodule.predict_sets.items():
+        self._streams, data = [], undeclared(trainer).datamodule
+        for split, dataset in data.predict_sets.items():
             plan = ShardPlan(self.directory / split, len(dataset), self.shard_size)
             shards = plan.missing(trainer.global_rank, trainer.world_size)
-            undeclared(trainer).datamodule.predict_indices[split] = [
-                image for shard in shards for image in plan.images(shard)
-            ]
+            data.predict_indices[split] = [image for shard in shards for image in plan.images(shard)]
             self._streams.append(_ShardStream(plan, shards, getattr(torch, self.dtype)))
 
-    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes whose latents these are, by the weights that encode them: averaged ones stand in for them by now."""
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Notes which tokenizer makes these latents, by the weights in use, which are averaged ones by now."""
         trainer.predict_loop.return_predictions = False
+        data = undeclared(trainer).datamodule
         settings = {
             "tokenizer": pl_module.latent_identity(),
             "content": pl_module.predict,
-            "image_size": undeclared(trainer).datamodule.image_size,
-            "evaluation_crop": undeclared(trainer).datamodule.evaluation_crop,
+            "image_size": data.image_size,
+            "evaluation_crop": data.evaluation_crop,
             "shard_size": self.shard_size,
             "dtype": self.dtype,
             "precision": trainer.precision,
@@ -131,12 +130,12 @@ class LatentWriter(Output):
         features = pl_module.features_source() if isinstance(pl_module, MakesFeatures) else None
         if features is not None:
             settings["features"] = dict(features)
-        for stream, dataset in zip(self._streams, undeclared(trainer).datamodule.predict_sets.values(), strict=True):
+        for stream, dataset in zip(self._streams, data.predict_sets.values(), strict=True):
             file = stream.plan.folder / IDENTITY
             if not file.is_file() and any(stream.plan.folder.glob("*.safetensors")):
                 raise ValueError(f"directory: {str(file.parent)!r} holds safetensors of unknown origin; choose another")
-            images = files_state(dataset).sizes if trainer.is_global_zero else None  # so of copies, too
-            images = {"images": trainer.strategy.broadcast(images)}
+            sizes = files_state(dataset).sizes if trainer.is_global_zero else None  # the same for copies
+            images = {"images": trainer.strategy.broadcast(sizes)}
             keep_settings(trainer, file, settings | images | {"num_images": stream.plan.num_images}, unsaid | images)
 
     def on_predict_batch_end(
@@ -223,20 +222,17 @@ class SampleWriter(Output):
         """Divides what is missing over the ranks; Lightning lets no rank go on before all did so."""
         if stage != "predict":
             return
-        if not isinstance(pl_module, DrawsSamples) or "samples" not in undeclared(trainer).datamodule.predict_sets:
+        data = undeclared(trainer).datamodule
+        if not isinstance(pl_module, DrawsSamples) or "samples" not in data.predict_sets:
             raise ValueError("data.num_samples: says how many samples a diffusion model is to draw; it is not set")
         if self.npz and pl_module.predict == "latents":
             raise ValueError("npz: holds images, but model.predict is 'latents'; leave one of them out")
         present = self._present()
-        missing = [
-            number
-            for number in range(len(undeclared(trainer).datamodule.predict_sets["samples"]))
-            if number not in present
-        ]
-        undeclared(trainer).datamodule.predict_indices["samples"] = missing[trainer.global_rank :: trainer.world_size]
+        missing = [number for number in range(len(data.predict_sets["samples"])) if number not in present]
+        data.predict_indices["samples"] = missing[trainer.global_rank :: trainer.world_size]
 
-    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes how they are drawn, and by which weights: averaged ones stand in for the others by now."""
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Notes how samples are drawn, and with which weights, which are averaged ones by now."""
         trainer.predict_loop.return_predictions = False
         unsaid = {"rounding": "round"}  # as all were, before there was a choice
         keep_settings(trainer, self.directory / "samples.json", pl_module.evaluation_settings(), unsaid)
@@ -252,8 +248,8 @@ class SampleWriter(Output):
             tensors = {name: values[real].cpu() for name, values in tensors.items()}
             write_tensors(self.directory / f"latents_{tensors['index'][0]:08d}.safetensors", tensors)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the `.npz` once all ranks are through."""
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Makes the `.npz` once all ranks have finished."""
         trainer.strategy.barrier()
         num_samples = len(undeclared(trainer).datamodule.predict_sets["samples"])
         files = [self.directory / f"{number:08d}.png" for number in range(num_samples)]

@@ -202,9 +202,8 @@ class ImageNetDataModule(LightningDataModule):
         """
         dataset, ranks = self._trained(), self._ranks()
         size, loading = self._steps.of_rank(ranks["num_replicas"]), self._loading(dataset)
-        if (
-            self.trainer and undeclared(self.trainer).overfit_batches
-        ):  # Lightning takes the first ones, in order, again and again
+        # Lightning then takes the first batches, in order, again and again.
+        if self.trainer and undeclared(self.trainer).overfit_batches:
             return DataLoader(dataset, batch_size=size, **loading)
         sampler = TrainingSampler(
             dataset,
