@@ -67,7 +67,6 @@ def build(**kwargs):
         optimizer,
         PatchGAN(base_channels=4),
         Draws(),
-        accumulate_grad_batches=2,
         **kwargs,
     )
 
@@ -95,7 +94,8 @@ watch = [
     RobustnessCallback([FrozenVFM(name)], num_images=11),
     LinearProbeCallback([FrozenVFM(name)]),
 ]
-data = ImageNetDataModule(photos, image_size=64, batch_size=8, val_batch_size=6, num_workers=0)
+parts = {"batch_size": 16, "micro_batch_size": 8 // devices, "val_batch_size": 6}  # two batches make a step
+data = ImageNetDataModule(photos, image_size=64, num_workers=0, **parts)
 module, run = build(), trainer(*watch)
 metrics = run.validate(module, datamodule=data, verbose=False)[0]
 run.fit(module, datamodule=data)
