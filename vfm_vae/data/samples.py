@@ -14,10 +14,12 @@ from vfm_vae.types import Batch, LatentBatch
 
 
 class SampleSet(Dataset[tuple[Any, ...]], ABC):
-    """Samples by number, each a tuple of what a batch has, in that order.
+    """Samples by number, each a tuple of a batch's fields in their order.
+
+    A batch may carry more than it does: by one more field, None by default, and data sets whose samples have it.
 
     Attributes:
-        batch_type: what samples are put together to; a field that it has by default may be left out of all samples.
+        batch_type: what samples are put together to.
         reads: whether samples take time to read, so that workers are worth their while.
         labels: class indices, int64 `[num_samples]`.
         shards: number of the file that each sample lies in, int64 `[num_samples]`, where many share one and are best
@@ -39,8 +41,9 @@ class SampleSet(Dataset[tuple[Any, ...]], ABC):
 
     @classmethod
     def collate(cls, samples: Sequence[tuple[Any, ...]]) -> Batch | LatentBatch:
-        """Samples to a batch."""
-        return cls.batch_type(*default_collate(list(samples)))
+        """Puts samples together; a field that is None in all of them, or left out at the end, stays None."""
+        columns = zip(*samples, strict=True)
+        return cls.batch_type(*(None if column[0] is None else default_collate(list(column)) for column in columns))
 
 
 class SampleNumbers(SampleSet):
