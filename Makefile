@@ -67,6 +67,9 @@ DEMO_LDM = -c configs/demo/ldm.yaml $(if $(REG),-c configs/demo/reg.yaml)
 DEMO_NAME = $(if $(REG),reg,ldm)
 DEMO_GUIDED = $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
 
+# A process for each core, each with its own files of tests; ARGS="-n 0" runs them one after the other.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo study test test-all lint format bench bench-gpu tensorboard embedded-vfm strong weak ssim patchgan latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
 
@@ -107,10 +110,10 @@ study: install runs/demo/weak/checkpoints/last.ckpt ## train without alignment, 
 	$(BIN)/python tests/bench/study.py runs/study/metrics.json
 
 test: install ## run the fast tests
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(PARALLEL) $(ARGS)
 
 test-all: install ## run all tests that this machine can, the slow ones too
-	$(BIN)/pytest -m "not gpu or gpu" $(ARGS)
+	$(BIN)/pytest $(PARALLEL) -m "not gpu or gpu" $(ARGS)
 
 lint: install ## check style and the direction of imports
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """A tokenizer small enough to train within a test, on the embedded VFM."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,12 @@ from vfm_vae.types import Batch
 from vfm_vae.vfm import FrozenVFM
 
 VFM = "vit_photos_patch8_64"
+
+
+def pytest_configure() -> None:
+    """One thread each, where several processes share the cores."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
