@@ -214,11 +214,11 @@ def test_a_gpu_takes_its_part_or_as_many_as_it_may(batch_size, micro_batch_size,
 
 
 def test_steps_that_do_not_divide_are_refused():
-    with pytest.raises(
-        ValueError, match=r"^batch_size: 512 images in total don't divide over 3 ranks; give a"
-    ):
+    with pytest.raises(ValueError, match=r"^batch_size: 512 images in total don't divide over 3 ranks; give a"):
         Steps(512, 64).of_rank(3)
-    with pytest.raises(ValueError, match=r"^micro_batch_size: 256 images .* don't divide into batches of 48; give 32,"):
+    with pytest.raises(
+        ValueError, match=r"^micro_batch_size: the 256 images .* don't divide into batches of 48; give 32,"
+    ):
         Steps(512, 48).of_rank(2)
     with pytest.raises(ValueError, match=r"^micro_batch_size: must be at least 1, given 0"):
         datamodule("nowhere", micro_batch_size=0)
@@ -228,7 +228,8 @@ def test_steps_that_do_not_divide_are_refused():
 def test_what_makes_a_step_is_said_once(root, tmp_path, kind):
     by_trainer = {"accumulate_grad_batches": 2} if kind is Automatic else {}
     run = trainer(tmp_path, **by_trainer)
-    with pytest.raises(ValueError, match=r"^micro_batch_size: .* and so does accumulate_grad_batches \(2\); leave"):
+    option = f"{'trainer' if by_trainer else 'model'}.accumulate_grad_batches"
+    with pytest.raises(ValueError, match=rf"^micro_batch_size: .* follows from it, but {option} says 2, too; leave"):
         fit(tmp_path, root, kind() if by_trainer else kind(2), trained=run, micro_batch_size=2)
 
 

@@ -28,14 +28,14 @@ class Steps:
             ValueError: if a step does not divide like that.
         """
         share = divided("batch_size", self.batch_size, num_ranks)
-        most = min(self.micro_batch_size or share, share)
-        if share % most:
-            fitting = next(size for size in range(most, 0, -1) if share % size == 0)
+        size = min(self.micro_batch_size or share, share)
+        if share % size:
+            fitting = next(smaller for smaller in range(size, 0, -1) if share % smaller == 0)
             raise ValueError(
-                f"micro_batch_size: {share} images of a step on each GPU (batch_size {self.batch_size}, {num_ranks} in "
-                f"all) don't divide into batches of {most}; give {fitting}, or another batch_size"
+                f"micro_batch_size: the {share} images that each GPU takes of a step (batch_size {self.batch_size} over "
+                f"{num_ranks}) don't divide into batches of {size}; give {fitting}, or another batch_size"
             )
-        return most
+        return size
 
     def begin(self, trainer: Trainer) -> None:
         """Makes a trainer accumulate, before it trains.
@@ -46,13 +46,14 @@ class Steps:
         if self.micro_batch_size is None or self._given is not None:
             return
         if (number := batches_per_step(trainer)) > 1:
+            option = f"{'trainer' if trainer.accumulate_grad_batches > 1 else 'model'}.accumulate_grad_batches"
             raise ValueError(
-                f"micro_batch_size: says how many batches make a step, and so does accumulate_grad_batches ({number}); "
-                "leave the latter out, and let batch_size be that of a whole step"
+                f"micro_batch_size: how many batches make a step follows from it, but {option} says {number}, too; "
+                "leave that out, and give the batch_size of a whole step"
             )
+        number = self.batch_size // (self.of_rank(trainer.world_size) * trainer.world_size)
         interval = getattr(trainer, "val_check_interval", None)  # none where validations go by the clock
         self._given = trainer, trainer.accumulate_grad_batches, interval
-        number = self.batch_size // (self.of_rank(trainer.world_size) * trainer.world_size)
         trainer.accumulate_grad_batches = number
         if counts_batches(interval):
             trainer.val_check_interval = interval * number
