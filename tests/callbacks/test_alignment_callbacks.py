@@ -329,3 +329,14 @@ def test_a_module_without_a_vfm_has_none_to_give(encoder, images, trainer):
     probe = LinearProbeCallback(num_train_images=26)
     trainer(RobustnessCallback(num_images=5), probe).test(encoder, images, verbose=False)
     assert probe.vfms == {}
+
+
+def test_a_probe_takes_no_vfm_where_there_are_latents_alone(photos, trainer):
+    data = Latents(photos, image_size=64, num_workers=0)
+    data.evaluation_dataloader = lambda split: data.val_dataloader()
+    probe = LinearProbeCallback()
+    run = trainer(probe)
+    run.test(EncoderWithVFM(), data, verbose=False)
+    assert probe.vfms == {} and "test/probe/block_01" in run.callback_metrics
+    with pytest.raises(ValueError, match="so VFMs have no images to see; leave them out"):
+        trainer(LinearProbeCallback([FrozenVFM(VFM)])).test(EncoderWithVFM(), data, verbose=False)

@@ -248,6 +248,9 @@ def test_configuration_files_can_name_the_references():
         "class_path": "vfm_vae.vfm.FrozenVFM",
         "init_args": {"name": "vit_tiny_patch16_224", "pretrained": False, "model_args": {"depth": 1}},
     }
-    for path, arguments in (("cknna.CKNNACallback", {"vfms": [vfm]}), ("fid.DistributionCallback", {"network": vfm})):
+    for path, arguments in (
+        ("cknna.CKNNACallback", {"vfms": [vfm]}),
+        ("distribution.DistributionCallback", {"network": vfm}),
+    ):
         config = parser.parse_object({"callback": {"class_path": f"callbacks.{path}", "init_args": arguments}})
         assert isinstance(parser.instantiate(config).callback, EvaluationCallback)
