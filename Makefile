@@ -115,9 +115,10 @@ test: install ## run the fast tests
 test-all: install ## run all tests that this machine can, the slow ones too
 	$(BIN)/pytest $(PARALLEL) -m "not gpu or gpu" $(ARGS)
 
-lint: install ## check style and the direction of imports
+lint: install ## check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/lint-imports --config setup.cfg
 
 format: install ## format the code
@@ -182,5 +183,5 @@ evaluate-ldm: install ## gFID and its kin of a trained LightningDiT
 	  --ckpt_path $(OF_RUN)/checkpoints/last.ckpt $(ARGS)
 
 clean: ## remove caches and the demo's results, not other runs
-	rm -rf runs/demo build .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	rm -rf runs/demo build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
 	find . -name __pycache__ -not -path ./$(call quoted,$(VENV)/*) -prune -exec rm -rf {} +

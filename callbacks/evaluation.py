@@ -59,7 +59,7 @@ class EvaluationCallback(Callback, ABC):
         chosen = self.chosen(batch.index)
         if chosen.all() and self.num_images is None:
             return batch
-        part = rows_of(batch, chosen)
+        part: Any = rows_of(batch, chosen)
         return part._replace(index=part.index * self.num_chosen // self.num_samples)
 
     @abstractmethod

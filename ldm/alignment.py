@@ -59,7 +59,9 @@ class REPA(nn.Module):
     def features(self, batch: Batch | LatentBatch) -> Tensor:
         """The VFM's features of a batch's clean images, float32 `[B, 1 + N, D]`."""
         if isinstance(batch, LatentBatch):
+            assert batch.features is not None  # `check_features` and `check_images` have seen to both
             return batch.features.float()
+        assert self.vfm is not None
         return self.vfm(from_uint8(batch.images)).sequence
 
     def error(self, projected: Tensor, features: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ class REPA(nn.Module):
             self._check_shape(model, (None, self.vfm.width), f"model.alignment.vfm: {self.vfm.name} gives")
 
     def check_features(
-        self, shape: tuple[int, int] | None, source: Mapping[str, Any] | None, model: Denoiser, place: str
+        self, shape: tuple[int, ...] | None, source: Mapping[str, Any] | None, model: Denoiser, place: str
     ) -> None:
         """Sees that cached features fit.
 
@@ -103,7 +105,7 @@ class REPA(nn.Module):
             raise ValueError(
                 f"data.root: {place} holds no VFM features to align to; make it with configs/vfm_vae/latents_reg.yaml"
             )
-        self._check_shape(model, shape, f"data.root: the features in {place} have")
+        self._check_shape(model, (shape[0], shape[1]), f"data.root: the features in {place} have")
         if self.vfm is not None and source is not None:
             ours = self.vfm.source()
             compared = sorted({*ours, *source} - UNSEEN)
@@ -127,7 +129,8 @@ class REPA(nn.Module):
             ValueError: if it is another VFM.
         """
         if self.vfm is not None:
-            known = {name: value for name, value in vfm_identity(self.vfm).items() if name in ("name", "class_path")}
+            ours = vfm_identity(self.vfm) or {}
+            known = {name: value for name, value in ours.items() if name in ("name", "class_path")}
             check_vfm(self.vfm, {"vfm": stored or known | {"fingerprint": None}}, "model.alignment.vfm")
 
     def check_images(self, image_size: int, model: Denoiser) -> None:

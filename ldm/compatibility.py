@@ -122,7 +122,7 @@ def check_untrained(data: ImageNetDataModule, num_classes: int | None, begins: b
 
 
 def _classes(data: ImageNetDataModule, num_classes: int) -> str:
-    labels = f"the data in {str(data.root)!r} has labels up to {data.num_classes - 1}"
+    labels = f"the data in {str(data.root)!r} has labels up to {(data.num_classes or 0) - 1}"
     return f"model.num_classes: {labels}, but the denoiser knows {num_classes} classes"
 
 

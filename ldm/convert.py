@@ -57,16 +57,17 @@ def convert(
         print(f"{out}: the diffusion model of {source}")
         return
     trained, averaged = pick(content, "x_embedder.")
-    if trained is None and averaged is None:
+    if (weights := averaged or trained) is None:
         raise ValueError(f"source: {source!r} holds no weights of a LightningDiT or a SiT (x_embedder.…)")
     if statistics is None:
         raise ValueError("statistics: latents are normalised by those of training: give the model's latents_stats.pt")
     published = _read_config(content, config)
-    network = denoiser_from_published(averaged or trained, published)
+    network = denoiser_from_published(weights, published)
     model = LatentDiffusion(network, *_sampling(network, published.get("sample") or {})).eval()
     model.normalization.take(_matching(LatentStatistics.read(statistics), network))
     if tokenizer is not None:
         model.use_tokenizer(tokenizer)
+        assert model.tokenizer is not None
         model.latent_source = model.tokenizer.network.latent_identity()
     other = None if averaged is None or trained is None else denoiser_from_published(trained, published)
     checkpoint = _checkpoint(model, other)

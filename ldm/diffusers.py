@@ -93,7 +93,7 @@ class LatentDiffusionModel(WholeModel, ModelMixin, ConfigMixin):  # by which nam
         """
         condition = class_labels
         if not isinstance(condition, Condition):
-            condition = Labels(condition, self.diffusion.conditioning.num_classes)
+            condition = Labels(condition, self.diffusion.conditioning.num_classes or 0)
         with half_precision(self):
             velocity = self.diffusion.model(hidden_states, timestep, condition).velocity
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)

@@ -87,11 +87,11 @@ class DrawingModule(LightningModule):
             ValueError: if images are wanted but there is no tokenizer, there is no condition for a value, or the
                 statistics of latents are not known.
         """
-        if decode and not self.can_decode:
+        if decode and self.tokenizer is None:
             raise ValueError("model.tokenizer: images need a tokenizer that decodes latents; or set predict: latents")
         condition = None if condition is None else self.pipeline.condition(condition)
         samples = self.pipeline.draw(index, self.seed, condition, guidance_scale)
-        if not decode:
+        if not decode or self.tokenizer is None:
             return samples
         return samples._replace(images=quantised(self.tokenizer.decode(samples.latents), self.rounding))
 
@@ -108,7 +108,7 @@ class DrawingModule(LightningModule):
             "seed": self.seed,
             "content": self.predict,
             "rounding": self.rounding,
-            "decoder": self.tokenizer.fingerprint() if self.predict == "images" and self.can_decode else None,
+            "decoder": None if self.tokenizer is None or self.predict != "images" else self.tokenizer.fingerprint(),
             "precision": self.trainer.precision,
             "matmul_precision": torch.get_float32_matmul_precision(),
             "images_seen": self.images_seen,
@@ -123,10 +123,11 @@ class DrawingModule(LightningModule):
         """Samples as `draw` gives them, numbered like the batch, beside its images where it holds any."""
         if self._drawn is None or not torch.equal(self._drawn.index, batch.index):
             self._drawn = self.draw(batch.index)
-        has_images = isinstance(batch, Batch) and batch.has_images
-        return from_uint8(batch.images) if has_images else None, self._drawn.images
+        assert self._drawn.images is not None  # `draw` decodes
+        real = from_uint8(batch.images) if isinstance(batch, Batch) and batch.has_images else None
+        return real, self._drawn.images
 
-    def on_validation_batch_end(self, *_: Any) -> None:
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         """Forgets the samples, after the callbacks have asked for them."""
         self._drawn = None
 

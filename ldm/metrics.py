@@ -1,4 +1,4 @@
-"""What a diffusion model's training is watched by."""
+"""Metrics of a diffusion model's training."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,12 @@ class LossByTime(Metric):
     """Mean loss of the samples in each of several equal intervals of time, the same however they are batched.
 
     Args:
-        num_buckets: Intervals of [0, 1].
+        num_buckets: Number of intervals of [0, 1].
     """
 
     full_state_update = False
+    total: Tensor
+    count: Tensor
 
     def __init__(self, num_buckets: int = 10) -> None:
         super().__init__()
@@ -24,21 +26,21 @@ class LossByTime(Metric):
         """Adds samples.
 
         Args:
-            loss: One number for each, `[B]`.
+            loss: One number for each sample, `[B]`.
             t: Their times in [0, 1], `[B]`.
         """
-        usable = loss.isfinite()  # the step of one that is not is left out, too; chosen by weight, not to wait for it
+        usable = loss.isfinite()  # others are counted with weight 0, which needs no waiting for the device
         bucket = (t * self.num_buckets).long().clamp(0, self.num_buckets - 1)
         self.total.index_add_(0, bucket, torch.where(usable, loss.detach(), 0).double())
         self.count.index_add_(0, bucket, usable.long())
 
     def compute(self) -> Tensor:
-        """Means, float32 `[num_buckets]`; nan where nothing fell."""
+        """Means, float32 `[num_buckets]`; nan where an interval had no samples."""
         return (self.total / self.count).float()
 
     def named(self, stage: str) -> dict[str, Tensor]:
-        """The means that there are, by the start of their interval: `loss_by_time/<stage>_0.30`."""
-        values = self.compute().cpu()  # at once
+        """The means of intervals with samples, by the start of the interval: `loss_by_time/<stage>_0.30`."""
+        values = self.compute().cpu()  # in one transfer
         return {
             f"loss_by_time/{stage}_{number / self.num_buckets:.2f}": value
             for number, value in enumerate(values)

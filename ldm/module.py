@@ -17,7 +17,7 @@ from ldm.drawing import Content, DrawingModule
 from ldm.guidance import Guidance
 from ldm.metrics import LossByTime
 from ldm.models.denoiser import Denoiser
-from ldm.objective import block_features, denoising_errors, rehearse
+from ldm.objective import block_features, denoising_errors, rehearse, weighted_sum
 from ldm.pipeline import LatentDiffusion, class_labels
 from ldm.samplers import Sampler
 from ldm.skipping import SkippedSteps
@@ -125,7 +125,7 @@ class DiffusionModule(DrawingModule):
         state, noise = self._state(latents, features), self.model.join(noise, noise_token)
 
         errors = denoising_errors(self.model, self.alignment, state, features, noise, t, condition)
-        loss = sum(self.weights[name] * error.mean() for name, error in errors.items())
+        loss = weighted_sum(self.weights, {name: error.mean() for name, error in errors.items()})
 
         self.images_seen += len(t) * self.trainer.world_size
         self.train_loss_by_time.update(errors["mse"], t)
@@ -139,13 +139,14 @@ class DiffusionModule(DrawingModule):
 
     def _state(self, latents: Tensor, features: Tensor | None) -> Tensor:
         """What is diffused: normalised latents, and the VFM's class token where the denoiser has one."""
-        token = features[:, 0] if self.model.cls_channels else None
+        token = features[:, 0] if features is not None and self.model.cls_channels else None
         return self.model.join(self.normalization(latents), token)
 
     def _latents(self, batch: Batch | LatentBatch, noise: Tensor | None = None) -> Tensor:
         """Latents of a batch as the tokenizer gives them, a sample of the posterior where it holds images."""
         if isinstance(batch, LatentBatch):
             return batch.latents
+        assert self.tokenizer is not None  # `check_images` has seen to it
         return self.tokenizer.encode(from_uint8(batch.images)).sample(noise)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -157,8 +158,9 @@ class DiffusionModule(DrawingModule):
         norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.skipped.judge(optimizer, self._grad_norm)
-        counts = {"train/skipped_steps": self.skipped.total, "images_seen": float(self.images_seen)}
-        log_where_due(self, self._losses | {"train/grad_norm": self._grad_norm} | counts, shown="train/loss")
+        numbers: dict[str, Tensor | float] = {**self._losses, "train/grad_norm": self._grad_norm}
+        numbers |= {"train/skipped_steps": self.skipped.total, "images_seen": float(self.images_seen)}
+        log_where_due(self, numbers, shown="train/loss")
         if logs_now(self.trainer):
             self.skipped.check()
 
@@ -211,7 +213,7 @@ class DiffusionModule(DrawingModule):
         noise = self.model.join(noise, numbers.normal(self.model.cls_channels))
         condition = self.conditioning.of_batch(batch)
         errors = denoising_errors(self.model, self.alignment, state, features, noise, t, condition)
-        self.val_loss.update(sum(self.weights[name] * error for name, error in errors.items())[batch.real])
+        self.val_loss.update(weighted_sum(self.weights, errors)[batch.real])
         self.val_loss_by_time.update(errors["mse"][batch.real], t[batch.real])
 
     def test_step(self, batch: Batch | LatentBatch, batch_idx: int) -> None:

@@ -1,5 +1,8 @@
 """What a denoiser is trained by, errors of its prediction at noisy latents; and what its blocks make of such."""
 
+from collections.abc import Mapping
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -38,10 +41,16 @@ def denoising_errors(
     target, token_target = model.split(path.velocity(state, noise))
     errors = {"mse": path.squared_error(velocity, target), "cosine": path.cosine_error(velocity, target)}
     if alignment is not None:
+        assert prediction.projected is not None and features is not None
         errors |= {"align": alignment.error(prediction.projected, features)}
-    if token_velocity is not None:
+    if token_velocity is not None and token_target is not None:
         errors |= {"cls": path.squared_error(token_velocity, token_target)}
     return errors
+
+
+def weighted_sum(weights: Mapping[str, float], terms: Mapping[str, Tensor]) -> Tensor:
+    """The sum of terms of the objective, each times its weight."""
+    return reduce(torch.add, (weights[name] * term for name, term in terms.items()))
 
 
 def block_features(
@@ -73,6 +82,5 @@ def rehearse(model: Denoiser, alignment: REPA | None, condition: Condition) -> N
         twin = type(model)(**model.arguments)
         state, t = torch.empty(len(condition), *model.state_shape), torch.empty(len(condition))
         features = torch.empty(len(condition), 1 + model.grid[0] * model.grid[1], max(model.align_channels, 1))
-        features = features if alignment else None
         errors = denoising_errors(twin, alignment, state, features, torch.empty_like(state), t, condition.to("meta"))
-        sum(error.mean() for error in errors.values()).backward()
+        torch.stack([error.mean() for error in errors.values()]).sum().backward()

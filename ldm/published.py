@@ -132,7 +132,7 @@ def lightningdit_from_published(state_dict: Mapping[str, Tensor], config: Mappin
     return _fill(_build(LIGHTNINGDIT_FAMILY, config), state_dict)
 
 
-def reg_from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> SiT:
+def reg_from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> LightningDiT:
     """Builds the SiT of a public configuration and fills it with public weights, for time as this project has it.
 
     The weights are REG's, or REPA's, which are without a class token.
@@ -233,16 +233,13 @@ def _read_lightningdit(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"config: {section}.{option} is missing")
         return config[section][option]
 
-    for option, supported in {"latent_norm": True, "latent_multiplier": 1.0}.items():
-        given = (config.get("data") or {}).get(option, supported)
-        if given != supported:
-            raise ValueError(
-                f"config: data.{option} has to be {supported}, given {given!r}: latents are normalised here"
-            )
-    for option, supported in {"path_type": "Linear", "prediction": "velocity"}.items():
-        given = (config.get("transport") or {}).get(option, supported)
-        if given != supported:
-            raise ValueError(f"config: transport.{option} has to be {supported}, given {given!r}")
+    data: dict[str, Any] = {"latent_norm": True, "latent_multiplier": 1.0}  # because latents are normalized here
+    transport: dict[str, Any] = {"path_type": "Linear", "prediction": "velocity"}
+    for section, required in {"data": data, "transport": transport}.items():
+        for option, supported in required.items():
+            given = (config.get(section) or {}).get(option, supported)
+            if given != supported:
+                raise ValueError(f"config: {section}.{option} must be {supported}, given {given!r}")
     known = {*LIGHTNINGDIT_FAMILY.options, *LIGHTNINGDIT_FAMILY.fixed}
     return {name: value for name, value in config["model"].items() if name in known} | {
         "registry_name": read("model", "model_type"),

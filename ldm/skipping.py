@@ -42,7 +42,8 @@ class SkippedSteps:
         self.in_a_row = (self.in_a_row + 1) * refused
         sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
         if takes_found_inf(optimizer) and not sharded:
-            optimizer.found_inf = refused.float()
+            flagged: Any = optimizer  # torch reads the attribute, but does not declare it
+            flagged.found_inf = refused.float()
         elif refused.item():
             optimizer.zero_grad()  # without gradients, neither weights nor moments change
 

@@ -94,6 +94,7 @@ class CLI(HookedCLI):
     def _completed(self) -> Namespace:
         config = self.config.clone()
         options = config[self.subcommand]
+        assert isinstance(self.model_class, type)
         model = {"class_path": class_path(self.model_class), "init_args": options.model.as_dict()}
         fill_in(options.model, complete(model)["init_args"])
         run = Run(**options.run.as_dict())
@@ -118,7 +119,7 @@ class CLI(HookedCLI):
             logger = Run(**options.run.as_dict()).logger()
             kwargs |= {} if logger is None else {"logger": logger}
         config = {**self.config_init[self.subcommand]["trainer"], **kwargs}
-        self.cut_short_by = cut_short_by(config, self.subcommand)
+        self.cut_short_by = cut_short_by(config, str(self.subcommand))
         if self.cut_short_by is not None:
             rank_zero_warn(
                 f"{self.cut_short_by}: a trial run, which reads no last checkpoint and writes nothing: no "

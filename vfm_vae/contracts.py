@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vfm_vae.images import Interpolation
 from vfm_vae.types import Batch, Conditions, Decoded, Posterior, Samples, VFMFeatures
@@ -129,7 +129,7 @@ class Aligned(Protocol):
     """A tokenizer whose latents can be drawn towards its VFM's features."""
 
     @property
-    def last_encoding_weight(self) -> nn.Parameter:
+    def last_encoding_weight(self) -> Tensor:
         """The last weight before the posterior, where the adaptive weight of the alignment compares gradients."""
 
     def align(self, z: Tensor) -> Tensor:

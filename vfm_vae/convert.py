@@ -60,9 +60,9 @@ def convert(
         raise ValueError("config: published weights need the public YAML that they were trained with")
     generator, trained_images = read_config(config)
     trained, averaged = pick(content, "ldm_adapter.")
-    if trained is None and averaged is None:
+    if (weights := averaged or trained) is None:
         raise ValueError(f"source: {source!r} holds no weights of a VFM-VAE generator (ldm_adapter.…)")
-    model = tokenizer_from_published(averaged or trained, generator)
+    model = tokenizer_from_published(weights, generator)
     model.absent_vfm = vfm_source_of(generator, vfm)
     if vfm_weights is not None:
         model.attach_vfm(vfm_weights)
@@ -93,7 +93,7 @@ def _checkpoint(
     """
     averaged = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     state = averaged if trained is None else {f"model.{name}": tensor for name, tensor in trained.items()}
-    source = FORMERLY | model.vfm_source()
+    source = {**FORMERLY, **(model.vfm_source() or {})}
     checkpoint = schema.of_weights(state | dict(opponents))
     schema.write(
         checkpoint,
@@ -112,7 +112,7 @@ def _checkpoint(
 
 def _overlay(model: VFMVAE) -> dict[str, Any]:
     """The model as a config of `python -m vfm_vae` has it, with its VFM."""
-    arguments = {name: value for name, value in model.vfm_source().items() if name != "fingerprint"}
+    arguments = {name: value for name, value in (model.vfm_source() or {}).items() if name != "fingerprint"}
     description = describe(model)
     description["init_args"]["vfm"] = {"class_path": "vfm_vae.vfm.FrozenVFM", "init_args": arguments}
     return {"model": {"model": description}}

@@ -30,12 +30,21 @@ def complete(description: Any) -> Any:
 
 def shape_of(vfm: Mapping[str, Any] | None) -> VFMShape | None:
     """What is known of a described VFM before it is built; None where there is none, or its class does not say."""
-    if vfm is None or not hasattr(class_at(vfm["class_path"]), "shape_of"):
+    describe = None if vfm is None else getattr(class_at(vfm["class_path"]), "shape_of", None)
+    if vfm is None or describe is None:
         return None
-    shape: VFMShape = class_at(vfm["class_path"]).shape_of(**vfm.get("init_args") or {})
+    shape: VFMShape = describe(**vfm.get("init_args") or {})
     return shape
 
 
-def fill(options: Mapping[str, Any], **values: Any) -> dict[str, Any]:
-    """Options with values for those that are left out or null."""
-    return {**options, **{name: value for name, value in values.items() if options.get(name) is None}}
+def options_of(part: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The options of a described part, which may stand there alone or in `init_args`."""
+    part = part or {}
+    return part.get("init_args") or {} if "class_path" in part else part
+
+
+def fill(part: Mapping[str, Any] | None, **values: Any) -> dict[str, Any]:
+    """A described part with values for those of its options that are left out or null."""
+    options = options_of(part)
+    filled = {**options, **{name: value for name, value in values.items() if options.get(name) is None}}
+    return {**part, "init_args": filled} if part and "class_path" in part else filled

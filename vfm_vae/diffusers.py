@@ -20,6 +20,7 @@ except ImportError as error:
     raise ImportError(f"the library diffusers is needed ({error}): pip install 'vfm-vae[diffusers]'") from error
 
 from vfm_vae.checkpoints import few
+from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.pretrained import CONFIG, FORMAT_VERSION, Pretrained, build, check_config
 from vfm_vae.tokenizer import VFMVAE
 
@@ -29,7 +30,7 @@ class WholeModel(ModelMixin):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *, output_loading_info: bool = False, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         """As diffusers has it.
 
@@ -152,13 +153,15 @@ class AutoencoderVFM(WholeModel, AutoencoderMixin, ConfigMixin):
             ValueError: if the VFM can't be had, or does not take this size.
         """
         if self.network.vfm is None:
-            self.network.attach_vfm().vfm.to(self.device, self.dtype)
+            self.network.attach_vfm()
+            assert self.network.vfm is not None
+            self.network.vfm.to(self.device, self.dtype)
         features = self.network.vfm(x)
         with half_precision(self):
             tokens = [layer.to(self.dtype) for layer in features.layers]
             posterior = self.network.encode_features(tokens, features.grid)
-        certain = self.network.quantizer is not None
-        logvar = torch.full_like(posterior.mean, -30.0) if certain else posterior.logvar
+        certain = not isinstance(posterior, DiagonalGaussian)
+        logvar = posterior.logvar if isinstance(posterior, DiagonalGaussian) else torch.full_like(posterior.mean, -30.0)
         moments = torch.cat([posterior.mean, logvar], dim=1).to(self.dtype)  # [B, 2C, h, w]
         latent_dist = DiagonalGaussianDistribution(moments, deterministic=certain)
         return AutoencoderKLOutput(latent_dist=latent_dist) if return_dict else (latent_dist,)
@@ -202,7 +205,7 @@ class AutoencoderVFM(WholeModel, AutoencoderMixin, ConfigMixin):
         return self.decode(z, return_dict)
 
 
-def half_precision(model: ModelMixin) -> AbstractContextManager:
+def half_precision(model: ModelMixin) -> AbstractContextManager[Any]:
     """Autocast to the precision of the model's weights; where they are in float32, the caller's own autocast stays."""
     return nullcontext() if model.dtype == torch.float32 else torch.autocast(model.device.type, model.dtype)
 

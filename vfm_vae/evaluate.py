@@ -213,7 +213,7 @@ def asks_for_files(arguments: list[str]) -> bool:
 def main(arguments: list[str] | None = None) -> None:
     """Runs `evaluate_samples` by the options of a command line, without its first word."""
     parser = ArgumentParser(
-        prog="python -m ldm test", exit_on_error=False, description=evaluate_samples.__doc__.splitlines()[0]
+        prog="python -m ldm test", exit_on_error=False, description=str(evaluate_samples.__doc__).splitlines()[0]
     )
     add_matmul_precision(parser)
     parser.add_function_arguments(evaluate_samples, skip={"remeasure"})

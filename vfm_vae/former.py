@@ -67,5 +67,6 @@ def _plain(option: str, part: Any) -> Any:
     options = part.get("init_args", {} if "class_path" in part else part) or {}
     renamed = {RENAMED.get((option, name), name): value for name, value in options.items()}
     # An addition to another class, which has an option of this name, names no class either.
-    known = inspect.signature(class_at(PLAIN[option]).__init__).parameters
+    cls: Any = class_at(PLAIN[option])
+    known = inspect.signature(cls.__init__).parameters
     return renamed if "class_path" in part or renamed.keys() <= known.keys() else part

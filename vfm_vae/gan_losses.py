@@ -35,8 +35,8 @@ class GANLosses:
 
     @cached_property
     def _real_patches(self) -> list[list[Tensor]]:
-        """The PatchGAN's features of real images: the generator matches them, then its own loss continues from them."""
-        return self.patchgan(self.real)
+        """The PatchGAN's features of real images, used by the generator's loss and then by the PatchGAN's own."""
+        return [] if self.patchgan is None else self.patchgan(self.real)
 
     def generator_terms(self, generated: Tensor, alone: bool = False) -> dict[str, Tensor]:
         """The generator's unweighted terms by name; the discriminators' weights take no gradient from them.
@@ -46,7 +46,7 @@ class GANLosses:
             alone: Whether `discriminator_terms` do not follow, so that of real images nothing is kept for them.
         """
         with torch.set_grad_enabled(not alone):
-            real = self._real_patches if self.patchgan is not None else None
+            real = self._real_patches
         self._train(False)
         terms = {"adversarial": hinge_generator_loss(self.discriminator(generated))}
         if self.patchgan is not None:

@@ -1,6 +1,7 @@
 """TokenizerModule: how the tokenizer is trained, stage by stage."""
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from vfm_vae.checkpoints import check_state
 from vfm_vae.compilation import Compile, should_compile
 from vfm_vae.contracts import VFM, Aligned, Tokenizer, WeightAverage
 from vfm_vae.data.sampling import IndexedNoise, seed_of
-from vfm_vae.derived import fill, shape_of
+from vfm_vae.derived import fill, options_of, shape_of
 from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.frozen import sha256_of
@@ -95,6 +96,7 @@ class TokenizerModule(TwoPlayers):
         images_seen: How many images were trained on, over all ranks and stages.
     """
 
+    model: Any  # a Tokenizer and an nn.Module at once, for which Python has no type
     flops_per_batch: float | None = None  # counted by callbacks.throughput.Throughput
 
     def __init__(
@@ -139,7 +141,7 @@ class TokenizerModule(TwoPlayers):
         if features is not None and predict != "moments":
             raise ValueError(f"model.predict: features are cached only with 'moments', given {predict!r}")
         self.model = model
-        freeze_all_but(model, train_only)
+        freeze_all_but(self.model, train_only)
         self.discriminator, self.patchgan = discriminator, patchgan
         self.objective = objective
         self.optimizer, self.discriminator_optimizer = optimizer, discriminator_optimizer
@@ -166,12 +168,11 @@ class TokenizerModule(TwoPlayers):
         """Lets the discriminator resize images as the tokenizer's VFM has its targets, see `vfm_vae.derived`."""
         opponent = init_args["discriminator"]
         shape = None
-        if opponent["init_args"].get("interpolation", "its own") is None:
-            shape = shape_of((init_args["model"].get("init_args") or {}).get("vfm"))
+        if options_of(opponent).get("interpolation", "its own") is None:
+            shape = shape_of(options_of(init_args["model"]).get("vfm"))
         if shape is None:
             return dict(init_args)
-        options = fill(opponent["init_args"], interpolation=shape.target_interpolation)
-        return {**init_args, "discriminator": {**opponent, "init_args": options}}
+        return {**init_args, "discriminator": fill(opponent, interpolation=shape.target_interpolation)}
 
     # Training
 
@@ -230,7 +231,7 @@ class TokenizerModule(TwoPlayers):
         """Telling reconstructions, through which no gradient goes, from their targets."""
         terms = gan.discriminator_terms(made.decoded.image)
         self.judge(adversarial=terms)
-        self.learn(self.DISCRIMINATOR, sum(terms.values()), step_ends)
+        self.learn(self.DISCRIMINATOR, reduce(torch.add, terms.values()), step_ends)
         self._remember("discriminators", terms, gan.logits)
 
     def _remember(self, player: str, losses: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
@@ -238,10 +239,11 @@ class TokenizerModule(TwoPlayers):
         self._terms[player] = terms | {f"train/{name}": value for name, value in others.items()}
 
     def _log_step(self) -> None:
-        numbers = {"train/loss_l1": 0.0} | self._terms.get("generator", {}) | self._terms["discriminators"]
+        numbers: dict[str, Tensor | float] = {"train/loss_l1": 0.0}
+        numbers |= self._terms.get("generator", {}) | self._terms["discriminators"]
         numbers |= {f"train/{name}": value for name, value in self.grad_norms.items()}
-        counts = {"train/skipped_steps": self.guard.skipped, "images_seen": float(self.images_seen)}
-        log_where_due(self, numbers | counts, shown="train/loss_l1")
+        numbers |= {"train/skipped_steps": self.guard.skipped, "images_seen": float(self.images_seen)}
+        log_where_due(self, numbers, shown="train/loss_l1")
         if logs_now(self.trainer):
             self.guard.check()
 
@@ -304,7 +306,7 @@ class TokenizerModule(TwoPlayers):
         thumbnail = resize(images, [side // self.model.compression for side in images.shape[2:]], "bilinear")
         self.val_thumbnail.update(resize(thumbnail, images.shape[2:], "bilinear"), images)
 
-    def on_validation_batch_end(self, *_: Any) -> None:
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         """Forgets the batch, after the callbacks have asked for it."""
         self._evaluated = self._encoded = None
 
@@ -377,7 +379,7 @@ class TokenizerModule(TwoPlayers):
         check_trainer(self.trainer)
         if stage == "fit":
             self.model.described()  # what can't be described must not fail only when the first checkpoint is written
-        image_size = getattr(self.trainer.datamodule, "image_size", None)
+        image_size = getattr(undeclared(self.trainer).datamodule, "image_size", None)
         if image_size is not None:
             self.model.check_image_size(image_size)
         device = self.trainer.strategy.root_device
@@ -403,8 +405,8 @@ class TokenizerModule(TwoPlayers):
         """Hands the former stage's averages to whoever averages; a finished stage that is resumed ends here."""
         self._waiting, self._refused = [], None  # of a run that was cut short amid a step
         average, self._average = self._average, None
-        for callback in undeclared(self.trainer).callbacks if average is not None else ():
-            if isinstance(callback, WeightAverage):
+        for callback in undeclared(self.trainer).callbacks:
+            if average is not None and isinstance(callback, WeightAverage):
                 callback.load_average(average)
         self._stop_when_done()
 

@@ -124,7 +124,8 @@ class Pretrained(Described):
         metadata = ModelCardData(library_name="vfm-vae", tags=["vfm-vae", "arxiv:2510.18457"])
         card = f"---\n{metadata.to_yaml()}\n---\n\n{self.model_card()}".encode()
         config = (json.dumps({"format_version": FORMAT_VERSION, **self.pretrained_config()}, indent=2) + "\n").encode()
-        tensors = self.state_dict()
+        model: Any = self
+        tensors = model.state_dict()
         # All three are written before the first takes its place, the weights first.
         with (
             whole_file(folder / CONFIG, len(config)) as config_file,

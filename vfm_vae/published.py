@@ -78,7 +78,7 @@ def build_published(config: Mapping[str, Any], vfm: FrozenVFM | None = None) -> 
     Raises:
         ValueError: if the configuration lacks options, or asks for what there is not here.
     """
-    wanted = {
+    wanted: dict[str, list[Any]] = {
         "compression_mode": ["continuous"],
         "conditional": [False],
         "use_self_attn": [True],
@@ -208,10 +208,11 @@ def opponents_from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
         if patches:
             features = any("_layer" in name for name in patches)
             scales, first = ("scale", "scale0_layer0.0") if features else ("layer", "layer0.0")
-            number = 1 + max(int(re.search(rf"\.{scales}(\d+)", name)[1]) for name in patches)
+            numbers = re.findall(rf"\.{scales}(\d+)", "\n".join(patches))
+            number = 1 + max(map(int, numbers))
             channels = patches[f"patchgan_discriminator.{first}.bias"].numel()
-            module = PatchGAN(num_scales=number, base_channels=channels)
-            opponents |= _taken("patchgan.", module, patches, patchgan_names(number, features))
+            patchgan = PatchGAN(num_scales=number, base_channels=channels)
+            opponents |= _taken("patchgan.", patchgan, patches, patchgan_names(number, features))
     return opponents
 
 

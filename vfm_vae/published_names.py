@@ -85,8 +85,8 @@ def patchgan_names(num_scales: int, features: bool) -> Names:
     """
 
     def names(ours: str) -> tuple[str, ...]:
-        scale, layer, part, kind = re.fullmatch(r"scales\.(\d+)\.layers\.(\d+)\.(\w+)\.(\w+)", ours).groups()
-        place, layer, norm = num_scales - 1 - int(scale), int(layer), part == "norm"
+        _, scale, _, number, part, kind = ours.split(".")  # scales.0.layers.0.norm.weight
+        place, layer, norm = num_scales - 1 - int(scale), int(number), part == "norm"
         if features:
             return (f"patchgan_discriminator.scale{place}_layer{layer}.{int(norm)}.{kind}",)
         position = 3 * layer - 1 if layer else 0  # convolution, activation; then convolution, norm, activation

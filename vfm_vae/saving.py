@@ -87,8 +87,9 @@ def write_whole(trainer: Trainer) -> None:
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = CheckpointFiles()
-        strategy.save_checkpoint = partial(_save, strategy, strategy.save_checkpoint)
-        strategy.load_checkpoint = partial(_load, strategy.load_checkpoint)
+        methods: Any = strategy  # whose methods are replaced
+        methods.save_checkpoint = partial(_save, strategy, strategy.save_checkpoint)
+        methods.load_checkpoint = partial(_load, strategy.load_checkpoint)
 
 
 def alike(strategy: Strategy, action: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vfm_vae.compilation import compile_regions
 from vfm_vae.contracts import VFM
-from vfm_vae.derived import fill, shape_of
+from vfm_vae.derived import fill, options_of, shape_of
 from vfm_vae.frozen import Frozen, sha256_of
 from vfm_vae.images import Interpolation
 from vfm_vae.losses.alignment import pool_tokens
@@ -70,15 +70,15 @@ class VFMVAE(PretrainedTokenizer):
     @classmethod
     def complete(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
         """Fills in the widths and the factors that follow from the VFM and from each other, see `vfm_vae.derived`."""
-        adapter, decoder = init_args.get("adapter") or {}, init_args.get("decoder") or {}
+        adapter, decoder = init_args.get("adapter"), init_args.get("decoder")
         shape = None
-        if any(adapter.get(name) is None for name in ("feature_channels", "unshuffle", "alignment_channels")):
+        if any(options_of(adapter).get(name) is None for name in ("feature_channels", "unshuffle", "alignment_channels")):
             shape = shape_of(init_args.get("vfm"))
         if shape is not None:
-            unshuffle = max(1, round(Decoder.upscaling_of(**decoder) / shape.stride))
+            unshuffle = max(1, round(Decoder.upscaling_of(**options_of(decoder)) / shape.stride))
             widths = {"feature_channels": list(shape.widths), "alignment_channels": shape.width}
             adapter = fill(adapter, unshuffle=unshuffle, **widths)
-        decoder = fill(decoder, in_channels=adapter.get("decoded_channels"))
+        decoder = fill(decoder, in_channels=options_of(adapter).get("decoded_channels"))
         return {**init_args, "adapter": adapter, "decoder": decoder}
 
     def attach_vfm(self, weights: str | None = None) -> Self:
@@ -253,8 +253,8 @@ class VFMVAE(PretrainedTokenizer):
         return self.decoder(self.adapter.decode(z), truncation)
 
     @property
-    def last_encoding_weight(self) -> nn.Parameter:
-        """Where the adaptive alignment weight compares gradients: the last weight before the posterior."""
+    def last_encoding_weight(self) -> Tensor:
+        """The last weight before the posterior, where the adaptive alignment weight compares gradients."""
         return self.adapter.last_encoding_weight
 
     def align(self, z: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ def _encoding_settings(source: Mapping[str, Any], unshuffle: int) -> list[Any]:
         return [{name: source[name] for name in sorted(source) if name != "weights"}, unshuffle]
     settings = [source["fingerprint"], list(source["layers"]), source["input_scale"], unshuffle]
     settings += [] if source.get("antialias") is None else [source["antialias"]]
-    settings += [] if (FORMERLY | source)["antialias_positions"] else ["positions without antialias"]
+    settings += [] if {**FORMERLY, **source}["antialias_positions"] else ["positions without antialias"]
     return settings + ([] if source.get("interpolation") is None else [source["interpolation"]])
 
 

@@ -67,7 +67,7 @@ class TwoPlayers(LightningModule):
 
     def learn(self, player: int, loss: Tensor, step_ends: bool) -> None:
         """Backward pass, and the optimiser's step where the accumulated batches are complete."""
-        optimizer = self.optimizers()[player]
+        optimizer = self._players()[player]
         # What was computed in float32 has its gradients in float32: autocast is for the forward pass alone.
         with self._accumulating(not step_ends), without_autocast(loss):
             self.manual_backward(loss / batches_per_step(self.trainer))
@@ -81,18 +81,24 @@ class TwoPlayers(LightningModule):
             clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
         # Only the generator goes through Lightning's wrapper, which counts global_step: one step per batch.
         step = (optimizer if player == self.GENERATOR else optimizer.optimizer).step
+        assert self._refused is not None  # `judge` was asked
         step_unless(self._refused, optimizer.optimizer, step)
 
     def finish_batch(self, num_images: int, step_ends: bool) -> None:
         """Counts images; where a step ends, drops its gradients, also those of a refused one."""
         self.images_seen += num_images * self.trainer.world_size
-        if step_ends:
-            for optimizer in self.optimizers():
+        if step_ends and self._refused is not None:
+            for optimizer in self._players():
                 optimizer.zero_grad()
             self.guard.end_step(self._refused)
             self._refused = None
 
-    def _accumulating(self, wanted: bool) -> AbstractContextManager:
+    def _players(self) -> list[Any]:
+        """The optimisers, in Lightning's wrappers."""
+        optimizers = self.optimizers()
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    def _accumulating(self, wanted: bool) -> AbstractContextManager[Any]:
         """Leaves gradients unsynchronised between ranks until the accumulated step is complete."""
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if wanted and isinstance(strategy, ParallelStrategy) else nullcontext()

@@ -293,10 +293,11 @@ def vfm_from(source: Mapping[str, Any], weights: str | None = None) -> VFM:
         ValueError: if its weights can't be had.
     """
     path = source.get("class_path", class_path(FrozenVFM))
-    given = dict(source) if "class_path" in source else FORMERLY | source
+    given = dict(source) if "class_path" in source else {**FORMERLY, **source}
     if weights is not None:
         given["weights"] = weights
-    takes = inspect.signature(class_at(path).__init__).parameters
+    cls: Any = class_at(path)
+    takes = inspect.signature(cls.__init__).parameters
     arguments = {name: value for name, value in given.items() if name in takes}
     return build(VFM, {"class_path": path, "init_args": arguments})
 
@@ -339,10 +340,10 @@ def check_vfm(vfm: VFM | None, checkpoint: Mapping[str, Any], option: str = "mod
     stored = checkpoint.get("vfm")
     if vfm is None and stored is None:
         return
-    if vfm is None:
-        raise ValueError(f"the checkpoint was trained with the VFM '{stored['name']}', but there is none at hand")
     if stored is None:
         raise ValueError("the checkpoint names no VFM: it is no tokenizer's, or of another version")
+    if vfm is None:
+        raise ValueError(f"the checkpoint was trained with the VFM '{stored['name']}', but there is none at hand")
     if stored["name"] != vfm.name:
         raise ValueError(
             f"the checkpoint was trained on the VFM '{stored['name']}', but {option} is '{vfm.name}'; give that name"

@@ -72,8 +72,9 @@ class Denoiser(nn.Module, Described, ABC):
         at_least(1, in_channels=in_channels, input_size=input_size, num_classes=num_classes)
         at_least(0, cls_channels=cls_channels, align_channels=align_channels)
         self.in_channels = in_channels
-        self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-        self.grid: tuple[int, int] = self.input_size
+        rows, columns = (input_size, input_size) if isinstance(input_size, int) else input_size
+        self.input_size = rows, columns
+        self.grid = self.input_size
         self.num_classes = num_classes
         self.cls_channels, self.align_channels = cls_channels, align_channels
 
@@ -96,7 +97,8 @@ class Denoiser(nn.Module, Described, ABC):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w)."""
-        return self.in_channels, *self.input_size
+        rows, columns = self.input_size
+        return self.in_channels, rows, columns
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -108,7 +110,10 @@ class Denoiser(nn.Module, Described, ABC):
 
         It serves noise and velocities, too.
         """
-        return torch.cat([latents.flatten(1), token], dim=1) if self.cls_channels else latents
+        if not self.cls_channels:
+            return latents
+        assert token is not None
+        return torch.cat([latents.flatten(1), token], dim=1)
 
     def split(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
         """Latents `[B, C, h, w]` and class tokens `[B, cls_channels]` of states; None without cls_channels.
@@ -150,5 +155,5 @@ class Denoiser(nn.Module, Described, ABC):
         run = partial(self.forward, state, t, condition)
         layers = range(1, len(self.blocks) + 1)
         patches = self.num_prefix_tokens
-        _, means = run_and_keep(run, self.blocks, layers, keep=lambda tokens: tokens[:, patches:].float().mean(1))
+        _, means = run_and_keep(run, list(self.blocks), layers, keep=lambda tokens: tokens[:, patches:].float().mean(1))
         return [means[layer] for layer in layers]

@@ -1,12 +1,14 @@
 """Layers of the diffusion transformers. Tokens are `[B, N, D]`, in raster order of their grid."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+MakesNorm = Callable[[int], nn.Module]  # given a width
 
 
 class Size(NamedTuple):
@@ -140,6 +142,8 @@ class TimeEmbedding(nn.Module):
         num_frequencies: Half the width of what enters the MLP.
     """
 
+    frequencies: Tensor
+
     def __init__(self, width: int, num_frequencies: int = 128):
         super().__init__()
         self.register_buffer("frequencies", sincos_frequencies(num_frequencies).float(), persistent=False)
@@ -185,12 +189,14 @@ class MLP(nn.Sequential):
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm with a gain (Zhang & Sennrich 2019), computed in float32 whatever the tokens' precision."""
 
+    eps: float
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalises `[..., D]`."""
         tokens, gain = x.float(), self.weight.float()
         if torch.compiler.is_compiling():  # the plain formula fuses with what is around it
             return (tokens * (tokens.square().mean(-1, keepdim=True) + self.eps).rsqrt() * gain).to(x.dtype)
-        # One kernel, which torch has for equal types of input and gain alone.
+        # One kernel, which torch has only for equal types of input and gain.
         return F.rms_norm(tokens, self.normalized_shape, gain, self.eps).to(x.dtype)
 
 
@@ -203,7 +209,7 @@ class Attention(nn.Module):
         norm: Makes the norms of queries and keys, given the width of a head; null for none.
     """
 
-    def __init__(self, width: int, num_heads: int, norm: type[nn.Module] | None = None):
+    def __init__(self, width: int, num_heads: int, norm: MakesNorm | None = None):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
@@ -238,9 +244,7 @@ class Block(nn.Module):
         swiglu: Whether the MLP is gated.
     """
 
-    def __init__(
-        self, width: int, num_heads: int, norm: type[nn.Module], qk_norm: type[nn.Module] | None, swiglu: bool
-    ):
+    def __init__(self, width: int, num_heads: int, norm: MakesNorm, qk_norm: MakesNorm | None, swiglu: bool):
         super().__init__()
         self.norm_attention = norm(width)
         self.attention = Attention(width, num_heads, qk_norm)
@@ -272,7 +276,7 @@ class FinalLayer(nn.Module):
         cls_channels: Width of the class token's velocity; 0 if there is none.
     """
 
-    def __init__(self, width: int, out_features: int, norm: type[nn.Module], cls_channels: int = 0):
+    def __init__(self, width: int, out_features: int, norm: MakesNorm, cls_channels: int = 0):
         super().__init__()
         self.norm = norm(width)
         self.modulation = nn.Linear(width, 2 * width)
@@ -319,13 +323,14 @@ def xavier_init(*layers: nn.Linear | nn.Conv2d) -> None:
     """Xavier weights, a convolution's as those of the linear layer that it is on its patches, and zero biases."""
     for layer in layers:
         nn.init.xavier_uniform_(layer.weight.flatten(1))
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
-def scaled_init(std: float, *layers: nn.Module) -> None:
-    """Draws the weights of embeddings and linear layers from N(0, std²)."""
-    for layer in layers:
-        nn.init.normal_(layer.weight, std=std)
+def scaled_init(std: float, *weights: Tensor) -> None:
+    """Draws weights from N(0, std²)."""
+    for weight in weights:
+        nn.init.normal_(weight, std=std)
 
 
 def zero_init(*layers: nn.Linear) -> None:

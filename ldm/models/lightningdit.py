@@ -17,6 +17,7 @@ from ldm.models.denoiser import Denoiser, Prediction
 from ldm.models.layers import (
     Block,
     FinalLayer,
+    MakesNorm,
     PatchEmbed,
     Projector,
     RMSNorm,
@@ -106,10 +107,10 @@ class LightningDiT(Denoiser):
         self.grid = token_grid(self.input_size, patch_size)
         self.patch_size, self.align_depth = patch_size, align_depth
         self.activation_checkpointing = activation_checkpointing
+        norm: MakesNorm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
+        head_norm: MakesNorm = nn.LayerNorm
         if rms_norm:
             norm = head_norm = partial(RMSNorm, eps=1e-6)
-        else:
-            norm, head_norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False), nn.LayerNorm
         self.patch_embed = PatchEmbed(in_channels, width, patch_size)
         self.time_embed = TimeEmbedding(width)
         self.label_embed = nn.Embedding(num_classes + 1, width)
@@ -126,8 +127,8 @@ class LightningDiT(Denoiser):
         prefix = (0, 0, self.num_prefix_tokens, 0)
         self.register_buffer("position", F.pad(position_table(self.grid, width), prefix), persistent=False)
         angles = F.pad(rotary_angles(self.grid, width // num_heads), prefix) if rotary else None
-        self.register_buffer("rotary_cos", angles.cos().float() if rotary else None, persistent=False)
-        self.register_buffer("rotary_sin", angles.sin().float() if rotary else None, persistent=False)
+        self.register_buffer("rotary_cos", None if angles is None else angles.cos().float(), persistent=False)
+        self.register_buffer("rotary_sin", None if angles is None else angles.sin().float(), persistent=False)
         self.reset_parameters()
 
     @classmethod
@@ -141,19 +142,20 @@ class LightningDiT(Denoiser):
         Raises:
             ValueError: for a name that is not of this form.
         """
-        return cls(**named_size(name, cls.sizes), **kwargs)
+        return cls(**{**named_size(name, cls.sizes), **kwargs})
 
     def reset_parameters(self) -> None:
         """Xavier for linear layers, N(0, 0.02²) for the embeddings, zeros for modulations and outputs."""
-        optional = [self.cls_embed, *(self.projector or ())]
-        optional = [module for module in optional if isinstance(module, nn.Linear)]
+        optional = [module for module in (self.cls_embed, *(self.projector or ())) if isinstance(module, nn.Linear)]
         linear = [module for module in self.modules() if isinstance(module, nn.Linear) and module not in optional]
-        if self.cls_channels:
+        if self.final.cls_out is not None:
             linear.remove(self.final.cls_out)
             zero_init(self.final.cls_out)
         xavier_init(*linear, self.patch_embed.proj)
-        scaled_init(0.02, self.label_embed, self.time_embed.mlp[0], self.time_embed.mlp[2])
-        zero_init(*(block.modulation for block in self.blocks), self.final.modulation, self.final.out)
+        hidden, out = (layer for layer in self.time_embed.mlp if isinstance(layer, nn.Linear))
+        scaled_init(0.02, self.label_embed.weight, hidden.weight, out.weight)
+        modulations = (block.modulation for block in self.blocks if isinstance(block, Block))
+        zero_init(*modulations, self.final.modulation, self.final.out)
         xavier_init(*optional)
 
     @property
@@ -165,7 +167,7 @@ class LightningDiT(Denoiser):
         """Tokens `[B, prefix + N, D]` and activated modulation `[B, D]` for the blocks; arguments as of `forward`."""
         x, cls_token = self.split(state)
         tokens = self.patch_embed(x)  # [B, N, D]
-        if cls_token is not None:
+        if self.cls_embed is not None and self.cls_norm is not None:
             cls = self.cls_norm(self.cls_embed(cls_token))  # [B, D]
             tokens = torch.cat([cls[:, None], tokens], dim=1)  # [B, 1 + N, D]
         return tokens + self.position, F.silu(self.time_embed(t) + self.label_embed(labels_of(condition)))

@@ -187,7 +187,7 @@ def test_public_configurations_build_the_full_size(config, model):
         ({"data": {"num_classes": 1000}}, "data.image_size is missing"),
         ({"vae": None}, "vae.downsample_ratio is missing"),
         ({"model": {"model_type": "LightningDiT-XL/1"}}, "model.in_chans is missing"),
-        ({"transport": {"prediction": "noise"}}, "transport.prediction has to be velocity"),
+        ({"transport": {"prediction": "noise"}}, "transport.prediction must be velocity"),
     ],
 )
 def test_what_a_yaml_lacks_is_named(change, message):

@@ -43,7 +43,8 @@ class SampleSet(Dataset[tuple[Any, ...]], ABC):
     def collate(cls, samples: Sequence[tuple[Any, ...]]) -> Batch | LatentBatch:
         """Puts samples together; a field that is None in all of them, or left out at the end, stays None."""
         columns = zip(*samples, strict=True)
-        return cls.batch_type(*(None if column[0] is None else default_collate(list(column)) for column in columns))
+        batch: Any = cls.batch_type
+        return batch(*(None if column[0] is None else default_collate(list(column)) for column in columns))
 
 
 class SampleNumbers(SampleSet):

@@ -1,8 +1,7 @@
 """The generator's objective: which losses, with which weights."""
 
-from collections.abc import Mapping
-from typing import final
-
+from collections.abc import Callable, Mapping
+from functools import partial
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +21,6 @@ from vfm_vae.options import at_least
 from vfm_vae.types import Decoded, Posterior, Variational, VFMFeatures
 
 
-@final
 class Objective(nn.Module):
     """Weights of the tokenizer's losses (VFM-VAE, section 3.4). A loss of weight 0 is not computed.
 
@@ -99,7 +97,7 @@ class Objective(nn.Module):
         self.multi_resolution_images = multi_resolution_images
         self.adaptive_alignment, self.alignment_every = adaptive_alignment, alignment_every
         self._kept_weight: Tensor | None = None
-        self._kept_for = 0  # more batches
+        self._kept_for = 0.0  # more batches
 
     def reconstruction(
         self, decoded: Decoded, target: Tensor, interpolation: Interpolation, images_seen: int
@@ -115,16 +113,14 @@ class Objective(nn.Module):
         Raises:
             ValueError: if multi-scale images are weighed, and there are none.
         """
-        terms = {
-            "l1": lambda: l1(decoded.image, target),
-            "l2": lambda: l2(decoded.image, target),
-            "perceptual": lambda: self.perceptual_loss(decoded.image, target),
-            "ssim": lambda: self.ssim_loss(decoded.image, target),
+        losses = {"l1": l1, "l2": l2, "perceptual": self.perceptual_loss, "ssim": self.ssim_loss}
+        terms: dict[str, Callable[[], Tensor]] = {
+            name: partial(loss, decoded.image, target) for name, loss in losses.items() if loss is not None
         }
         if images_seen < self.multi_resolution_images:
             if self.weights["multi_resolution"] and not decoded.multiscale:
                 raise ValueError("objective.multi_resolution: the tokenizer decodes only one resolution; set it to 0")
-            terms["multi_resolution"] = lambda: multi_resolution_l1(decoded.multiscale, target, interpolation)
+            terms["multi_resolution"] = partial(multi_resolution_l1, decoded.multiscale, target, interpolation)
         return {name: term() for name, term in terms.items() if self.weights[name]}
 
     def latent(
@@ -150,15 +146,16 @@ class Objective(nn.Module):
         Raises:
             ValueError: if losses are weighed that this posterior does not have.
         """
-        terms, extra = {}, {}
+        terms: dict[str, Tensor] = {}
+        extra: dict[str, Tensor] = {}
         if self.weights["kl"]:
             if not isinstance(posterior, Variational):
                 raise ValueError("objective.kl: the tokenizer's posterior has no KL divergence; set it to 0")
             terms["kl"] = posterior.kl().mean()
         if isinstance(posterior, QuantizedPosterior):
             extra["codebook_usage"] = posterior.usage
-            losses = {"quantization": lambda: posterior.vq_loss, "entropy": lambda: posterior.entropy_loss}
-            terms |= {name: loss() for name, loss in losses.items() if self.weights[name]}
+            losses = {"quantization": "vq_loss", "entropy": "entropy_loss"}  # properties, computed where they count
+            terms |= {name: getattr(posterior, loss) for name, loss in losses.items() if self.weights[name]}
         elif self.weights["quantization"] or self.weights["entropy"]:
             raise ValueError("quantization, entropy: the tokenizer has no quantizer; set both to 0")
         if self.weights["alignment"]:
@@ -173,11 +170,11 @@ class Objective(nn.Module):
         return terms, extra
 
     def _alignment_weight(self, reconstruction: Tensor, alignment: Tensor, weight: Tensor) -> Tensor:
-        """The adaptive weight, computed anew where it was kept for long enough."""
-        if self._kept_for == 0:
+        """The adaptive weight, computed again if it was kept for `alignment_every` batches."""
+        if self._kept_for == 0 or self._kept_weight is None:
             new = adaptive_weight(reconstruction, alignment, weight)
             old = new.new_zeros(()) if self._kept_weight is None else self._kept_weight.to(new, non_blocking=True)
-            # That of a batch that the guard refuses must not spoil those after it.
+            # A weight that is not finite, in a batch that the guard refuses, must not spoil later batches.
             self._kept_weight = new if self.alignment_every == 1 else torch.where(new.isfinite(), new, old)
             self._kept_for = self.alignment_every
         self._kept_for -= 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, final
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +134,6 @@ def unshuffle_tokens(tokens: Tensor, grid: tuple[int, int], factor: int) -> Tens
     return pixel_unshuffle(maps, factor).flatten(2).transpose(1, 2)
 
 
-@final
 class Adapter(nn.Module, Described):
     """Maps VFM tokens to latents, and latents to the decoder's input (VFM-VAE, section 3.2).
 

@@ -1,7 +1,7 @@
 """The decoder: a latent to images at growing resolutions."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +146,6 @@ class DecoderBlock(nn.Module):
         return x, feature_sum, self.to_rgb(feature_sum, w)
 
 
-@final
 class Decoder(nn.Module, Described):
     """Decodes a latent by multi-scale fusion and progressive resolution (VFM-VAE, section 3.3).
 
