@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import changed, repeat, weights
 
 from callbacks.ema import EMA
+from vfm_vae.discriminators.augment import DifferentiableAugmentation
 from vfm_vae.losses.guard import NonFiniteGuard
+from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.types import Batch
 
 
@@ -83,6 +85,27 @@ def test_accumulation_steps_at_the_end_of_a_group(tiny_module, trainer, batch):
     assert [step for step, _ in history] == [0, 1, 1, 2]
     assert torch.equal(history[1][1], history[2][1])
     assert not torch.equal(history[0][1], history[1][1])
+
+
+@pytest.mark.parametrize("order", ["simultaneous", "published"])
+def test_a_step_is_the_mean_over_its_batches(tiny_module, trainer, batch, monkeypatch, order):
+    """A step of two batches alike goes as far as one of either; SGD's, which does not forgive a factor as Adam does."""
+    sgd = partial(torch.optim.SGD, lr=1e-4)
+    lengths = {}
+    for count in (1, 2):
+        module = tiny_module(
+            {"alignment": 0.0}, order=order, accumulate_grad_batches=count, optimizer=sgd, discriminator_optimizer=sgd,
+            equivariance=None,
+        )  # fmt: skip
+        module.discriminator.augmentation = DifferentiableAugmentation(0, 0, 0, 0, 0)
+        monkeypatch.setattr(DiagonalGaussian, "sample", lambda posterior, noise=None: posterior.mode())
+        before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        trainer(max_steps=1).fit(module, repeat(batch))
+        moved = {name: (parameter - before[name]).norm() for name, parameter in module.named_parameters()}
+        for player in ("model.", "discriminator."):
+            lengths[player, count] = sum(length**2 for name, length in moved.items() if name.startswith(player)) ** 0.5
+    for player in ("model.", "discriminator."):
+        assert lengths[player, 1] > 0 and 0.9 < lengths[player, 2] / lengths[player, 1] < 1.1
 
 
 def test_gradients_are_clipped(tiny_module, trainer, batch):
