@@ -27,7 +27,11 @@ PLAIN = {
     "quantizer": "vfm_vae.modules.quantizer.VectorQuantizer",
     "tokenizer": "vfm_vae.tokenizer.FrozenTokenizer",
 }
-"""Options that named their class although there is but one; now they hold that class's options directly."""
+"""Options that named their class although there is but one; now they hold that class's options directly.
+
+Those that a config may leave out are `final`, so that no class can be named. Others are not: the parser would build what
+lies in them before what lies beside them, and initial weights would be drawn in another order.
+"""
 
 RENAMED = {("decoder", "latent_channels"): "in_channels"}
 """Options of those that have another name."""

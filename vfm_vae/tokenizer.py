@@ -71,9 +71,9 @@ class VFMVAE(PretrainedTokenizer):
     def complete(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
         """Fills in the widths and the factors that follow from the VFM and from each other, see `vfm_vae.derived`."""
         adapter, decoder = init_args.get("adapter"), init_args.get("decoder")
-        shape = None
-        if any(options_of(adapter).get(name) is None for name in ("feature_channels", "unshuffle", "alignment_channels")):
-            shape = shape_of(init_args.get("vfm"))
+        derived = ("feature_channels", "unshuffle", "alignment_channels")
+        is_known = all(options_of(adapter).get(name) is not None for name in derived)
+        shape = None if is_known else shape_of(init_args.get("vfm"))
         if shape is not None:
             unshuffle = max(1, round(Decoder.upscaling_of(**options_of(decoder)) / shape.stride))
             widths = {"feature_channels": list(shape.widths), "alignment_channels": shape.width}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+
 import torch
 from torch import Tensor, nn
 
