@@ -28,8 +28,8 @@ STREAM = "sample"  # names the random numbers of samples
 
 CARD = """# {name} on latents of {channels} channels, {height}x{width}
 
-A class-conditional diffusion model on VFM-VAE latents (arXiv 2510.18457), with the statistics that normalise them, for
-{num_classes} classes. Latents are those of {source}.
+A diffusion model on VFM-VAE latents (arXiv 2510.18457), with the statistics that normalise them, conditioned on
+{told}. Latents are those of {source}.
 
 ```python
 from ldm.pipeline import LatentDiffusion
@@ -263,13 +263,15 @@ class LatentDiffusion(nn.Module, Pretrained):
     def model_card(self) -> str:
         """What the card says."""
         channels, height, width = self.model.latent_shape
+        num_classes = self.conditioning.num_classes
+        told = type(self.conditioning).__name__ if num_classes is None else f"{num_classes} classes"
         source = "a tokenizer that is not known" if self.latent_source is None else name_of(self.latent_source)
         return CARD.format(
             name=type(self.model).__name__,
             channels=channels,
             height=height,
             width=width,
-            num_classes=self.model.num_classes,
+            told=told,
             source=source,
         )
 

@@ -56,7 +56,7 @@ class LatentBatch(NamedTuple):
 
 def num_images(batch: Batch | LatentBatch) -> int:
     """Images in a batch, for whoever measures images per second."""
-    return len(batch.labels)
+    return len(batch.index)
 
 
 class Encoded(NamedTuple):
