@@ -7,12 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from PIL import Image
 
 from vfm_vae.data.archive import ImageArchive, write_archive
 from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.transforms import CentreCrop
-from vfm_vae.evaluate import SampleFiles, asks_for_files, evaluate_samples, main
+from vfm_vae.evaluate import SampleFiles, evaluate_samples, main
 from vfm_vae.images import from_uint8
 from vfm_vae.metrics.distribution import frechet_distance
 from vfm_vae.vfm import FrozenVFM
@@ -57,31 +58,31 @@ def test_equals_the_distance_by_hand(samples, pixels, photos, name, capsys):
     assert f"test/fd_{VFM}" in capsys.readouterr().out
 
 
-def test_the_command_line_knows_files_of_samples(samples, photos):
-    command = ["test", f"--samples={samples / 'samples.npz'}", "--reference", str(photos / "train"), "--vfm", VFM]
+def test_the_command_line(samples, photos):
+    command = [f"--samples={samples / 'samples.npz'}", "--reference", str(photos / "train"), "--vfm", VFM]
     command += ["--image_size=64", f"--statistics={samples / 'train.npz'}"]
-    run = subprocess.run(
-        [sys.executable, "-m", "ldm", *command], cwd=samples, capture_output=True, text=True, timeout=120, check=False
+    ran = subprocess.run(
+        [sys.executable, "-m", "vfm_vae.evaluate", *command], cwd=samples, capture_output=True, text=True, timeout=120, check=False
     )
-    assert run.returncode == 0, run.stderr
-    assert "precision_vit_photos_patch8_64" in run.stdout
+    assert ran.returncode == 0, ran.stderr
+    assert "precision_vit_photos_patch8_64" in ran.stdout
     assert (samples / "metrics.json").is_file() and ImageArchive(samples / "train.npz").num_images() == 52
     for wrong, message in {
         "--reference=nowhere": "reference: nothing at 'nowhere'",
         "--bach_size=3": "bach_size",
         "--matmul_precision=low": "['highest', 'high', 'medium']. Got value: low",
     }.items():
-        run = subprocess.run(
-            [sys.executable, "-m", "ldm", *command, wrong], cwd=samples, capture_output=True, text=True, timeout=120,
+        ran = subprocess.run(
+            [sys.executable, "-m", "vfm_vae.evaluate", *command, wrong], cwd=samples, capture_output=True, text=True, timeout=120,
             check=False,
         )  # fmt: skip
-        assert run.returncode == 2 and "Traceback" not in run.stderr
-        assert message in next(line for line in run.stderr.splitlines() if line.startswith("error: "))
+        assert ran.returncode == 2 and "Traceback" not in ran.stderr
+        assert message in next(line for line in ran.stderr.splitlines() if line.startswith("error: "))
 
 
-def test_only_test_with_samples_is_about_files():
-    assert asks_for_files(["test", "--samples", "a.npz"]) and asks_for_files(["test", "--samples=a.npz"])
-    assert not asks_for_files(["test", "-c", "a.yaml"]) and not asks_for_files(["fit", "--samples=a"])
+def test_the_diffusion_program_names_the_command_for_files(samples):
+    ended = run(samples, "ldm", "test", "--samples", "samples.npz")
+    assert ended.code == 2 and "error: --samples: samples in files are measured by `python -m vfm_vae.eval" in ended.err
 
 
 def test_what_is_missing_is_named_before_anything_is_measured(samples, photos, tmp_path, monkeypatch):
@@ -93,6 +94,7 @@ def test_what_is_missing_is_named_before_anything_is_measured(samples, photos, t
     np.savez(tmp_path / "latents.npz", latents=np.zeros(3))
     with pytest.raises(ValueError, match=r"samples: .*holds no images.*give an \.npz with 'arr_0'"):
         SampleFiles(str(tmp_path / "latents.npz"))
+    monkeypatch.setenv("VFM_VAE_DEBUG", "1")
     arguments = ["--samples", str(samples / "samples"), "--reference", str(photos / "val")]
     options = {
         "--inception=no": r"^inception: there is no file 'no'; give the file of Inception",
@@ -223,7 +225,8 @@ def test_damage_within_an_archive_is_named(samples, pixels):
         SampleFiles(str(file))
 
 
-def test_remeasure_insists(samples, photos):
+def test_remeasure_insists(samples, photos, monkeypatch):
+    monkeypatch.setenv("VFM_VAE_DEBUG", "1")
     paths = ["--samples", str(samples / "samples"), "--reference", str(photos / "val"), "--image_size=64"]
     paths += [f"--vfm={VFM}", f"--metrics_file={samples / 'numbers.json'}", f"--statistics={samples / 'real.npz'}"]
     main(paths)

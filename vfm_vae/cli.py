@@ -206,25 +206,21 @@ class CLI(HookedCLI):
         return checkpoint_path(self.trainer, subcommand, ckpt_path)
 
 
-def run(module: type[LightningModule], datamodule: type[LightningDataModule], test_epilog: str | None = None) -> None:
+def run(module: type[LightningModule], datamodule: type[LightningDataModule]) -> None:
     """Runs `fit`, `validate`, `test` or `predict` from the command line, with `short_errors`.
 
     Args:
         module: The LightningModule that the configs fill in.
         datamodule: The LightningDataModule that they fill in.
-        test_epilog: Ends the help of `test`.
     """
-    commands: dict[str, dict[str, Any]] = {
-        name: {"exit_on_error": False} for name in ("fit", "validate", "test", "predict")
-    }
-    commands["test"]["epilog"] = test_epilog
+    program = {"exit_on_error": False, "prog": f"python -m {module.__module__.partition('.')[0]}"}
+    commands = {name: {"exit_on_error": False} for name in ("fit", "validate", "test", "predict")}
     with short_errors():
         CLI(
             module,
             datamodule,
             auto_configure_optimizers=False,
-            parser_kwargs=commands
-            | {"exit_on_error": False, "prog": f"python -m {module.__module__.partition('.')[0]}"},
+            parser_kwargs=commands | program,
             save_config_callback=SaveTrainingConfig,
             # Rerunning a stage in its folder is how it is resumed.
             save_config_kwargs={"overwrite": True},

@@ -1,8 +1,7 @@
-"""`python -m ldm test --samples <file or folder>`: anybody's samples against any reference, without a model."""
+"""`python -m vfm_vae.evaluate`: anybody's samples, in a file or a folder, against any reference, without a model."""
 
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from vfm_vae.checkpoints import seems_to_be
-from vfm_vae.cli import MATMUL_PRECISION, add_matmul_precision, set_matmul_precision
+from vfm_vae.cli import MATMUL_PRECISION, add_matmul_precision, set_matmul_precision, short_errors
 from vfm_vae.data.archive import ImageArchive
 from vfm_vae.data.decoding import decode
 from vfm_vae.data.listing import list_images
@@ -205,21 +204,23 @@ def evaluate_samples(
     write_entry(Path(metrics_file), name, entry)
 
 
-def asks_for_files(arguments: list[str]) -> bool:
-    """Whether a command line is `test --samples …`."""
-    return arguments[:1] == ["test"] and any(a.split("=")[0] == "--samples" for a in arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Runs `evaluate_samples` by the options of a command line, without its first word."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs `evaluate_samples` by the options of a command line; by default of this process's."""
     parser = ArgumentParser(
-        prog="python -m ldm test", exit_on_error=False, description=str(evaluate_samples.__doc__).splitlines()[0]
+        prog="python -m vfm_vae.evaluate",
+        exit_on_error=False,
+        description=str(evaluate_samples.__doc__).splitlines()[0],
     )
     add_matmul_precision(parser)
     parser.add_function_arguments(evaluate_samples, skip={"remeasure"})
     parser.add_argument(
         "--remeasure", action="store_true", help="Measure the reference folder again, whatever is saved."
     )
-    options = parser.parse_args(sys.argv[2:] if arguments is None else arguments).as_dict()
-    set_matmul_precision(options.pop(MATMUL_PRECISION))
-    evaluate_samples(**options)
+    with short_errors():
+        options = parser.parse_args(arguments).as_dict()
+        set_matmul_precision(options.pop(MATMUL_PRECISION))
+        evaluate_samples(**options)
+
+
+if __name__ == "__main__":
+    main()

@@ -29,12 +29,16 @@ PLAIN = {
 }
 """Options that named their class although there is but one; now they hold that class's options directly.
 
-Those that a config may leave out are `final`, so that no class can be named. Others are not: the parser would build what
-lies in them before what lies beside them, and initial weights would be drawn in another order.
+Those that a config may leave out are `final`, so that no class can be named. Others are not: the parser would build
+what lies in them before what lies beside them, and initial weights would be drawn in another order.
 """
 
 RENAMED = {("decoder", "latent_channels"): "in_channels"}
 """Options of those that have another name."""
+
+
+MOVED = {"--samples": "samples in files are measured by `python -m vfm_vae.evaluate --samples FILE --reference FILE`"}
+"""Options that another command has."""
 
 
 def upgrade(description: Any) -> Any:
@@ -54,8 +58,14 @@ def upgrade(description: Any) -> Any:
 
 
 def upgrade_word(word: str) -> str:
-    """The same for one word of a command line."""
+    """The same for one word of a command line.
+
+    Raises:
+        ValueError: if it is an option that another command has.
+    """
     option, equals, value = word.partition("=")
+    if option in MOVED:
+        raise ValueError(f"{option}: {MOVED[option]}")
     if not option.startswith("--"):
         return CLASSES.get(word, word)
     option = re.sub(rf"\.({'|'.join(PLAIN)})\.init_args\b", r".\1", option)
