@@ -1,14 +1,17 @@
 """A VFM that is none of timm's, and in a file of its own, takes the place of FrozenVFM on the command line."""
 
+import importlib
 import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from command_line import run
 
+from ldm.alignment import REPA
 from vfm_vae.data.latents import LatentDataset
 from vfm_vae.tokenizer import VFMVAE, FrozenTokenizer
 from vfm_vae.vfm import vfm_from
@@ -65,7 +68,7 @@ def folder(tmp_path_factory, photos):
     (folder / "other_vfm.py").write_text(OTHERS)
     (folder / "patches.yaml").write_text(PATCHES)
     (folder / "photos").symlink_to(photos)
-    ended = run(folder, "vfm_vae", "fit", *CONFIGS)
+    ended = run(folder, "vfm_vae", "fit", *CONFIGS, "--trainer.limit_val_batches=0")
     assert ended.code == 0, ended.err
     return folder
 
@@ -94,6 +97,20 @@ def test_a_cache_holds_its_features_and_says_whose(folder):
     assert cache.features_shape == (1 + 64, 20)
     vfm = vfm_from(cache.features_source)
     assert type(vfm).__name__ == "PatchVFM" and vfm.width == 20
+
+
+def test_a_denoiser_is_aligned_to_it(folder):
+    PatchVFM = importlib.import_module("patch_vfm").PatchVFM
+    vfm, model = PatchVFM(20), SimpleNamespace(input_size=(8, 8), grid=(8, 8), align_channels=20, cls_channels=0)
+    repa = REPA(vfm)
+    repa.check_images(64, model)
+    repa.check_features((1 + 64, 20), json.loads(json.dumps(vfm.source())), model, "cache")
+    with pytest.raises(ValueError, match=r"of another VFM than model.alignment.vfm: \['fingerprint', 'seed'\]"):
+        repa.check_features((1 + 64, 20), PatchVFM(20, seed=1).source(), model, "cache")
+    repa.go_on_as(None)  # of a model that was trained on cached features
+    repa.go_on_as(repa.identity())
+    with pytest.raises(ValueError, match="trained on other weights of 'patches20'"):
+        repa.go_on_as(REPA(PatchVFM(20, seed=1)).identity())
 
 
 def test_checkpoints_and_folders_bring_it_back(folder):
