@@ -32,8 +32,8 @@ class Steps:
         if share % size:
             fitting = next(smaller for smaller in range(size, 0, -1) if share % smaller == 0)
             raise ValueError(
-                f"micro_batch_size: the {share} images that each GPU takes of a step (batch_size {self.batch_size} over "
-                f"{num_ranks}) don't divide into batches of {size}; give {fitting}, or another batch_size"
+                f"micro_batch_size: the {share} images that each GPU takes of a step (batch_size {self.batch_size}, "
+                f"{num_ranks} in all) don't divide into batches of {size}; give {fitting}, or another batch_size"
             )
         return size
 
