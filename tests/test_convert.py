@@ -174,7 +174,7 @@ def test_it_is_measured_and_cached(converted, models, opponents, tiny_module, tr
 
 def test_going_on_within_a_stage_is_refused(converted, opponents, tiny_module, trainer, data):
     module = module_of(converted, tiny_module, opponents)
-    with pytest.raises(ValueError, match=r"weights alone: begin a stage from it, by model.init_from"):
+    with pytest.raises(ValueError, match=r"weights alone can't be resumed; give it to model.init_from instead"):
         trainer(max_steps=1).fit(module, data(), ckpt_path=str(converted / "training.ckpt"), weights_only=True)
 
 

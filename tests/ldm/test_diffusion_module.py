@@ -434,7 +434,7 @@ def test_a_checkpoint_is_validated_on_validation_latents_alone(
     options = {"ckpt_path": interrupted, "weights_only": True, "verbose": False}
     alone = trainer().validate(diffusion(), datamodule=data, **options)[0]
     assert alone == trainer().validate(diffusion(), datamodule=latents(), **options)[0]
-    with pytest.raises(ValueError, match="ckpt_path: without a checkpoint the statistics"):
+    with pytest.raises(ValueError, match="ckpt_path: the statistics of latents are unknown"):
         trainer().validate(diffusion(), datamodule=latents(root=tmp_path / "alone"), verbose=False)
 
 

@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_named(features, latents, trainer, tmp_path):
         ({"align_channels": 0, "cls_channels": 0}, REPA(), r"model\.align_channels: alignment needs the width"),
         ({"align_channels": 8, "cls_channels": 0}, REG(), r"model\.cls_channels: REG goes with the width"),
         ({"align_channels": 8, "cls_channels": 8}, REPA(), r"model\.cls_channels: REPA goes with 0, given 8"),
-        ({"align_channels": 8, "cls_channels": 0}, None, r"model\.alignment: the denoiser has align_channels"),
+        ({"align_channels": 8, "cls_channels": 0}, None, r"model\.alignment: the denoiser's align_channels"),
         ({"align_channels": 8, "cls_channels": 0}, REPA(FrozenVFM(VFM)), r"gives 128 channels, but model\.align_ch"),
     ):
         with pytest.raises(ValueError, match=message):
