@@ -15,8 +15,9 @@ from vfm_vae.types import Batch, Conditions, Decoded, Posterior, Samples, VFMFea
 class VFM(Protocol):
     """A frozen vision foundation model: images in, tokens out; an `nn.Module` that nothing trains or saves.
 
-    Methods with a body here are optional for classes that inherit from this one. A class may have a classmethod
-    `shape_of(**init_args) -> VFMShape`, too; then configs need not state the widths that follow from the VFM.
+    The command line takes any class whose methods have these names, arguments and annotations. One that inherits from
+    this class may leave out `view`, `compile_regions`, `hold_products_in` and `go_on_as`. With a classmethod
+    `shape_of(**init_args) -> VFMShape`, configs need not state the widths that follow from the VFM.
 
     Attributes:
         name: What logs, checkpoints and caches call it; unique among VFMs.
@@ -116,6 +117,9 @@ class Tokenizer(Protocol):
         It has `fingerprint`, a hash of all that makes the latents, which is None where that is not known; `channels`;
         `compression`; and `tokenizer`, the class, or, of a VFMVAE, `vfm`, the name of the VFM.
         """
+
+    def described(self) -> dict[str, Any]:
+        """How a checkpoint says to make it again, in plain data; see `vfm_vae.pretrained.Pretrained.described`."""
 
     def check_image_size(self, size: int) -> None:
         """Raises a ValueError if images of this side can't be tokenized."""
