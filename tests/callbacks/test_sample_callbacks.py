@@ -90,8 +90,20 @@ def test_distance_to_a_folder(painter, photos, trainer):
     assert run.callback_metrics[f"val/fd_{VFM}/train"].item() == pytest.approx(by_hand, rel=1e-4)
 
 
-def test_without_a_network_the_modules_own_vfm_is_taken(painter, photos, trainer):
-    painter.vfm = FrozenVFM(VFM)
+class PainterWithVFM(Painter):
+    """One that has a VFM of its own."""
+
+    def __init__(self, photos):
+        super().__init__(photos)
+        self.own = FrozenVFM(VFM)
+
+    @property
+    def vfm(self):
+        return self.own
+
+
+def test_without_a_network_the_modules_own_vfm_is_taken(photos, trainer):
+    painter = PainterWithVFM(photos)
     distance = DistributionCallback(num_images=20, reference=str(photos / "train"), image_size=64)
     accuracy = ClassAccuracyCallback(str(photos / "train"), image_size=64)
     run = trainer(distance, accuracy)
@@ -103,10 +115,9 @@ def test_without_a_network_the_modules_own_vfm_is_taken(painter, photos, trainer
     run = trainer(copy)
     run.validate(painter, photos_data(photos), verbose=False)
     assert run.callback_metrics[f"val/fd_{VFM}/train"] == values[f"val/fd_{VFM}/train"]
-    del painter.vfm
     for callback, option in (DistributionCallback(), "network"), (ClassAccuracyCallback(str(photos / "train")), "vfm"):
         with pytest.raises(ValueError, match=f"^{option}: Painter has no VFM of its own here; give one$"):
-            trainer(callback).validate(painter, photos_data(photos), verbose=False)
+            trainer(callback).validate(Painter(photos), photos_data(photos), verbose=False)
 
 
 def test_settings_name_the_reference_and_its_crops(painter, photos, trainer):
