@@ -277,9 +277,9 @@ def keep_settings(
     """Notes how the contents of a folder are made, or, where that is noted already, sees that it is the same.
 
     Args:
-        trainer: whose rank zero writes.
-        file: of the notes.
-        settings: to note or to compare.
+        trainer: The trainer, whose rank zero writes.
+        file: The file of notes.
+        settings: The settings to note or to compare.
         unsaid: what settings are where older notes don't say, by name.
 
     Raises:

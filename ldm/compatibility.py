@@ -215,7 +215,7 @@ def check_statistics(stored: LatentStatistics, normalization: LatentNormalizatio
     """Compares the statistics of latents in a checkpoint with those at hand, where there are any.
 
     Args:
-        stored: In the checkpoint.
+        stored: Those in the checkpoint.
         normalization: At hand.
         option: Names the checkpoint.
 

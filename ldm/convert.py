@@ -119,8 +119,8 @@ def _checkpoint(model: LatentDiffusion, trained: Denoiser | None) -> dict[str, A
     """What `python -m ldm` reads: weights without states of optimisers.
 
     Args:
-        model: With the averaged weights, or with the only ones that there are.
-        trained: With the others.
+        model: The model with its averaged weights, or with the only ones that there are.
+        trained: The same model with its trained weights.
     """
     averaged = model.state_dict()
     others = {} if trained is None else {f"model.{name}": tensor for name, tensor in trained.state_dict().items()}

@@ -166,7 +166,7 @@ def denoiser_from_published(state_dict: Mapping[str, Tensor], config: Mapping[st
 
     Args:
         state_dict: Weights under their published names.
-        config: In any form that `read_config` takes.
+        config: The configuration, in any form that `read_config` takes.
 
     Returns:
         The model, in eval mode.

@@ -126,7 +126,7 @@ def read_published_weights(weights: str | Path | None, url: str, owner: str) -> 
     Args:
         weights: The file; None is for `$TORCH_HOME/hub/checkpoints`, to which it is downloaded where it is missing.
         url: Address of the file; the hash in its name is checked after the download.
-        owner: Whose weights they are, in messages.
+        owner: Name of what the weights are for, in messages.
 
     Returns:
         What it holds, and its path.

@@ -86,7 +86,7 @@ def _checkpoint(
     """What `python -m vfm_vae` reads: weights without states of optimisers, see `TokenizerModule`.
 
     Args:
-        model: With the averaged weights, or with the only ones that there are.
+        model: The model with its averaged weights, or with the only ones that there are.
         trained: The others.
         opponents: As `opponents_from_published` gives them.
         images_seen: Counter.

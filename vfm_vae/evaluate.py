@@ -40,7 +40,7 @@ class SampleFiles:
     """Samples that were drawn before: an `.npz` with `arr_0`, or a folder of images.
 
     Args:
-        path: of either.
+        path: The folder or the file.
 
     Raises:
         ValueError: there is no such file or folder, or it holds no images, or files that are cut short or of another
@@ -121,7 +121,7 @@ def measure(
     Args:
         samples: what is measured.
         reference: what it is compared with.
-        network: whose features are compared; on the device where they are computed.
+        network: The network whose features are compared, on the device that computes them.
         precision_recall: whether these two are wanted.
         batch_size: images at a time.
 

@@ -18,7 +18,7 @@ def to_uint8(images: Tensor, rounding: Rounding = "round") -> Tensor:
 
     Args:
         images: `[B, 3, H, W]`, nominally in [-1, 1].
-        rounding: to the nearest, or down, which darkens by half a step.
+        rounding: `round` to the nearest level, or `truncate`, which darkens by half a level.
 
     Returns:
         uint8 `[B, 3, H, W]` in 0..255.
@@ -41,7 +41,7 @@ def quantised(images: Tensor, rounding: Rounding = "round") -> Tensor:
 
     Args:
         images: `[B, 3, H, W]`, nominally in [-1, 1].
-        rounding: as in `to_uint8`; it is for the first time.
+        rounding: As for `to_uint8`.
 
     Returns:
         float32 `[B, 3, H, W]` in [-1, 1].

@@ -65,7 +65,7 @@ def step_unless(refused: Tensor, optimizer: torch.optim.Optimizer, step: Callabl
 
     Args:
         refused: 1 to leave the step out, 0 to take it; a float32 scalar.
-        optimizer: Whose step it is.
+        optimizer: The optimizer that steps.
         step: Takes it.
     """
     if takes_found_inf(optimizer):
@@ -85,7 +85,7 @@ def log_where_due(module: LightningModule, values: Mapping[str, Tensor | float],
     They are fetched at once, and logged as tensors of the CPU: what is shown is read at every batch.
 
     Args:
-        module: In training.
+        module: The module in training.
         values: Scalars by name.
         shown: The name of the one that the progress bar shows.
     """

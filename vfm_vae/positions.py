@@ -43,8 +43,8 @@ class Positions:
     Without antialias. The network keeps its own table as its weight.
 
     Args:
-        network: of timm, with a table, see `has_positions`.
-        interpolation: how the published network does it.
+        network: A network of timm's with a table of positions, see `has_positions`.
+        interpolation: How the published network resamples the table.
     """
 
     def __init__(self, network: Any, interpolation: Interpolation) -> None:

@@ -266,7 +266,8 @@ def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> Non
     vfm_class = str((config.get("vfm") or {}).get("class_path", ""))
     if vfm_class and vfm_class.partition(".")[0] not in packages and vfm_class.rpartition(".")[0] not in sys.modules:
         raise ValueError(
-            f"name: {str(name)!r} was trained on a {vfm_class}, which is not of this project: import its module first"
+            f"name: {str(name)!r} was trained on a {vfm_class}, which is not of this project: import its module "
+            "first, or give the checkpoint of its training"
         )
     path = config["model"]["class_path"]
     if path != class_path(base) and not _names_subclass(path, base):

@@ -31,7 +31,7 @@ class Kind:
 
     Attributes:
         name: Name of the model.
-        program: Whose `fit` writes such checkpoints.
+        program: The program whose `fit` writes such checkpoints.
         parts: Where in the checkpoint the model's weights are, by the beginnings of their names, and how these names
             begin in the model.
         mark: An entry that every checkpoint of this kind has, also those of before kinds were noted.

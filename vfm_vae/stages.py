@@ -86,7 +86,7 @@ def freeze_all_but(model: nn.Module, parts: Sequence[str] | None) -> None:
     """Takes the gradient from every parameter outside of some parts.
 
     Args:
-        model: Whose parameters they are.
+        model: The model.
         parts: Names of modules or parameters in it that go on training; None leaves all as they are.
 
     Raises:

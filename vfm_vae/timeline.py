@@ -75,7 +75,7 @@ def logged_step(trainer: Trainer, ended: bool = False) -> int:
     """The step, counted from 0, at which Lightning logs the numbers of the batch at hand, and of its validation.
 
     Args:
-        trainer: whose.
+        trainer: The trainer.
         ended: whether training has, so that the counter is one further.
     """
     return max(0, logged_steps(trainer) - ended)

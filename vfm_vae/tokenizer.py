@@ -338,7 +338,7 @@ def read_tokenizer(
     Args:
         source: A checkpoint of training, a folder that `save_pretrained` wrote, or `owner/model` on the hub.
         kind: What it has to be; classes from outside of this project are built from a folder only if they are given.
-        **options: Of `from_pretrained` and `from_checkpoint` alike: `vfm`, `vfm_weights`.
+        **options: Options of both `from_pretrained` and `from_checkpoint`: `vfm`, `vfm_weights`.
 
     Raises:
         ValueError: if there is no such tokenizer, or its VFM can't be had.

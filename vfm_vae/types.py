@@ -38,9 +38,9 @@ class LatentBatch(NamedTuple):
     Attributes:
         latents: float32, as the tokenizer gave them: not normalised, `[B, C, h, w]`.
         labels: int64 class indices, `[B]`.
-        index: as in `Batch`.
-        features: of the clean images by a VFM, as `VFMFeatures.sequence` has them, `[B, 1 + N, D]` in the precision
-            that they are stored in, float32 or bfloat16; None where the cache has none.
+        index: As in `Batch`.
+        features: A VFM's features of the clean images, as `VFMFeatures.sequence` has them, `[B, 1 + N, D]` in the
+            precision that they are stored in, float32 or bfloat16; None where the cache has none.
     """
 
     latents: Tensor
@@ -66,7 +66,7 @@ class Encoded(NamedTuple):
         tensors: by their names in the cache, `latents` and `latents_flip` `[B, C, h, w]`, or `moments` `[B, 2C, h, w]`
             and, beside those, perhaps `features` `[B, 1 + N, D]` of a VFM.
         labels: int64 class indices, `[B]`.
-        index: as in `Batch`.
+        index: As in `Batch`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -95,7 +95,7 @@ class Samples(NamedTuple):
 
     Attributes:
         images: `[B, 3, H, W]` in [-1, 1]; None where latents were asked for.
-        latents: as the tokenizer decodes them, `[B, C, h, w]`.
+        latents: Latents as the tokenizer decodes them, `[B, C, h, w]`.
         condition: what they were drawn for, such as classes.
         index: their numbers, int64 `[B]`; -1 marks padding.
     """
@@ -134,7 +134,7 @@ class VFMShape(NamedTuple):
         width: channels of its final tokens.
         widths: channels of each of the layers asked for.
         stride: pixels of an image for each token, along a side.
-        target_interpolation: how training targets are resized beside it, `bilinear` or `bicubic`.
+        target_interpolation: How training targets are resized for it, `bilinear` or `bicubic`.
     """
 
     width: int

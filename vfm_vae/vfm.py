@@ -332,7 +332,7 @@ def check_vfm(vfm: VFM | None, checkpoint: Mapping[str, Any], option: str = "mod
     Args:
         vfm: At hand; None where there is none.
         checkpoint: Names the other, as `vfm_identity` does, under `vfm`.
-        option: That sets the VFM at hand.
+        option: The option that sets the VFM at hand.
 
     Raises:
         ValueError: if it is another, by name, class or weights.

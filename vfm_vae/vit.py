@@ -45,7 +45,7 @@ def family_of(name: str, network: Any = None) -> Family:
     """The family of a timm name.
 
     Args:
-        name: With or without the tag of its weights.
+        name: The name, with or without the tag of its weights.
         network: The network; needed for names of timm's sources, `hf-hub:` and `local-dir:`, which are arbitrary.
     """
     if ":" in name and network is not None:

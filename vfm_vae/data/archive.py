@@ -99,7 +99,7 @@ def write_archive(
     Args:
         path: the file.
         images: uint8 `[H, W, 3]` each, all of one size; becomes `arr_0`.
-        num_images: how many they are.
+        num_images: Number of images.
         option: what gave the path, for the message.
         **arrays: what else the file is to hold.
 

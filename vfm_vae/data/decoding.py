@@ -11,7 +11,7 @@ def decode(file: str | Path | BinaryIO, exif_transpose: bool = True) -> Image.Im
     """Reads an image; of an animation or several pages, the first.
 
     Args:
-        file: of anything that Pillow reads.
+        file: A file in any format that Pillow reads.
         exif_transpose: whether to turn the image as its EXIF orientation says, so that it stands as people see it.
 
     Returns:

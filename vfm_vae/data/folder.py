@@ -19,10 +19,10 @@ class ImageFolderDataset(ImageDataset):
         split: folder below it, `train` or `val`.
         transform: makes a tensor of an RGB image.
         exclude: names of images to leave out, relative to the split's folder, as `class/file.JPEG`.
-        **kwargs: as of `ImageDataset`.
+        **kwargs: As for `ImageDataset`.
 
     Attributes:
-        folder: of the split; the images' names are relative to it.
+        folder: Folder of the split; the images' names are relative to it.
 
     Raises:
         ValueError: the folder is missing, holds no classes or no images, or a class has none; when reading, too many

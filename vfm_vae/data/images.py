@@ -31,10 +31,10 @@ class ImageDataset(SampleSet):
 
     Args:
         place: what the images lie in, for messages.
-        names: of the images, in `place`.
+        names: Names of the images in `place`.
         labels: class indices, one for each name.
         transform: makes a tensor of an RGB image.
-        seed: of the augmentation.
+        seed: Seed of the augmentation.
         exif_transpose: whether images are turned as their EXIF orientation says.
         replace_damaged: whether another image takes the place of a damaged one (training), or marks it (evaluation).
         max_bad_fraction: share of the data set that may be damaged.

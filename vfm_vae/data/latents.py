@@ -65,7 +65,7 @@ class RunningStatistics:
 
     Args:
         channels: C.
-        device: where the sums are held.
+        device: Device that holds the sums.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
@@ -97,8 +97,8 @@ class ShardPlan:
     """Which images make which shard of a cache.
 
     Args:
-        folder: of the cache's split.
-        num_images: in the split.
+        folder: Folder of the cache's split.
+        num_images: Number of images in the split.
         shard_size: images of one shard.
     """
 
@@ -136,7 +136,7 @@ def measure_shards(plan: ShardPlan, rank: int = 0, num_ranks: int = 1, chunk: in
     Args:
         plan: the shards, all of which are there.
         rank: takes each `num_ranks`-th shard from this one on.
-        num_ranks: whose sums together are those of the whole.
+        num_ranks: Number of ranks, whose sums together are those of the whole.
         chunk: rows read at a time.
     """
     shapes, _ = _look_into(plan.path(0))
@@ -182,9 +182,9 @@ class LatentDataset(SampleSet):
     cache has both, and a fresh sample is drawn where it has moments; otherwise it is the plain view or the mean.
 
     Args:
-        folder: of the split.
+        folder: Folder of the split.
         train: whether to draw.
-        seed: of the draws.
+        seed: Seed of the draws.
 
     Attributes:
         shape: (C, h, w) of a latent.

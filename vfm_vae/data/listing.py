@@ -22,7 +22,7 @@ def list_images(folder: str | Path, option: str = "root") -> list[str]:
     counted in a warning.
 
     Args:
-        folder: where to look.
+        folder: The folder to look in.
         option: names the folder in messages.
 
     Raises:

@@ -21,9 +21,9 @@ class ResumableLoader(DataLoader[Any]):
     makes the iterator before it tells the sampler the epoch.
 
     Args:
-        *args: as of `DataLoader`.
-        trainer: whose counts follow the loader's; None where there is none.
-        **kwargs: as of `DataLoader`.
+        *args: As for `DataLoader`.
+        trainer: The trainer whose counts follow the loader's, if there is one.
+        **kwargs: As for `DataLoader`.
     """
 
     sampler: TrainingSampler

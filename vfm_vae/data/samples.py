@@ -51,7 +51,7 @@ class SampleNumbers(SampleSet):
     """The numbers of samples that are to be drawn, as batches that hold no images.
 
     Args:
-        size: how many.
+        size: Number of samples.
     """
 
     reads = False

@@ -38,7 +38,7 @@ class TrainingSampler(DistributedSampler[Any]):
     Args:
         dataset: what is sampled; only its length is used.
         batch_size: images of one batch on one rank.
-        seed: of the order.
+        seed: Seed of the order.
         num_replicas: number of ranks.
         rank: this process's.
         shards: number of the shard that each sample lies in, `[len(dataset)]`; None shuffles all samples together.
@@ -46,7 +46,7 @@ class TrainingSampler(DistributedSampler[Any]):
         batches_per_step: batches whose gradients make one step; an epoch holds whole steps.
 
     Attributes:
-        num_batches: of a whole epoch.
+        num_batches: Number of batches in a whole epoch.
         start: images at the beginning of the epoch's order, over all ranks, that the next iteration leaves out, because
             a former run has seen them.
 
@@ -175,7 +175,7 @@ class IndexedNoise:
         purpose: a word for what they are needed for; each has streams of its own.
         seed: changes all streams.
         index: numbers of the samples, int64 `[B]`; negative ones, which mark padding, share a stream.
-        device: where the numbers are wanted.
+        device: Device on which the numbers are wanted.
     """
 
     def __init__(self, purpose: str, seed: int, index: Tensor, device: torch.device | str = "cpu") -> None:

@@ -36,11 +36,11 @@ class Shard(NamedTuple):
     """What the index knows of one shard.
 
     Attributes:
-        size: of the file, in bytes; with `modified`, tells whether the file is still the one that was looked through.
+        size: Size of the file in bytes; with `modified`, it tells whether the file has changed.
         modified: when it was written, in nanoseconds.
-        names: of the images' members, bytes `[n]`.
-        offsets: of their content in the shard, in bytes, int64 `[n]`.
-        sizes: of their content, in bytes, int64 `[n]`.
+        names: Names of the images' members, bytes `[n]`.
+        offsets: Where their contents begin in the shard, in bytes, int64 `[n]`.
+        sizes: Sizes of their contents in bytes, int64 `[n]`.
         labels: int64 `[n]`.
         damage: what was found wrong: samples without an image or a label, and a tar that breaks off (`whole` is False).
         whole: whether the tar was readable to its end.
@@ -69,7 +69,7 @@ class ImageShardDataset(ImageDataset):
         transform: makes a tensor of an RGB image.
         index: file that keeps the index; written where it is missing or older than the shards. None keeps none.
         exclude: names of images to leave out, as `shard.tar/member.jpg`.
-        **kwargs: as of `ImageDataset`.
+        **kwargs: As for `ImageDataset`.
 
     Raises:
         ValueError: there are no shards or images, or too many are damaged; the index can't be written.
@@ -117,8 +117,8 @@ class Member(io.RawIOBase):
 
     Args:
         file: the whole; held, so that nobody closes it.
-        offset: where the part begins.
-        size: of the part.
+        offset: Where the part begins, in bytes.
+        size: Size of the part in bytes.
     """
 
     def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
@@ -209,7 +209,7 @@ def read_index(paths: list[Path], file: Path | None = None, retry: bool = False,
     """Looks through shards, those alone that an index does not know yet, and keeps what it found.
 
     Args:
-        paths: of the shards.
+        paths: Paths of the shards.
         file: the index; None keeps none.
         retry: whether to look again at shards that the disk or the network did not give. One process does so, and all
             others take what it found.

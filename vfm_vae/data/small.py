@@ -15,7 +15,7 @@ class SmallImages:
     """Names of the images whose short side is under a size.
 
     Args:
-        min_size: in pixels; with 0 none is small, and there is no file.
+        min_size: Size in pixels; with 0, no image is small and there is no file.
         cache_dir: folder for what is found out about the images: for the list, and for the index of tar shards, after
             which a list there is made again.
         path: file of the list, one name a line; by default in that folder.

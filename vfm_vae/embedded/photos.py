@@ -87,8 +87,8 @@ def sample_box(generator: np.random.Generator, width: int, height: int, split: S
 
     Args:
         generator: source of randomness.
-        width: of the photograph, in pixels.
-        height: of the photograph, in pixels.
+        width: Width of the photograph in pixels.
+        height: Height of the photograph in pixels.
         split: `train` draws from all that is not held out, `val` from one held-out tile.
         tile: which held-out tile a validation crop lies in, 0..4; training crops ignore it.
     """

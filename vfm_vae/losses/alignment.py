@@ -126,7 +126,7 @@ def adaptive_weight(
     Args:
         reconstruction_loss: sum of the weighted reconstruction terms, a scalar.
         alignment_loss: the VF loss, a scalar.
-        weight: where the gradients are taken.
+        weight: The parameter whose gradients are compared.
         maximum: what the result is clamped to.
 
     Returns:

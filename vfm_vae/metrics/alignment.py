@@ -285,7 +285,7 @@ class CKNNA(Metric):
         Args:
             a: features `[B, d_a]`.
             b: features `[B, d_b]` to compare with.
-            index: which sample of the data set each is, int64 `[B]`; negative ones are left out.
+            index: Number of each sample, int64 `[B]`; samples with a negative number are left out.
         """
         _check_features(a, b)
         keep_features(self, a, index, "a_")

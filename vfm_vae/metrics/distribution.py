@@ -218,7 +218,7 @@ class InceptionScore(Metric):
     sums, in float64, and the permutation.
 
     Args:
-        num_images: how many samples there will be.
+        num_images: Number of samples to expect.
         split_size: samples in a split; ADM's evaluator has 5 000.
         num_classes: width of the logits.
 
@@ -305,7 +305,7 @@ class PrecisionRecall(Metric):
     Distances come from float32 products, in blocks; where these leave a choice open it is made in float64.
 
     Args:
-        k: which neighbour a ball reaches to, the sample itself not counted.
+        k: Balls reach to the k-th neighbour, not counting the sample itself.
         reference: features of real images `[m, d]`, where they are known before, the same on every rank; then only
             generated ones are added.
     """

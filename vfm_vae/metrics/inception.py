@@ -127,7 +127,7 @@ def resize_tf1(images: Tensor, side: int) -> Tensor:
 
     Args:
         images: `[B, C, H, W]`, any type.
-        side: of the result.
+        side: Height and width of the result.
 
     Returns:
         float32 `[B, C, side, side]`.

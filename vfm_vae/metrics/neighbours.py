@@ -97,7 +97,7 @@ class Search:
         size: rows of the matrix.
         num_kept: how many are looked for in each row, at most `size`, or one less where the diagonal does not count.
         exclude_diagonal: whether it does not.
-        device: of the matrix.
+        device: The matrix's device.
 
     Attributes:
         values: the largest so far, descending, `[size, num_kept]`; -inf where there is none yet.

@@ -13,9 +13,9 @@ class LinearProbe:
     Minimises the sum of cross-entropies plus half the squared weights (biases are free), in float32.
 
     Args:
-        features: of the training images, `[n, d]`.
+        features: Features of the training images, `[n, d]`.
         labels: their classes, int64 `[n]`.
-        max_iterations: of L-BFGS.
+        max_iterations: Largest number of L-BFGS iterations.
 
     Raises:
         ValueError: there are fewer than two classes, features and labels don't belong together, or features hold nan

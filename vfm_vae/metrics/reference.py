@@ -48,8 +48,8 @@ class Reference(NamedTuple):
     """Real images as a distribution of features.
 
     Attributes:
-        pool: of the pooled features.
-        spatial: of Inception's spatial features; None where the file has none, or for other networks.
+        pool: Distribution of the pooled features.
+        spatial: Distribution of Inception's spatial features; None for other networks, or if a file has none.
         features: pooled features of some of the images, `[m, d]`; None where they were not asked for.
     """
 

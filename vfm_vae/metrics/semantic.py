@@ -37,7 +37,7 @@ def add_noise(images: Tensor, sigma: float, index: Tensor, seed: int = 0) -> Ten
         images: uint8 `[B, 3, H, W]`.
         sigma: the noise's standard deviation.
         index: each image's number, which its noise depends on, int64 `[B]`.
-        seed: of the noise.
+        seed: Seed of the noise.
 
     Returns:
         uint8 `[B, 3, H, W]`.
@@ -74,7 +74,7 @@ def draw_published(number: int) -> tuple[int, float]:
     They are the first two choices of `numpy.random.RandomState(42 + number)`, in this order.
 
     Args:
-        number: of the image, see `published_numbers`; negative ones, which mark padding, draw as 0 does.
+        number: The image's number, see `published_numbers`; negative numbers, which mark padding, draw as 0 does.
     """
     generator = np.random.RandomState(PUBLISHED_SEED + max(number, 0))
     return int(generator.choice(ROTATIONS)), float(generator.choice(SCALES))

@@ -29,7 +29,7 @@ class DistributionSuite(nn.Module):
 
     Args:
         network: extracts features; only called, not owned, so that its weights are in no `state_dict`.
-        num_images: how many generated images there will be, which the splits of the Inception Score depend on.
+        num_images: Number of generated images to expect, which decides the splits of the Inception Score.
         reference: real images that were measured before; None where they are given along.
         precision_recall: whether to measure these two; needs the reference's features.
         reconstructions: whether reconstructions are measured, or samples; by default, whether there is no reference.

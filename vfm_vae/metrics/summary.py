@@ -48,8 +48,8 @@ def check_entries(path: Path, option: str) -> None:
     """Looks whether `write_entry` will find a place, before anything is measured.
 
     Args:
-        path: of the metrics file.
-        option: that sets it.
+        path: The metrics file.
+        option: The option that sets it.
 
     Raises:
         ValueError: something else is there, or nothing can be written.
