@@ -33,7 +33,7 @@ class LastCheckpoint(ModelCheckpoint):
         write_whole(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks whether it can."""
+        """Checks that checkpoints can be written."""
         check_places(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

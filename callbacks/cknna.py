@@ -102,7 +102,7 @@ class CKNNACallback(EvaluationCallback):
 
     @property
     def state_key(self) -> str:
-        """Tells the memory of several such callbacks apart in a checkpoint."""
+        """Distinguishes several such callbacks in a checkpoint."""
         return self._generate_state_key(vfms=list(self.vfms), times=self.times)
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class CKNNACallback(EvaluationCallback):
         return {"history": self._history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them back."""
+        """Restores them."""
         self._history = list(state_dict["history"])
 
     def names(self) -> set[str]:
@@ -120,7 +120,7 @@ class CKNNACallback(EvaluationCallback):
         return {name if len(self.vfms) == 1 else f"{name}/{vfm}" for name in of for vfm in self.vfms}
 
     def adopt(self, pl_module: LightningModule) -> None:
-        """Takes the module's own VFM where none was given."""
+        """Uses the module's own VFM if none was given."""
         if self._adopts:
             self.vfms = by_name([needed_vfm(pl_module, "vfms")])
 

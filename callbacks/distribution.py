@@ -72,7 +72,7 @@ class DistributionCallback(EvaluationCallback):
         self._measured: Reference | None = None
 
     def adopt(self, pl_module: LightningModule) -> None:
-        """Takes the module's own VFM where no network was given."""
+        """Uses the module's own VFM if no network was given."""
         if self._adopts and getattr(self, "network", None) is not (vfm := needed_vfm(pl_module, "network")):
             self.network, self._measured = vfm, None
 
@@ -88,7 +88,7 @@ class DistributionCallback(EvaluationCallback):
             self._measured = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks for real images, before a validation finds none."""
+        """Checks early that there are real images to compare with."""
         if trainer.val_dataloaders:
             self._check_real_images(pl_module, trainer.val_dataloaders)
 

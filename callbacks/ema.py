@@ -78,7 +78,7 @@ class EMA(Callback):
         return 0.5 ** (num_images / max(half_life, 1e-8))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Looks whether the module has what is needed, before anything is loaded."""
+        """Checks whether the module has what is needed, before anything is loaded."""
         missing = [name for name in self.modules if not hasattr(pl_module, name)]
         if missing:
             children = [name for name, _ in pl_module.named_children()]
@@ -142,7 +142,7 @@ class EMA(Callback):
             write_average(checkpoint, _whole(self.weights), self.images_seen)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes the average from the checkpoint, whether it goes on training or is evaluated."""
+        """Restores the average, for training and for evaluation."""
         if AVERAGE in checkpoint:
             self.load_average(checkpoint[AVERAGE])
         else:

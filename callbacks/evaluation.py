@@ -79,14 +79,14 @@ class EvaluationCallback(Callback, ABC):
         """What to log, by name without the prefix `val/` or `test/`; the same on every rank."""
 
     def adopt(self, pl_module: LightningModule) -> None:
-        """Takes the module's own VFM where it was given none; called before names are compared, perhaps repeatedly.
+        """Uses the module's own VFM if it was given none; called before names are compared, perhaps repeatedly.
 
         Raises:
             ValueError: if the module has none, and one is needed.
         """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Looks whether another callback logs the same: Lightning would log the average of both."""
+        """Checks that no other callback logs the same names: Lightning would log the average of both."""
         self.adopt(pl_module)
         for other in undeclared(trainer).callbacks:
             if other is self or not isinstance(other, EvaluationCallback):

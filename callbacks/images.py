@@ -49,7 +49,7 @@ class ReconstructionImages(Output):
         self._drawn = 0  # step after which the last one was, also by the run that goes on
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learns where to write, on all ranks."""
+        """Asks for the folder to write to, on all ranks."""
         if not isinstance(pl_module, Reconstructs):
             raise ValueError(f"{type(pl_module).__name__} has no reconstruct to show images of.")
         if stage == "fit" and self.every_n_images and not isinstance(pl_module, CountsImages):
@@ -129,7 +129,7 @@ class SampleImages(Output):
         self._directory = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learns where to write, on all ranks."""
+        """Asks for the folder to write to, on all ranks."""
         if not isinstance(pl_module, DrawsSamples):
             raise ValueError(f"{type(pl_module).__name__} draws no samples to show.")
         if self.classes is not None:

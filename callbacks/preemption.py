@@ -157,13 +157,13 @@ class StopOnSignal(Checkpoint):
         raise SystemExit(code)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives the signals back, before Lightning gives back what it found itself."""
+        """Restores signal handlers, before Lightning restores its own."""
         while self._previous:
             signal.signal(*self._previous.popitem())
         give_sigterm_back(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives them back."""
+        """Restores signal handlers."""
         self.on_train_end(trainer, pl_module)
 
 
@@ -210,7 +210,7 @@ def _requeue() -> bool:
 
 
 def _rewind(progress: BatchProgress) -> None:
-    """Lets a loop look like one that broke off in its first batch: Lightning then runs it again as a whole."""
+    """Makes a loop look interrupted in its first batch, so that Lightning runs the whole of it again."""
     total: Any = progress.total  # declared without what it counts
     total.started = total.ready
     total.processed = total.completed = total.ready - 1

@@ -56,7 +56,7 @@ class ClassAccuracyCallback(EvaluationCallback):
         return {"class_accuracy"}
 
     def adopt(self, pl_module: LightningModule) -> None:
-        """Takes the module's own VFM where none was given."""
+        """Uses the module's own VFM if none was given."""
         if self._adopts and getattr(self, "vfm", None) is not (vfm := needed_vfm(pl_module, "vfm")):
             self.vfm, self._probe = vfm, None
 
@@ -137,7 +137,7 @@ class LinearProbeCallback(EvaluationCallback):
         self._hits: dict[str, MeanOverImages] = {}
 
     def adopt(self, pl_module: LightningModule) -> None:
-        """Takes the module's own VFM where none was given."""
+        """Uses the module's own VFM if none was given."""
         if self._adopts:
             vfm = own_vfm(pl_module)
             self.vfms = by_short_name([] if vfm is None else [vfm])

@@ -48,13 +48,13 @@ class Report(Output):
         self._settings: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learns where to write, on all ranks."""
+        """Asks for the file to write to, on all ranks."""
         directory = Path(trainer.log_dir or trainer.default_root_dir)
         self._path = self.path or directory / "metrics.json"
         check_entries(self._path, "path")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes the module's settings while averaged weights stand in, on all ranks, which may share the weights."""
+        """Notes the module's settings while it has its averaged weights; on all ranks, as weights may be sharded."""
         if isinstance(pl_module, HasEvaluationSettings) and not trainer.sanity_checking:
             self._model = {"model": dict(pl_module.evaluation_settings())}
 

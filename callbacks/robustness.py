@@ -37,7 +37,7 @@ class RobustnessCallback(EvaluationCallback):
         self._similarities: dict[str, dict[str, MeanOverImages]] = {}
 
     def adopt(self, pl_module: LightningModule) -> None:
-        """Takes the module's own VFM where none was given."""
+        """Uses the module's own VFM if none was given."""
         if self._adopts:
             vfm = own_vfm(pl_module)
             self.vfms = by_short_name([] if vfm is None else [vfm])

@@ -147,7 +147,7 @@ class LatentWriter(Output):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Takes the batch in; writes the shard that it completes."""
+        """Adds the batch, and writes the shard if it is complete."""
         self._streams[dataloader_idx].add(outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -274,7 +274,7 @@ class SampleWriter(Output):
 def keep_settings(
     trainer: Trainer, file: Path, settings: Mapping[str, Any], unsaid: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """Notes how the contents of a folder are made, or, where that is noted already, sees that it is the same.
+    """Notes how the contents of a folder are made, or checks that it is the same as noted before.
 
     Args:
         trainer: The trainer, whose rank zero writes.

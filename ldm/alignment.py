@@ -53,7 +53,7 @@ class REPA(nn.Module):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the terms that `errors` gives."""
+        """Weights of the terms of the objective, by name."""
         return {"align": self.weight}
 
     def features(self, batch: Batch | LatentBatch) -> Tensor:
@@ -74,7 +74,7 @@ class REPA(nn.Module):
         return alignment_error(projected, features if self.has_class_token else features[:, 1:])
 
     def check_model(self, model: Denoiser) -> None:
-        """Sees that the denoiser has what is to be aligned, and no more.
+        """Checks that the denoiser has the parts that are aligned, and no others.
 
         Raises:
             ValueError: if not.
@@ -90,7 +90,7 @@ class REPA(nn.Module):
     def check_features(
         self, shape: tuple[int, ...] | None, source: Mapping[str, Any] | None, model: Denoiser, place: str
     ) -> None:
-        """Sees that cached features fit.
+        """Checks that cached features fit.
 
         Args:
             shape: (1 + N, D) of those that a cache holds; None where it holds none.
@@ -120,7 +120,7 @@ class REPA(nn.Module):
         return None if self.vfm is None else vfm_identity(self.vfm)
 
     def go_on_as(self, stored: Mapping[str, Any] | None) -> None:
-        """Sees that the VFM is the one that a checkpoint was aligned to, and has it resample positions alike.
+        """Checks that the VFM is that of a checkpoint, and makes it resample positions in the same way.
 
         Args:
             stored: Its `identity`; None where it says nothing, as older ones do.
@@ -134,7 +134,7 @@ class REPA(nn.Module):
             check_vfm(self.vfm, {"vfm": stored or known | {"fingerprint": None}}, "model.alignment.vfm")
 
     def check_images(self, image_size: int, model: Denoiser) -> None:
-        """Sees that there is a VFM for images, which gives as many tokens as the denoiser has.
+        """Checks that there is a VFM for images, with as many tokens as the denoiser has.
 
         Raises:
             ValueError: if not.
@@ -172,5 +172,5 @@ class REG(REPA):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the terms that `errors` gives."""
+        """Weights of the terms of the objective, by name."""
         return {"align": self.weight, "cls": self.cls_weight}

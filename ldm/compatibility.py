@@ -40,7 +40,7 @@ def check_data(
     alignment: REPA | None,
     latent_source: dict[str, Any] | None,
 ) -> dict[str, Any] | None:
-    """Sees that data sets are what a denoiser can be trained and measured on.
+    """Checks that a denoiser can be trained and measured on the data sets.
 
     Args:
         data: The DataModule of latents or images, already set up.
@@ -71,7 +71,7 @@ def check_data(
 
 
 def check_parts(denoiser: Denoiser, alignment: REPA | None, tokenizer: FrozenTokenizer | None) -> None:
-    """Sees that a denoiser takes the tokenizer's latents, and has parts for alignment where there is one, only then.
+    """Checks that a denoiser fits the tokenizer's latents, and has parts for alignment only if it is aligned.
 
     Raises:
         ValueError: if not.
@@ -91,7 +91,7 @@ def check_parts(denoiser: Denoiser, alignment: REPA | None, tokenizer: FrozenTok
 
 
 def check_classes(data: ImageNetDataModule, num_classes: int | None) -> None:
-    """Sees that a denoiser that is told classes, so many, knows the data's, where they are known.
+    """Checks that a denoiser has all classes of the data.
 
     Raises:
         ValueError: if the data has more.
@@ -101,7 +101,7 @@ def check_classes(data: ImageNetDataModule, num_classes: int | None) -> None:
 
 
 def check_untrained(data: ImageNetDataModule, num_classes: int | None, begins: bool) -> None:
-    """Sees that training data has the denoiser's classes: it draws samples of all of them.
+    """Checks that training data has all of the denoiser's classes, as samples are drawn of all.
 
     Args:
         data: Set up.
@@ -165,7 +165,7 @@ def check_images(image_size: int, tokenizer: FrozenTokenizer | None, denoiser: D
 def begin_from(
     source: str, module: nn.Module, latent_source: dict[str, Any] | None, normalization: LatentNormalization
 ) -> dict[str, Any] | None:
-    """Takes weights over, averaged ones where there are, and statistics of latents from a checkpoint that fits.
+    """Loads a checkpoint's weights, averaged ones if it has them, and its statistics of latents.
 
     Args:
         source: The checkpoint.

@@ -32,7 +32,7 @@ class Condition(ABC):
 
     @abstractmethod
     def null(self) -> Self:
-        """As many rows that say nothing: what guidance leads away from, and what dropped conditions become."""
+        """As many rows that say nothing, for guidance and for dropped conditions."""
 
     @abstractmethod
     def plain(self) -> list[Any]:

@@ -180,7 +180,7 @@ class DiffusionModule(DrawingModule):
             clip_grads_with_norm_(self.model.parameters(), gradient_clip_val, self._grad_norm)
 
     def rehearse(self, batch: Batch | LatentBatch) -> bool:
-        """Does a step's products where they cost nothing, so that they can be counted; whether that can be done."""
+        """Runs a step on the meta device, where its operations can be counted; returns whether that is possible."""
         if isinstance(batch, LatentBatch):
             rehearse(self.model, self.alignment, self.conditioning.of_batch(batch))
         return isinstance(batch, LatentBatch)
@@ -193,7 +193,7 @@ class DiffusionModule(DrawingModule):
     # Evaluation
 
     def on_validation_start(self) -> None:
-        """Sees that latents can be normalised.
+        """Checks that latents can be normalised.
 
         Raises:
             ValueError: if neither data nor a checkpoint brought their statistics.
@@ -269,7 +269,7 @@ class DiffusionModule(DrawingModule):
             self.model.shard(self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Looks whether data, tokenizer and denoiser fit each other, before anything is computed; compiles."""
+        """Checks that data, tokenizer and denoiser fit each other, before anything is computed; compiles."""
         check_trainer(self.trainer)
         if stage == "fit":
             self.pipeline.described()  # what can't be described must not fail only when the first checkpoint is written
@@ -289,7 +289,7 @@ class DiffusionModule(DrawingModule):
             pipeline.latent_source = begin_from(self.init_from, self, pipeline.latent_source, self.normalization)
 
     def on_fit_start(self) -> None:
-        """Looks whether all classes are trained; measures the latents' statistics where nothing brought any."""
+        """Checks that all classes are trained; measures the latents' statistics if they are unknown."""
         if undeclared(self.trainer).datamodule is not None:
             begins = self.init_from is None and self.trainer.ckpt_path is None
             check_untrained(undeclared(self.trainer).datamodule, self.num_classes, begins)
@@ -298,7 +298,7 @@ class DiffusionModule(DrawingModule):
 
     @torch.no_grad()
     def _measure_latents(self) -> None:
-        """Takes statistics of `statistics_images` training images, spread over the data set, over all ranks."""
+        """Measures statistics on `statistics_images` training images, spread over the data set and all ranks."""
         running, strategy = RunningStatistics(self.model.in_channels, self.device), self.trainer.strategy
         for batch in undeclared(self.trainer).datamodule.spread_dataloader(self.statistics_images):
             batch = strategy.batch_to_device(batch, self.device)
@@ -320,7 +320,7 @@ class DiffusionModule(DrawingModule):
         )
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Takes them back.
+        """Restores them.
 
         Raises:
             ValueError: if the checkpoint is of another model, belongs to another tokenizer's latents than the data or

@@ -119,7 +119,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         return super().from_checkpoint(path).use_tokenizer(tokenizer)
 
     def completed(self, config: Mapping[str, Any]) -> Self:
-        """Notes whose latents it makes."""
+        """Notes which tokenizer's latents it makes."""
         self.latent_source = config["tokenizer"]
         return self
 

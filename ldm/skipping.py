@@ -26,11 +26,11 @@ class SkippedSteps:
         self.total, self.in_a_row = torch.tensor(0), torch.tensor(0)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Sees to it that what one step is told does not reach another; to be called once for each optimiser."""
+        """Clears the decision after every step; to be called once for each optimizer."""
         optimizer.register_step_post_hook(_forget)
 
     def judge(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-        """Has the step that follows left out if the gradients' norm is not finite.
+        """Skips the following step if the gradients' norm is not finite.
 
         Args:
             optimizer: About to step.
@@ -48,7 +48,7 @@ class SkippedSteps:
             optimizer.zero_grad()  # without gradients, neither weights nor moments change
 
     def check(self) -> None:
-        """Looks whether training goes on at all; this waits for the device.
+        """Checks that training makes progress; this waits for the device.
 
         Raises:
             ValueError: if too many steps in a row, up to the last one, were left out.

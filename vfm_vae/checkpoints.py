@@ -214,7 +214,7 @@ def misfit(tensors: Any, wanted: Mapping[str, Tensor]) -> str | None:
 
 
 def fill(module: nn.Module, tensors: Any, message: str) -> None:
-    """Gives a module all of its weights.
+    """Loads all of a module's weights.
 
     Args:
         module: Takes them.
@@ -230,7 +230,7 @@ def fill(module: nn.Module, tensors: Any, message: str) -> None:
 
 
 def check_state(module: nn.Module, checkpoint: Mapping[str, Any], option: str) -> None:
-    """Sees that the weights in a checkpoint are a module's, all of them; a sharded one has loaded them by itself.
+    """Checks that a checkpoint has exactly the weights of a module; a sharded one has loaded them by itself.
 
     Args:
         module: Is to take them.

@@ -137,7 +137,7 @@ class CLI(HookedCLI):
             raise ValueError(f"{place or 'trainer'}: {error}") from error
 
     def before_instantiate_classes(self) -> None:
-        """Sets it."""
+        """Sets the precision of matrix products."""
         set_matmul_precision(self.config[self.subcommand][MATMUL_PRECISION])
 
     def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
@@ -149,7 +149,7 @@ class CLI(HookedCLI):
             )
 
     def before_fit(self) -> None:
-        """Sees whether the run's folder can be written to; loggers, which are the first to try, say it at length.
+        """Checks that the run's folder can be written to, with a shorter message than the loggers' own.
 
         Ranks are not connected yet, so a logger that numbers its runs would have a folder for each of them.
         """

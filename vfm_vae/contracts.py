@@ -149,7 +149,7 @@ class HasVFM(Protocol):
 
     @property
     def vfm(self) -> VFM | None:
-        """That VFM; None where there is none."""
+        """The module's VFM, if it has one."""
 
 
 @runtime_checkable

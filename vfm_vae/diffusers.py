@@ -32,7 +32,7 @@ class WholeModel(ModelMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As diffusers has it.
+        """Loads a model as diffusers does.
 
         Raises:
             ValueError: if weights are missing in the file, or left over.

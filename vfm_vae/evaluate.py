@@ -76,7 +76,7 @@ class SampleFiles:
             yield torch.stack(images), torch.arange(start, start + len(files))
 
     def _look_at(self, file: Path) -> None:
-        """Sees that a file is an image, whole and of the others' size, by its first and last bytes alone."""
+        """Checks by its first and last bytes that a file is a whole image of the same size as the others."""
         try:
             with Image.open(file) as image:
                 size, is_png = image.size, image.format == "PNG"

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def check_finite(what: str, values: Tensor) -> None:
-    """Sees that a batch holds neither nan nor inf; this waits for the device.
+    """Checks that a batch has neither nan nor inf; this waits for the device.
 
     Args:
         what: They are called in the message.

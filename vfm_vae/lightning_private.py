@@ -76,7 +76,7 @@ def logged_steps(trainer: Trainer) -> int:
 
 
 def restore_logged_steps(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
-    """Takes that count from a checkpoint, which Lightning does where it trains only."""
+    """Restores that count from a checkpoint, which Lightning does only for training."""
     loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.state_dict", {})
     trainer.fit_loop.epoch_loop._batches_that_stepped = loop.get("_batches_that_stepped", 0)
 
@@ -88,14 +88,14 @@ def validation_is_due(trainer: Trainer) -> bool:
 
 
 def keep_sigterm(trainer: Trainer) -> None:
-    """Lets ranks ask each other for a SIGTERM once more, and then no longer before each batch."""
+    """Lets ranks ask each other for a SIGTERM once more, but not before each batch."""
     loop: Any = trainer.fit_loop.epoch_loop
     loop._broadcast_sigterm_tensor()
     loop._broadcast_sigterm_tensor = lambda: None
 
 
 def give_sigterm_back(trainer: Trainer) -> None:
-    """Lets them ask again."""
+    """Lets ranks ask each other before each batch again."""
     trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
 
 
@@ -105,7 +105,7 @@ def save_last(checkpoint: ModelCheckpoint, trainer: Trainer) -> None:
 
 
 def note_saved(checkpoint: ModelCheckpoint, step: int) -> None:
-    """Tells a callback that a step is in no need of being written."""
+    """Tells a callback that a step is already written."""
     checkpoint._last_global_step_saved = step
 
 
@@ -123,5 +123,5 @@ def undeclared(trainer: Trainer) -> Any:
 
 
 def without_placeholder(logger: TensorBoardLogger) -> None:
-    """Lets a logger write no placeholder for a metric of hyper-parameters, which each start would add at step 0."""
+    """Stops a logger from writing a placeholder metric of hyper-parameters at step 0 of each start."""
     logger._default_hp_metric = False

@@ -265,7 +265,7 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         return generator, [*self.discriminator.parameters(), *(self.patchgan.parameters() if self.patchgan else ())]
 
     def setup(self, stage: str) -> None:
-        """Looks whether the images fit; starts from the former stage, unless a run of this stage is resumed."""
+        """Checks that the images fit; starts from the previous stage, unless a run of this stage is resumed."""
         check_trainer(self.trainer)
         if stage == "fit":
             self.model.described()  # what can't be described must not fail only when the first checkpoint is written
@@ -313,7 +313,7 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes them back.
+        """Restores them.
 
         Evaluation asks nothing of discriminators, which published weights may lack.
 

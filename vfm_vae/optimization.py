@@ -17,7 +17,7 @@ PRECISIONS = ("bf16-mixed", "32-true")
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Sees that numbers which Lightning took unseen lie in their ranges, and that its precision is one of ours.
+    """Checks options that Lightning takes without checking, and that its precision is supported.
 
     Weights are always in float32; training takes no float16, whose gradients would need scaling.
 
@@ -37,7 +37,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def try_optimizers(**options: OptimizerCallable) -> None:
-    """Sees that optimisers can be made of their options, before there is anything to optimise.
+    """Checks that optimizers can be made from their options, before there is anything to optimize.
 
     Args:
         **options: What makes them, by name.

@@ -12,7 +12,7 @@ Number = float | Sequence[float] | None
 
 
 def at_least(minimum: float, **options: Number) -> None:
-    """Sees that numbers are not under a minimum.
+    """Checks that numbers are not below a minimum.
 
     Args:
         minimum: What is just allowed.
@@ -25,22 +25,22 @@ def at_least(minimum: float, **options: Number) -> None:
 
 
 def unless_infinite(number: float) -> float | None:
-    """A limit to be checked; infinity, which is none, counts as left out."""
+    """The number as a limit to check; infinity counts as left out."""
     return None if number == math.inf else number
 
 
 def positive(**options: Number) -> None:
-    """Sees that numbers are above 0; arguments and errors as of `at_least`."""
+    """Checks that numbers are above 0; arguments and errors are those of `at_least`."""
     _check(lambda number: number > 0, "above 0", options)
 
 
 def within(low: float, high: float, **options: Number) -> None:
-    """Sees that numbers lie in [low, high]; options and errors as of `at_least`."""
+    """Checks that numbers lie in [low, high]; options and errors are those of `at_least`."""
     _check(lambda number: low <= number <= high, f"in [{low}, {high}]", options)
 
 
 def one_of(option: str, given: str, *choices: str) -> None:
-    """Sees that an option is one of some words.
+    """Checks that an option has one of the given values.
 
     Raises:
         ValueError: if not; the message names them.
@@ -50,13 +50,13 @@ def one_of(option: str, given: str, *choices: str) -> None:
 
 
 def finite(**options: Number) -> None:
-    """Sees that numbers are finite, whatever their sign; arguments and errors as of `at_least`."""
+    """Checks that numbers are finite; arguments and errors are those of `at_least`."""
     _check(math.isfinite, "a finite number", options)
 
 
 @contextmanager
 def named_as(**options: str) -> Iterator[None]:
-    """Lets errors name options that are given here instead of the arguments that these become.
+    """Makes errors name options instead of the arguments that they become.
 
     Args:
         **options: Their names by the arguments'.

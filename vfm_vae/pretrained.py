@@ -95,7 +95,7 @@ class Pretrained(Described):
         return load(cls, config["model"], stored.model(), stored.place, "configuration").completed(config)
 
     def completed(self, config: Mapping[str, Any]) -> Self:
-        """Takes over what a config says beside the model, and returns it."""
+        """Applies what a config says beside the model, and returns the model."""
         return self
 
     def described(self) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def _folder(name: str | Path, hub: Mapping[str, Any]) -> Path:
 
 
 def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> None:
-    """Sees that a config is of this version's format, and asks for the model that is wanted.
+    """Checks that a config has this version's format and describes the model that is wanted.
 
     Args:
         name: Names its place.

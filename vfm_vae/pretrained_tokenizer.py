@@ -118,7 +118,7 @@ class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
         return "bicubic"
 
     def check_image_size(self, size: int) -> None:
-        """Says before anything runs whether images of this side can be tokenized.
+        """Checks that images of this size can be tokenized, before anything runs.
 
         Raises:
             ValueError: if not.

@@ -111,7 +111,7 @@ def write_training(folder: str | Path, checkpoint: Mapping[str, Any], overlay: M
 
 
 def remove_training(folder: str | Path) -> None:
-    """Takes away what `write_training` put there for a former model."""
+    """Removes what `write_training` wrote for an earlier model."""
     for name in (CHECKPOINT, OVERLAY):
         (Path(folder) / name).unlink(missing_ok=True)
 

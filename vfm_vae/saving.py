@@ -41,7 +41,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 class WholeCheckpoints(Callback):
-    """Sees to it that a run's checkpoints are whole: see `write_whole`. The command lines add it to every run.
+    """Makes a run's checkpoints whole files, see `write_whole`. The command lines add it to every run.
 
     Before its first step, training looks whether its checkpoints can be written, as far as can be known.
 
@@ -54,12 +54,12 @@ class WholeCheckpoints(Callback):
         write_whole(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at the places."""
+        """Checks the folders."""
         check_places(trainer, pl_module)
 
 
 def check_places(trainer: Trainer, module: LightningModule) -> None:
-    """Sees whether a run can write its checkpoints, and takes away what killed processes left where they lie.
+    """Checks that a run can write its checkpoints, and removes unfinished files of killed processes.
 
     Raises:
         NotWritten: if a folder can't be written to, or the disk has no space for one checkpoint, on all ranks.
@@ -79,7 +79,7 @@ def check_places(trainer: Trainer, module: LightningModule) -> None:
 
 
 def write_whole(trainer: Trainer) -> None:
-    """Lets a trainer write its checkpoints as `CheckpointFiles` does, and all ranks hear of a failure.
+    """Makes a trainer write its checkpoints with `CheckpointFiles`, and all ranks raise if one can't be written.
 
     Reading, it says what is wrong with a damaged file, and which whole one lies beside it. Nothing is changed where the
     trainer was given a CheckpointIO.
@@ -93,7 +93,7 @@ def write_whole(trainer: Trainer) -> None:
 
 
 def alike(strategy: Strategy, action: Callable[[], None]) -> None:
-    """Does something on all ranks, of which rank zero writes: if it can't, all raise alike, and none waits for it.
+    """Runs an action on all ranks; if rank zero, which writes, fails, all ranks raise.
 
     Raises:
         NotWritten: if rank zero did.

@@ -35,7 +35,7 @@ def read_stage(path: str, vfm: VFM | None) -> Stored:
 
 @torch.no_grad()
 def begin(module: nn.Module, stored: Stored, fresh: Sequence[str]) -> None:
-    """Takes over the weights of a former stage; parts that don't train, the averages of them.
+    """Loads the weights of the previous stage; parts that are not trained get its averages.
 
     Args:
         module: What is trained.
@@ -57,7 +57,7 @@ def begin(module: nn.Module, stored: Stored, fresh: Sequence[str]) -> None:
 
 
 def check_optimizers(trained: Sequence[Sequence[nn.Parameter]], checkpoint: Mapping[str, Any]) -> None:
-    """Sees that optimisers can go on: that there are their states, and of as many parameters as train now.
+    """Checks that a checkpoint has the optimizers' states, for as many parameters as are trained now.
 
     Args:
         trained: What each optimiser trains.
@@ -83,7 +83,7 @@ def check_optimizers(trained: Sequence[Sequence[nn.Parameter]], checkpoint: Mapp
 
 
 def freeze_all_but(model: nn.Module, parts: Sequence[str] | None) -> None:
-    """Takes the gradient from every parameter outside of some parts.
+    """Freezes every parameter outside of some parts.
 
     Args:
         model: The model.

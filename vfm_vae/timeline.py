@@ -20,7 +20,7 @@ from vfm_vae.lightning_private import (
 
 
 class Timeline(Callback):
-    """Lets a run's displays show where it is. The command lines add it to every run.
+    """Makes a run's displays show the right steps and epochs. The command lines add it to every run.
 
     Training that goes on from an older step, or begins again in the same folder, hides what TensorBoard shows of the
     steps from there on (the files keep it), so that each is shown once. An evaluation's numbers are shown at the step
@@ -31,7 +31,7 @@ class Timeline(Callback):
         self._hidden = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tells progress bars, and keeps former hyper-parameters."""
+        """Sets up progress bars, and keeps earlier hyper-parameters."""
         self._hidden = False
         for bar in undeclared(trainer).callbacks:
             if isinstance(bar, RichProgressBar) and trainer.max_epochs == -1:
@@ -41,7 +41,7 @@ class Timeline(Callback):
                 without_placeholder(logger)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
-        """Learns the step of what is evaluated; training restores it itself."""
+        """Restores the step of the checkpoint that is evaluated; training restores it by itself."""
         if trainer.state.fn != "fit":
             restore_logged_steps(trainer, checkpoint)
 
@@ -65,7 +65,7 @@ def has_former(logger: TensorBoardLogger) -> bool:
 
 
 def hide_from(logger: TensorBoardLogger, step: int) -> None:
-    """Lets TensorBoard forget what it read so far of a step and of later ones."""
+    """Makes TensorBoard hide what was logged for a step and later ones."""
     if has_former(logger):
         start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
         logger.experiment.file_writer.add_event(start)

@@ -316,7 +316,7 @@ class FrozenTokenizer(Frozen):
         self.identity = identity
 
     def compile_regions(self) -> None:
-        """As the network has it."""
+        """Compiles the network's layers, in place."""
         self.network.compile_regions()
 
     def encode(self, images: Tensor) -> Posterior:

@@ -52,7 +52,7 @@ class TwoPlayers(LightningModule):
         self._refused: Tensor | None = None  # what the guard says of the step at hand
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Lets each step log its own numbers, where the trainer counts steps."""
+        """Forgets the numbers of the previous step, so that each step logs its own."""
         accumulated = self.trainer.accumulate_grad_batches
         if accumulated > 1 and batch_idx % accumulated == 0:
             forget_logged(self.trainer)
@@ -62,7 +62,7 @@ class TwoPlayers(LightningModule):
         return (batch_idx + 1) % batches_per_step(self.trainer) == 0 or self.trainer.is_last_batch
 
     def judge(self, **terms: Mapping[str, Tensor]) -> None:
-        """Lets the guard see terms; a refusal holds for all that would make one step."""
+        """Asks the guard about losses; a refusal holds for all batches of a step."""
         self._refused = self.guard.refuses(self.images_seen, **terms, already=self._refused)
 
     def learn(self, player: int, loss: Tensor, step_ends: bool) -> None:

@@ -84,7 +84,7 @@ class Conditions(Protocol):
         """Some of the samples, by a slice, by positions int64 `[N]`, or by a mask bool `[B]`."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """As tensors `[B, ...]` with names: class labels are `labels`."""
+        """The rows as tensors `[B, ...]` by name: class labels are `labels`."""
 
     def plain(self) -> list[Any]:
         """Each row as JSON has it, such as the number of a class."""

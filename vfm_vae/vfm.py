@@ -214,7 +214,7 @@ class FrozenVFM(Frozen, Described, VFM):
         )
 
     def hold_products_in(self, dtype: torch.dtype) -> None:
-        """As `Frozen.hold_products_in`; what computes in float32 keeps its weights in it."""
+        """As `Frozen.hold_products_in`, but a VFM that computes in float32 keeps its weights in float32."""
         if self.precision != "float32":
             super().hold_products_in(dtype)
 
@@ -303,7 +303,7 @@ def vfm_from(source: Mapping[str, Any], weights: str | None = None) -> VFM:
 
 
 def check_frozen(vfm: VFM) -> None:
-    """Sees that nothing of a VFM would be trained or saved with the model that has it.
+    """Checks that a VFM would not be trained or saved with the model that has it.
 
     Raises:
         ValueError: if it has parameters or buffers that a `state_dict` holds.

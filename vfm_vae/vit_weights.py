@@ -41,7 +41,7 @@ UNCONVERTIBLE = (LookupError, RuntimeError, ValueError, AttributeError, TypeErro
 
 
 def load_vit(network: nn.Module, name: str, weights: str | Path) -> None:
-    """Gives a network all of its weights from a file.
+    """Loads all of a network's weights from a file.
 
     Args:
         network: A network of timm's, without its classifier.

@@ -81,7 +81,7 @@ def whole_file(path: str | Path, size: int = 0, option: str | None = None) -> It
 
 
 def check_place(path: str | Path, size: int = 0, option: str | None = None) -> None:
-    """Sees whether `whole_file` could begin; arguments and errors as there. The folder is made if it is missing."""
+    """Checks that `whole_file` could begin; arguments and errors are the same. A missing folder is made."""
     path = Path(path)
     try:
         with _begin(path, size) as file:
@@ -91,7 +91,7 @@ def check_place(path: str | Path, size: int = 0, option: str | None = None) -> N
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Takes away what processes that were killed had begun to write in a folder; whoever writes now is left alone."""
+    """Removes files that killed processes left unfinished in a folder, but none that is being written."""
     for partial in folder.glob(".*.partial"):
         with suppress(OSError), open(partial, "r+b") as file:  # others' files, and what was just finished
             if _is_ours(file):

@@ -173,7 +173,7 @@ class LightningDiT(Denoiser):
         return tokens + self.position, F.silu(self.time_embed(t) + self.label_embed(labels_of(condition)))
 
     def forward(self, state: Tensor, t: Tensor, condition: Condition, align: bool = False) -> Prediction:
-        """As `Denoiser` says."""
+        """See `Denoiser.forward`."""
         tokens, modulation = self.embed(state, t, condition)  # [B, prefix + N, D], [B, D]
         rotary = None if self.rotary_cos is None else (self.rotary_cos, self.rotary_sin)
         projected = None

@@ -68,7 +68,7 @@ class ImageArchive:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Says of damage in which file it is."""
+        """Makes errors name the damaged file."""
         try:
             yield
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:

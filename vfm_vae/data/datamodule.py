@@ -171,11 +171,11 @@ class ImageNetDataModule(LightningDataModule):
             raise ValueError(f"root: there are no validation latents in {str(self.root)!r}, which has no folder 'val'")
 
     def teardown(self, stage: str) -> None:
-        """Gives back what the trainer was changed in for training."""
+        """Restores the trainer's options that were changed for training."""
         self._steps.end()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Gives it back."""
+        """Restores them."""
         self._steps.end()
 
     @property
@@ -231,7 +231,7 @@ class ImageNetDataModule(LightningDataModule):
         return self._evaluation_loader(self._predicted(split))
 
     def spread_dataloader(self, num_images: int) -> DataLoader[Any]:
-        """So many training images, spread evenly over the data set, which may be sorted by class; a rank's part."""
+        """This rank's part of so many training images, spread evenly over the data set (it may be sorted by class)."""
         dataset, ranks = self._trained(), self._ranks()
         count = min(num_images, len(dataset))
         positions = [number * len(dataset) // count for number in range(count)]

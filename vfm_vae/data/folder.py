@@ -64,7 +64,7 @@ def list_classes(root: str | Path, split: str) -> list[str]:
 
 
 def check_classes(root: str | Path, classes: list[str], split: str) -> None:
-    """Sees that a split has the classes of training, whose numbers would be others otherwise.
+    """Checks that a split has the same classes as training, so that their numbers agree.
 
     Raises:
         ValueError: if not; the message names some of those that differ.

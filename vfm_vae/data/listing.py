@@ -35,7 +35,7 @@ def list_images(folder: str | Path, option: str = "root") -> list[str]:
 
 
 def find_images(folder: str | Path, left_out: Counter[str], option: str = "root") -> list[str]:
-    """As `list_images`, but only counts what it leaves out, by its ending."""
+    """Finds images as `list_images` does, but only counts the files that it leaves out, by their ending."""
     return sorted(_walk(str(folder), "", (), left_out, option))
 
 

@@ -102,7 +102,7 @@ class ResumableLoader(DataLoader[Any]):
         return (epoch, num_batches * size) if num_batches % len(self) else (FORMER, len(self.sampler.dataset))
 
     def _check_size(self, trainer: Trainer, epoch: int, num_batches: int, size: int) -> None:
-        """Sees that what a run has counted agrees with batches of this size, as far as that tells."""
+        """Checks that a run's counts agree with batches of this size."""
         made = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         module = trainer.lightning_module
         before = getattr(module, "images_seen", made * size) - made * size  # of former stages

@@ -125,11 +125,11 @@ class Member(io.RawIOBase):
         self.file, self.offset, self.size, self.position = file, offset, size, 0
 
     def readable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -206,7 +206,7 @@ def list_shards(root: str | Path, split: str) -> list[Path]:
 
 
 def read_index(paths: list[Path], file: Path | None = None, retry: bool = False, num_threads: int = 8) -> list[Shard]:
-    """Looks through shards, those alone that an index does not know yet, and keeps what it found.
+    """Reads the headers of shards that are not yet in the index, and keeps the index.
 
     Args:
         paths: Paths of the shards.
@@ -238,7 +238,7 @@ def read_index(paths: list[Path], file: Path | None = None, retry: bool = False,
 
 
 def index_shard(path: Path) -> Shard:
-    """Looks through one shard; reads headers and labels alone."""
+    """Reads the headers and labels of one shard."""
     stat = path.stat()
     damage: list[str] = []
     rows: list[tuple[bytes, int, int, int]] = []

@@ -125,7 +125,7 @@ class Shards(Images):
         return ImageShardDataset(self.root, split, transform, index=index, **kwargs | self._reading())
 
     def prepare(self) -> None:
-        """Looks through shards that are new."""
+        """Indexes new shards."""
         for split in ("train", "val"):
             if paths := find_shards(self.root, split):
                 read_index(paths, shard_index(self.options.cache_dir, split), retry=True)
@@ -159,7 +159,7 @@ SOURCES: dict[str, type[Source]] = {"folder": Folders, "shards": Shards, "photos
 
 
 def check_photos(arguments: Mapping[str, int]) -> None:
-    """Sees that `write_photos` takes these arguments.
+    """Checks that `write_photos` takes these arguments.
 
     Raises:
         ValueError: if not.

@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 
 
 class Steps:
-    """Gives a step as many images whatever the GPUs: what they can't take at once is accumulated.
+    """Divides the images of a step over GPUs and over batches whose gradients are accumulated.
 
     From `begin` to `end`, the trainer accumulates as many batches as make a step, and the steps between two
     validations, its `val_check_interval`, become batches. Without `micro_batch_size` it is left as it is: a batch is
@@ -59,7 +59,7 @@ class Steps:
             trainer.val_check_interval = interval * number
 
     def end(self) -> None:
-        """Gives the trainer back what it had."""
+        """Restores the trainer's options."""
         if self._given is not None:
             trainer, number, interval = self._given
             trainer.accumulate_grad_batches = number

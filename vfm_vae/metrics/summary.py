@@ -45,7 +45,7 @@ def read_entries(path: Path) -> dict[str, Any]:
 
 
 def check_entries(path: Path, option: str) -> None:
-    """Looks whether `write_entry` will find a place, before anything is measured.
+    """Checks whether `write_entry` will find a place, before anything is measured.
 
     Args:
         path: The metrics file.
