@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import Callback
-from torchvision.models import vgg16
 
 from ldm.alignment import REG
 from ldm.models.lightningdit import SIZES, LightningDiT
@@ -45,11 +45,9 @@ def build(*configs: str | Path, options: list[str] = (), module: type = Tokenize
 
 
 @pytest.fixture
-def vgg(tmp_path: Path) -> list[str]:
+def vgg(vgg_file: str) -> list[str]:
     """Options that take LPIPS' network from a file with random weights."""
-    state = {f"features.{name}": tensor for name, tensor in vgg16(weights=None).features.state_dict().items()}
-    torch.save(state, tmp_path / "vgg16.pth")
-    return [f"--model.objective.init_args.perceptual_loss.init_args.weights={tmp_path / 'vgg16.pth'}"]
+    return [f"--model.objective.init_args.perceptual_loss.init_args.weights={vgg_file}"]
 
 
 @pytest.fixture
@@ -431,3 +429,47 @@ def test_one_full_size_step_on_cpu(full_size, tmp_path):
     assert cli.model.images_seen == 2
     assert cli.model.guard.num_skipped == 0
     assert all(not torch.equal(before[name], weight) for name, weight in watched.items())
+
+
+def test_configs_say_little_twice():
+    texts = [path.read_text() for path in CONFIGS.rglob("*.yaml")]
+    assert sum(text.count("class_path") for text in texts) <= 82  # half as many as when each class was named in full
+    assert not [text for text in texts if "class_path: vfm_vae." in text or "feature_channels" in text]
+
+
+def completed(*configs: str | Path, options: list[str] = ()) -> Namespace:
+    """The options that a module would be built by; nothing is built."""
+
+    class Parse(Build):
+        def instantiate_classes(self) -> None:
+            self.completed = self._completed()
+
+    arguments = ["fit", *(word for config in configs for word in ("-c", str(config))), *options]
+    plain = {"auto_configure_optimizers": False, "save_config_callback": None}
+    return Parse(TokenizerModule, ImageNetDataModule, args=arguments, **plain).completed.fit
+
+
+def test_widths_follow_from_the_vfm_in_one_line():
+    stage = ["vfm_vae/base.yaml", "vfm_vae/strong.yaml", "data/imagenet.yaml"]
+    options = ["--model.model.vfm.name=vit_base_patch14_dinov2.lvd142m", "--model.model.vfm.input_scale=0.875"]
+    before = torch.get_rng_state()
+    other = completed(
+        *stage, options=[*options, "--model.model.adapter.decoded_channels=256", "--seed_everything=false"]
+    )
+    model = other.model.model.init_args
+    adapter = model.adapter.init_args
+    assert (adapter.feature_channels, adapter.alignment_channels, adapter.unshuffle) == ([768] * 3, 768, 1)
+    assert model.decoder.init_args.in_channels == 256
+    assert other.model.discriminator.init_args.interpolation == "bicubic"
+    assert torch.equal(torch.get_rng_state(), before)
+    given = completed(*stage, options=["--model.model.adapter.alignment_channels=7"]).model.model.init_args.adapter
+    assert (given.init_args.alignment_channels, given.init_args.feature_channels) == (7, [1024] * 3)
+
+
+def test_a_run_tells_its_callbacks_and_its_logger_what_it_is_called():
+    writer = ["--trainer.callbacks+=LatentWriter", "--run.output=elsewhere", "--run.folder=some", "--run.name=mine"]
+    cli = build("demo/tokenizer.yaml", "demo/strong.yaml", "trainer/cpu.yaml", options=writer)
+    assert callback(cli, "Report").name == "mine" and callback(cli, "Report").path == Path("runs/demo/metrics.json")
+    assert callback(cli, "LatentWriter").directory == Path("elsewhere")
+    assert Path(cli.trainer.log_dir) == Path("some/mine")
+    assert cli.given.fit.trainer.callbacks[-1].init_args.directory is None  # in config.yaml, for the next command

@@ -1,8 +1,6 @@
 """Anybody's samples from files: as an .npz, as a folder, against a folder or statistics."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -61,23 +59,18 @@ def test_equals_the_distance_by_hand(samples, pixels, photos, name, capsys):
 def test_the_command_line(samples, photos):
     command = [f"--samples={samples / 'samples.npz'}", "--reference", str(photos / "train"), "--vfm", VFM]
     command += ["--image_size=64", f"--statistics={samples / 'train.npz'}"]
-    ran = subprocess.run(
-        [sys.executable, "-m", "vfm_vae.evaluate", *command], cwd=samples, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "precision_vit_photos_patch8_64" in ran.stdout
+    ended = run(samples, "vfm_vae.evaluate", *command)
+    assert ended.code == 0, ended.err
+    assert "precision_vit_photos_patch8_64" in ended.out
     assert (samples / "metrics.json").is_file() and ImageArchive(samples / "train.npz").num_images() == 52
     for wrong, message in {
         "--reference=nowhere": "reference: nothing at 'nowhere'",
         "--bach_size=3": "bach_size",
         "--matmul_precision=low": "['highest', 'high', 'medium']. Got value: low",
     }.items():
-        ran = subprocess.run(
-            [sys.executable, "-m", "vfm_vae.evaluate", *command, wrong], cwd=samples, capture_output=True, text=True, timeout=120,
-            check=False,
-        )  # fmt: skip
-        assert ran.returncode == 2 and "Traceback" not in ran.stderr
-        assert message in next(line for line in ran.stderr.splitlines() if line.startswith("error: "))
+        ended = run(samples, "vfm_vae.evaluate", *command, wrong)
+        assert ended.code == 2 and "Traceback" not in ended.err
+        assert message in next(line for line in ended.err.splitlines() if line.startswith("error: "))
 
 
 def test_the_diffusion_program_names_the_command_for_files(samples):
