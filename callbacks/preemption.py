@@ -76,7 +76,7 @@ class StopOnSignal(Checkpoint):
         known = signal.Signals.__members__
         for name in signals:
             if name not in known or known[name] in (signal.SIGKILL, signal.SIGSTOP):
-                raise ValueError(f"signals: {name!r} is no signal that can be caught; such are SIGTERM and SIGUSR1")
+                raise ValueError(f"signals: {name!r} can't be caught as a signal; use SIGTERM or SIGUSR1, for instance")
         at_least(1, every_n_steps=every_n_steps)
         within(0, 255, exit_code=exit_code)
         self.signals = [known[name] for name in signals]

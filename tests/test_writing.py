@@ -263,7 +263,7 @@ def test_an_archive_that_breaks_off_leaves_the_former_one(tmp_path: Path):
 
 
 def test_pictures_need_an_ending(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"path: '.*grid' ends like no format of images; .png is one"):
+    with pytest.raises(ValueError, match=r"path: '.*grid' has no image format's ending; use .png"):
         write_picture(tmp_path / "grid", np.zeros((2, 2, 3), np.uint8))
 
 

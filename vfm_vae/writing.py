@@ -118,7 +118,7 @@ def write_picture(path: str | Path, pixels: np.ndarray) -> None:
     """
     ending = Path(path).suffix.lower()
     if (kind := Image.registered_extensions().get(ending)) is None:
-        raise ValueError(f"path: {str(path)!r} ends like no format of images; .png is one")
+        raise ValueError(f"path: {str(path)!r} has no image format's ending; use .png, for instance")
     with whole_file(path) as file:
         Image.fromarray(pixels).save(file, format=kind)
 

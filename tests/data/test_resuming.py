@@ -255,7 +255,7 @@ def test_checkpoints_that_count_batches_of_another_size_are_refused(roots, tmp_p
 )
 def test_another_order_of_the_epoch_is_said(roots, tmp_path, options, named):
     fit(tmp_path, datamodule(roots, "shards", 8), 1, 2)
-    with pytest.warns(UserWarning, match=rf"data: the epoch that goes on was begun in another order \({named}\)"):
+    with pytest.warns(UserWarning, match=rf"data: the resumed epoch was begun in another order \({named}\)"):
         fit(tmp_path, datamodule(roots, **{"source": "shards", "batch_size": 8} | options), 1, 3)
 
 

@@ -57,8 +57,8 @@ class ResumableLoader(DataLoader[Any]):
         changed = [f"{name} {of}, now {order[name]}" for name, of in state["order"].items() if of != order[name]]
         if changed and not is_whole:
             rank_zero_warn(
-                f"data: the epoch that goes on was begun in another order ({'; '.join(changed)}): some of its images "
-                "are seen twice or not at all"
+                f"data: the resumed epoch was begun in another order ({'; '.join(changed)}): some of its images are "
+                "seen twice or not at all"
             )
         if self.trainer is not None:
             self._recount(self.trainer, state["batches_per_step"])
@@ -109,7 +109,7 @@ class ResumableLoader(DataLoader[Any]):
         as_many = made in (epoch * len(self), epoch * len(self) + num_batches)
         if not as_many or before < 0 or (before and getattr(module, "init_from", None) is None):
             raise ValueError(
-                "batch_size: the checkpoint, of a former version, counts batches within the epoch, which were not of "
-                f"{size} images as now; go on with batch size, accumulation and GPUs as they were, and change them "
-                "after the next checkpoint"
+                "batch_size: the checkpoint is from an earlier version, which counts batches within the epoch, but not "
+                f"of {size} images; resume with batch size, accumulation and GPUs as they were, and change "
+                "them after the next checkpoint"
             )
