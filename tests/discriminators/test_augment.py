@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from vfm_vae.discriminators.augment import DifferentiableAugmentation
@@ -58,6 +59,8 @@ def test_translation_moves_whole_pixels_and_fills_with_zeros():
     ones = only(translation=0.125)(torch.ones(200, 1, 16, 24))
     assert set(ones.unique().tolist()) == {0.0, 1.0}
     assert (ones.mean((1, 2, 3)) >= 14 / 16 * 21 / 24).all()
+    halves = only(translation=0.125)(torch.ones(200, 1, 20, 20)).mean((1, 2, 3))  # of 2.5 pixels, 3
+    assert halves.min() == pytest.approx((17 / 20) ** 2)
 
 
 def test_cutout_zeroes_a_square_clipped_by_the_border():

@@ -83,6 +83,9 @@ def test_larger_images_are_cropped_half_of_the_time():
     assert (corners % 96).max() == 32
     same_size = torch.rand(1, 3, 64, 64)
     assert all(discriminator._crop(same_size) is same_size for _ in range(10))
+    for probability, side in ((0.0, 80), (1.0, 64)):
+        discriminator.crop_probability = probability
+        assert {discriminator._crop(images).shape[-2] for _ in range(10)} == {side}
 
 
 def test_class_token_is_added_where_there_is_one():
