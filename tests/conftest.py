@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torchvision.models import vgg16
 
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
@@ -119,6 +120,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root, source="photos", photos={"size": 64, "train_per_class": 4, "val_per_class": 2}
     ).prepare_data()
     return root
+
+
+@pytest.fixture(scope="session")
+def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file with random weights for LPIPS' network."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in vgg16().state_dict().items() if name.startswith("features")}
+    path = tmp_path_factory.mktemp("hub") / "vgg16.pth"
+    torch.save({name: torch.randn(shape) / max(shape[1:].numel(), 1) ** 0.5 for name, shape in shapes.items()}, path)
+    return str(path)
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_statistics_of_moments_are_those_of_samples():
 
 
 def test_views_are_drawn_by_seed_epoch_and_index(tmp_path):
-    write(tmp_path, size=200)
+    write(tmp_path, size=200, shard_size=100)
     plain = everything(tmp_path, "latents")
 
     def views(epoch, seed=0):

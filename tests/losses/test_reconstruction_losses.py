@@ -3,7 +3,6 @@ from pathlib import Path
 import lpips
 import pytest
 import torch
-from torchvision.models import vgg16
 
 from vfm_vae.checkpoints import read_weights
 from vfm_vae.losses.reconstruction import LPIPSLoss, SSIMLoss, VFMPerceptualLoss, l1, l2, multi_resolution_l1
@@ -38,16 +37,6 @@ def test_multi_resolution_l1_sums_over_resolutions():
     assert loss.item() == pytest.approx(1.0)
     loss.backward()
     assert multiscale[0].grad.abs().sum() == pytest.approx(1.0)
-
-
-@pytest.fixture(scope="module")
-def vgg_file(tmp_path_factory):
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        names = {name: value.shape for name, value in vgg16().state_dict().items() if name.startswith("features")}
-    path = tmp_path_factory.mktemp("hub") / "vgg16.pth"
-    torch.save({name: torch.randn(shape) / max(shape[1:].numel(), 1) ** 0.5 for name, shape in names.items()}, path)
-    return str(path)
 
 
 def test_lpips_is_frozen_and_passes_gradients_to_the_images(vgg_file):
