@@ -1,4 +1,4 @@
-"""Alignment with vision foundation models, watched along training: of a latent, or of a denoiser's every block."""
+"""CKNNA with vision foundation models along training, of a latent or of a denoiser's blocks."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""How far generated images lie from real ones as a distribution: rFID and its kin, the gFID suite, FD on VFMs."""
+"""Distances between the distributions of generated and real images: rFID, gFID and others, and FD on VFMs."""
 
 from pathlib import Path
 from typing import Any

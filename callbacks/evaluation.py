@@ -1,4 +1,4 @@
-"""What callbacks share that measure a module during validation and test."""
+"""Base class of callbacks that measure a module during validation and test."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""A run that is told to stop saves what it has and ends."""
+"""Saves and ends a run that is told to stop."""
 
 import os
 import signal

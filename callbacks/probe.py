@@ -1,4 +1,4 @@
-"""What a linear probe reads: the classes of samples, and what a model's features know of real images' classes."""
+"""Linear probes: whether samples show their class, and whether a model's features tell real images' classes."""
 
 from collections.abc import Sequence
 from pathlib import Path

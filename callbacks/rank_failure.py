@@ -1,4 +1,4 @@
-"""When one rank fails, the others end as well, and soon."""
+"""Ends all ranks soon after one has failed."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Whether features stay the same where images change little: of the latent, and of the VFM beside it."""
+"""How much the features of a latent and of VFMs change when images change."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Images per second, and how much of the hardware's arithmetic a training step uses."""
+"""Images per second, and the fraction of the hardware's peak operations that training uses."""
 
 import re
 import time

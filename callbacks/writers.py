@@ -1,4 +1,4 @@
-"""What prediction leaves on disk: reconstructions, caches of latents, samples.
+"""Writes what is predicted: reconstructions, caches of latents, samples.
 
 Every rank writes its own part and nothing is kept in memory. Caches and samples go on where an earlier run was stopped.
 """

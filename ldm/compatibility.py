@@ -1,4 +1,4 @@
-"""Whether data, tokenizer, denoiser and checkpoint fit each other; each check says before anything is computed.
+"""Checks that data, tokenizer, denoiser and checkpoint fit each other, before anything is computed.
 
 What is taken over from a checkpoint that fits is taken here, too.
 """

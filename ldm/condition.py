@@ -1,4 +1,4 @@
-"""What a denoiser is told of each sample, and where that comes from.
+"""Conditions: what a denoiser is told about each sample, and where it comes from.
 
 A `Condition` moves along with a batch, from the data to the denoiser. Only the denoiser looks inside. A `Conditioning`
 makes conditions. A new kind of condition is a subclass of each, and a denoiser that understands it.

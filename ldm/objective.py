@@ -1,4 +1,4 @@
-"""What a denoiser is trained by, errors of its prediction at noisy latents; and what its blocks make of such."""
+"""The training objective of denoisers, and the features of their blocks at noisy latents."""
 
 from collections.abc import Mapping
 from functools import reduce

@@ -1,4 +1,4 @@
-"""Published weights of diffusion models, brought to our names, and ours to theirs."""
+"""Published weights of diffusion models: converting their names to ours and back."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""From noise to data, along a velocity field: one class per way of integrating.
+"""Samplers, which integrate a velocity field from noise to data.
 
 A sampler is called with the field, a function of `x: [B, ...]` and one time for all (a scalar on the CPU), and with the
 noise at t = 0; it returns the data at t = 1. Time is `path`'s.

@@ -1,4 +1,4 @@
-"""Leaving out the steps of training whose gradients are not finite."""
+"""Skips training steps whose gradients are not finite."""
 
 from typing import Any
 

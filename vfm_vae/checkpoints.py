@@ -1,4 +1,4 @@
-"""Files as they are read: weights, of torch or safetensors, told by their content, not by their names; and JSON.
+"""Reads files of weights, by their content rather than their names, and JSON.
 
 Nothing is unpickled but tensors and plain data. What can't be read is said in one line: which option gave it, where it
 lies, and what it seems to be.

@@ -1,4 +1,4 @@
-"""The command lines' common part: LightningCLI with short errors and our defaults."""
+"""What the command lines share: LightningCLI with short errors and our defaults."""
 
 import importlib
 import os

@@ -1,4 +1,4 @@
-"""Compiling a model region by region, rather than whole: equal layers are compiled once, and the rest stays eager.
+"""Compiles a model region by region rather than as a whole: equal layers are compiled once, and the rest stays eager.
 
 A region is a module whose `forward` has no break: a transformer's block, a decoder's layer. What is compiled is
 `forward` alone, once for each class, so that hooks, state dicts, sharding and activation checkpointing around it know

@@ -1,4 +1,4 @@
-"""What the parts ask of each other. Any class with these methods will do; it need not inherit anything."""
+"""Contracts: what the parts ask of each other. A class with these methods will do; it need not inherit from them."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping

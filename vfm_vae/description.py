@@ -1,4 +1,4 @@
-"""Objects that know what they were made of, so that a checkpoint or a folder can say how to make them again."""
+"""Objects that remember their arguments, so that a checkpoint or a folder can say how to make them again."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""`python -m vfm_vae.evaluate`: anybody's samples, in a file or a folder, against any reference, without a model."""
+"""`python -m vfm_vae.evaluate`: measures samples in a file or a folder against a reference, without a model."""
 
 import os
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Image files as tensors, and back."""
+"""Reads image files as tensors, and writes tensors as image files."""
 
 from pathlib import Path
 

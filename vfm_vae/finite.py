@@ -1,4 +1,4 @@
-"""What is not finite (nan, inf) ends an evaluation or a prediction, before it becomes a number or a file."""
+"""Ends an evaluation or a prediction if something is not finite (nan, inf), before it becomes a number or a file."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""What configs, folders and checkpoints of former versions say, in the words of this one.
+"""Compatibility: brings configs, folders and checkpoints of earlier versions into the form of this one.
 
 Whoever moves a class that configs name, or renames an option of one, adds a line to a table here.
 """

@@ -1,4 +1,4 @@
-"""Losses of one adversarial step: what the discriminators say of the generator, and what they learn themselves."""
+"""The adversarial losses of one step, of the generator and of the discriminators."""
 
 from collections.abc import Sequence
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""What flows between the blocks of a transformer, whatever its blocks take beside the tokens."""
+"""Collects the tokens between a transformer's blocks, whatever else its blocks take."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack

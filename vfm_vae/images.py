@@ -1,4 +1,4 @@
-"""Images as all of the project handles them: between 8 bits and [-1, 1], and from one size to another."""
+"""Converts images between 8 bits and [-1, 1], and resizes them."""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -1,4 +1,4 @@
-"""TokenizerModule: how the tokenizer is trained, stage by stage."""
+"""TokenizerModule, which trains a tokenizer, stage by stage."""
 
 from collections.abc import Mapping
 from functools import reduce

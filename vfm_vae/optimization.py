@@ -1,4 +1,4 @@
-"""Options of training, steps of an optimiser, and what is logged of them, without waiting for the device."""
+"""Checks of training options, optimizer steps, and their logging, without waiting for the device."""
 
 from collections.abc import Callable, Mapping
 from numbers import Real

@@ -1,4 +1,4 @@
-"""Ranges of numbers that options may have: one line names the option where a number lies outside.
+"""Checks of options: an error of one line names the option and its range.
 
 NaN and infinity lie outside of all; None, an option that is left out, lies within. Of a sequence, every entry counts.
 """

@@ -1,4 +1,4 @@
-"""What tokenizers have in common: folders, checkpoints, and what is said of their latents."""
+"""The base class of tokenizers: folders, checkpoints, and what identifies their latents."""
 
 from collections.abc import Mapping
 from pathlib import Path

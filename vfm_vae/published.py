@@ -1,4 +1,4 @@
-"""Published weights of tokenizers and discriminators, brought to our names, and ours to theirs."""
+"""Published weights of tokenizers and discriminators: converting their names to ours and back."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Public files of weights, for both programs: read, brought to our names and back, and put where training goes on.
+"""Published files of weights, for both programs: reading, converting names, and writing what training resumes from.
 
 Names are stated once, from ours to the published ones; importing looks each of ours up, exporting writes it back.
 """

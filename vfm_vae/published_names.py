@@ -1,4 +1,4 @@
-"""What the tensors of tokenizers and of their discriminators are called in public files, from ours to those."""
+"""Names of tokenizers' and discriminators' tensors in published files."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""Evaluation and prediction of tokenizers: images are encoded and decoded, then measured, written or cached."""
+"""Evaluation and prediction of tokenizers: encodes and decodes images to measure, write or cache them."""
 
 from typing import Any, Literal
 

@@ -1,4 +1,4 @@
-"""What a run is called, and where it puts things."""
+"""The name of a run and the folders that it writes to."""
 
 from collections.abc import Mapping
 from typing import Any, final

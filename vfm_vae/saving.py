@@ -1,4 +1,4 @@
-"""Checkpoints of training as they are written: whole, read back, and on all ranks alike."""
+"""Writes checkpoints of training: whole files, read back, with errors on all ranks."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""What a checkpoint of training says beside what Lightning writes: here it is written, and here it is read.
+"""The schema of checkpoints: the one place that writes and reads what they hold besides Lightning's own entries.
 
 A checkpoint has, beside Lightning's own entries (`state_dict`, `optimizer_states`, `loops`, …):
 

@@ -1,4 +1,4 @@
-"""Going from one stage of training to the next, with the same vision foundation model, where there is one."""
+"""Goes from one stage of training to the next."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

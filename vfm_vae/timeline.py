@@ -1,4 +1,4 @@
-"""Steps and epochs as they are shown: each once, though a run was stopped and went on."""
+"""Shows each step and epoch once, even if a run was stopped and resumed."""
 
 from collections.abc import Mapping
 from functools import partial

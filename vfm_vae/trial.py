@@ -1,4 +1,4 @@
-"""Trial runs: what they are, and what they go without.
+"""Trial runs, which write nothing.
 
 A run that an option of the trainer cuts short, such as `fast_dev_run`, shows whether everything works. Its numbers,
 checkpoints and files would pass for those of a whole run, so it leaves none, and goes on from none.

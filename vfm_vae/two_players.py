@@ -1,4 +1,4 @@
-"""Manual optimisation of two players: accumulation, clipping, and steps that are refused for both."""
+"""Manual optimization of generator and discriminators: accumulation, clipping, and skipped steps."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext

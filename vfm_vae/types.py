@@ -1,4 +1,4 @@
-"""Data that crosses the borders between packages."""
+"""Data that the packages exchange."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable

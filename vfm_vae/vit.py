@@ -1,4 +1,4 @@
-"""timm's vision transformers, by name: how they are made, and what their families want of images and positions."""
+"""Makes timm's vision transformers, and knows how their families treat images and positions."""
 
 import difflib
 from fnmatch import fnmatchcase

@@ -1,4 +1,4 @@
-"""The one way in which files are written: whole under their name, or not at all.
+"""Writes files whole or not at all; everything else in the project writes by this.
 
 A file comes to be beside its place, under a hidden name, is brought to the disk, and takes its place at once: whatever
 happens meanwhile, a full disk or a kill, under its name lies the former file or the new one. The former needs its space

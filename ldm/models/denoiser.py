@@ -1,4 +1,4 @@
-"""The contract between a denoiser and all that trains, samples and measures it."""
+"""The base class of denoisers: what training, sampling and measuring ask of them."""
 
 import math
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""LightningDiT (Yao et al. 2025, arXiv 2501.01423, section 4): a diffusion transformer with current parts.
+"""LightningDiT (Yao et al. 2025, arXiv 2501.01423, section 4), a diffusion transformer.
 
 It may denoise the class token of a vision foundation model (VFM) along (REG, Wu et al. 2025, arXiv 2507.01467), and
 project tokens within to the VFM's width, for their alignment (REPA, Yu et al. 2025, arXiv 2410.06940, and REG).

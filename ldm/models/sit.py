@@ -1,4 +1,4 @@
-"""SiT (Ma et al. 2024, arXiv 2401.08740), also as REG has it (Wu et al. 2025, arXiv 2507.01467): with a class token."""
+"""SiT (Ma et al. 2024, arXiv 2401.08740), also with a class token as in REG (Wu et al. 2025, arXiv 2507.01467)."""
 
 from collections.abc import Mapping
 from typing import ClassVar

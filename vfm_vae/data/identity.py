@@ -1,4 +1,4 @@
-"""Whether images are still the ones that something was made of: by names, sizes and times of their files."""
+"""Tells by names, sizes and times of files whether images have changed since something was made from them."""
 
 import hashlib
 import os

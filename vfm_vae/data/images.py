@@ -1,4 +1,4 @@
-"""Reading single images, damaged ones included, whatever they lie in."""
+"""The base class of data sets of images, which copes with damaged ones."""
 
 import logging
 import os

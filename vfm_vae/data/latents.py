@@ -1,4 +1,4 @@
-"""Latents that were encoded beforehand: a folder of safetensors shards, written by all ranks, read by rows.
+"""Caches of latents: folders of safetensors shards, written by all ranks and read by rows.
 
 A folder holds `*.safetensors` with `latents` and `latents_flip` `[n, C, h, w]` (or `moments`, mean then standard
 deviation, `[n, 2C, h, w]`) and `labels` `[n]`; `latents_stats.pt` with the mean and standard deviation of each channel,

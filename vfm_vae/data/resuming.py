@@ -1,4 +1,4 @@
-"""How a run that was stopped goes on within its epoch, also with other batches or on other ranks."""
+"""Resumes a run within an epoch, even with another batch size or number of ranks."""
 
 from collections.abc import Mapping
 from typing import Any

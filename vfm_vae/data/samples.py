@@ -1,4 +1,4 @@
-"""What data sets have in common, whatever they hold, and the one that holds numbers alone."""
+"""The base class of data sets, and one of mere numbers of samples."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Processes that load data, while the one that trains is told to stop."""
+"""Keeps loading processes alive while training is told to stop."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What the features of the embedded ViT hold: class, place and scale of a crop; in numbers and as a picture.
+"""Measures what the features of the embedded ViT tell about a crop: its class, place and scale.
 
 python -m vfm_vae.embedded.evaluate --picture docs/embedded_pca.png
 """

@@ -1,4 +1,4 @@
-"""The generator's objective: which losses, with which weights."""
+"""The tokenizer's objective: its losses and their weights."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,4 +1,4 @@
-"""How alike two feature spaces arrange the same samples: CKNNA, mutual nearest neighbours, and CKA.
+"""How similarly two feature spaces arrange the same samples: CKNNA, mutual nearest neighbours, and CKA.
 
 Centred kernel nearest-neighbour alignment is from Huh et al. 2024, "The Platonic Representation Hypothesis". The usual
 forms build several `n x n` matrices and multiply two of them. Here each sample's nearest neighbours are searched, and

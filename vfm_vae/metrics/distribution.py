@@ -1,4 +1,4 @@
-"""How far two sets of images lie apart as distributions of features."""
+"""Distances between two sets of images as distributions of features."""
 
 import math
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Features of a whole evaluation, whichever rank saw which sample."""
+"""Collects the features of an evaluation over batches and ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

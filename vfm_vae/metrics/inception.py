@@ -1,4 +1,4 @@
-"""Inception-2015, whose features FID and its kin are defined on: all that they need in one pass."""
+"""The Inception network of 2015, on whose features FID and related metrics are defined."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

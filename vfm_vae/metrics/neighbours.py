@@ -1,4 +1,4 @@
-"""The nearest neighbours of every sample among all others, exact, without ever holding an `n x n` matrix.
+"""The exact nearest neighbours of every sample among all others, without holding an `n x n` matrix.
 
 The matrix of inner products is computed tile by tile, on and above its diagonal alone. A tile that was multiplied is
 nearly done with: but for the first few, hardly one of its entries is larger than what its row or column has found

@@ -1,4 +1,4 @@
-"""What a linear classifier reads from features."""
+"""A linear classifier on features."""
 
 import torch
 import torch.nn.functional as F

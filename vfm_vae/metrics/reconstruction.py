@@ -1,4 +1,4 @@
-"""How well images are reconstructed: means of scores over images."""
+"""Reconstruction metrics: means of scores over images."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What samples are compared with: features and statistics of real images, from a folder or from a file."""
+"""The real images that samples are compared with: their features and statistics, from a folder or a file."""
 
 import json
 from collections.abc import Callable, Sequence

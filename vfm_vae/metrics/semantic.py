@@ -1,4 +1,4 @@
-"""Transformed images, by which it is asked what of an image's meaning its features keep (VFM-VAE, section 3)."""
+"""Transformations of images, to measure whether features keep their meaning (VFM-VAE, section 3)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

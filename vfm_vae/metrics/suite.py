@@ -1,4 +1,4 @@
-"""All that is measured of a set of images as a distribution, with one pass of the network over each image."""
+"""All metrics of a set of images as a distribution, with one pass of the network over each image."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Measured numbers as a file and as a table: several runs side by side, each with what its numbers depend on."""
+"""Metrics as a file and as a table, with several runs side by side."""
 
 import json
 import math
