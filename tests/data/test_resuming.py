@@ -241,7 +241,7 @@ def test_checkpoints_that_count_batches_go_on_unchanged(roots, tmp_path, num_ste
 def test_checkpoints_that_count_batches_of_another_size_are_refused(roots, tmp_path, num_steps, size):
     fit(tmp_path, datamodule(roots, "folder", 8), 1, num_steps)
     counting_batches(tmp_path, (num_steps - 1) % 3 + 1)
-    with pytest.raises(ValueError, match=f"batch_size: the checkpoint is from an earlier version, .* not of {size} images"):
+    with pytest.raises(ValueError, match=f"batch_size: .* from an earlier version, .* not of {size} images"):
         fit(tmp_path, datamodule(roots, "folder", size))
 
 
