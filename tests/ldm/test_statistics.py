@@ -11,7 +11,9 @@ from torch import nn
 
 from ldm.models.lightningdit import LightningDiT
 from ldm.module import DiffusionModule
+from ldm.normalization import LatentNormalization
 from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.frozen import Frozen
 from vfm_vae.images import from_uint8
 
@@ -80,3 +82,11 @@ def test_ranks_share_images_that_are_spread_over_the_data_set(shards, num_images
         numbers += [i for batch in data.spread_dataloader(num_images) for i in batch.index[batch.real].tolist()]
     count = min(num_images, CLASSES * EACH)
     assert sorted(numbers) == [i * CLASSES * EACH // count for i in range(count)]
+
+
+@pytest.mark.parametrize(("mean", "std", "differs"), [(0.09, 1.09, False), (0.11, 1.0, True), (0.0, 1.12, True)])
+def test_statistics_are_others_from_a_tenth_of_the_deviation_on(mean: float, std: float, differs: bool):
+    normalization = LatentNormalization(1)
+    normalization.take(LatentStatistics(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 2.0)))
+    others = LatentStatistics(torch.full((1, 1, 1, 1), 2 * mean), torch.full((1, 1, 1, 1), 2 * std))
+    assert normalization.differs_from(others) == differs

@@ -95,4 +95,5 @@ def test_posterior_against_closed_forms():
 def test_posterior_clamps_and_stays_in_float32():
     posterior = DiagonalGaussian(torch.full((1, 2, 1, 1), 1e4, dtype=torch.bfloat16))
     assert posterior.logvar.max() == 20.0
+    assert DiagonalGaussian(torch.full((1, 2, 1, 1), -1e4)).logvar.max() == -30.0
     assert posterior.sample().dtype == torch.float32

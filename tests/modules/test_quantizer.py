@@ -133,6 +133,8 @@ def test_usage_counts_the_codewords_of_a_batch():
     posterior = in_plane(0, 90, 180, 270)(towards(0, 0, 90, 0))
     assert posterior.usage.item() == 50
     torch.testing.assert_close(posterior.frequency, torch.tensor([[0.75, 0.25, 0, 0]]))
+    one_in = {places: in_plane(0, 90)(towards(90, *[0] * (places - 1))).usage.item() for places in (100, 300)}
+    assert one_in == {100: 100, 300: 50}  # a codeword is used above 0.01 / V, here one place in 200
 
 
 def test_running_frequencies_are_copied_then_decay():
