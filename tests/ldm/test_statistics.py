@@ -84,7 +84,9 @@ def test_ranks_share_images_that_are_spread_over_the_data_set(shards, num_images
     assert sorted(numbers) == [i * CLASSES * EACH // count for i in range(count)]
 
 
-@pytest.mark.parametrize(("mean", "std", "differs"), [(0.09, 1.09, False), (0.11, 1.0, True), (0.0, 1.12, True)])
+@pytest.mark.parametrize(
+    ("mean", "std", "differs"), [(0.09, 1.09, False), (0.11, 1.0, True), (0.0, 1.12, True), (0.0, 0.89, True)]
+)
 def test_statistics_are_others_from_a_tenth_of_the_deviation_on(mean: float, std: float, differs: bool):
     normalization = LatentNormalization(1)
     normalization.take(LatentStatistics(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 2.0)))
