@@ -1,8 +1,11 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import lpips
 import pytest
 import torch
+from torchvision import models
+from torchvision.models.vgg import cfgs, make_layers
 
 from vfm_vae.checkpoints import read_weights
 from vfm_vae.losses.reconstruction import LPIPSLoss, SSIMLoss, VFMPerceptualLoss, l1, l2, multi_resolution_l1
@@ -37,6 +40,12 @@ def test_multi_resolution_l1_sums_over_resolutions():
     assert loss.item() == pytest.approx(1.0)
     loss.backward()
     assert multiscale[0].grad.abs().sum() == pytest.approx(1.0)
+
+
+@pytest.fixture(autouse=True)
+def features_alone(monkeypatch):
+    """LPIPS takes the features of a VGG-16; drawing the classifier's weights would take seconds."""
+    monkeypatch.setattr(models, "vgg16", lambda pretrained: SimpleNamespace(features=make_layers(cfgs["D"], False)))
 
 
 def test_lpips_is_frozen_and_passes_gradients_to_the_images(vgg_file):
