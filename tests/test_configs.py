@@ -253,7 +253,7 @@ def test_demo_diffusion_builds(overlay, command, photos, tmp_path, monkeypatch):
     (tmp_path / "data/photos").symlink_to(photos)  # which the demo's own first command writes
     monkeypatch.chdir(tmp_path)
     cli = build_ldm("demo/ldm.yaml", f"demo/{overlay}.yaml", "trainer/cpu.yaml", command=command)
-    assert cli.model.guidance.scale == (2.0 if overlay == "ldm_guided" else 1.0)
+    assert cli.model.pipeline.guidance.scale == (2.0 if overlay == "ldm_guided" else 1.0)
     assert callback(cli, "Report").path.name == "metrics.json"
 
 
