@@ -11,7 +11,7 @@ from callbacks.ema import EMA
 from ldm.alignment import REG, REPA
 from ldm.guidance import Guidance
 from ldm.module import DiffusionModule
-from ldm.samplers import Dopri5, Euler, EulerMaruyama, Heun
+from ldm.samplers import Dopri5, Euler, EulerMaruyama, Heun, time_grid
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.transforms import RandomCrop
 from vfm_vae.discriminators.augment import DifferentiableAugmentation
@@ -101,6 +101,7 @@ DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
     # LightningDiT (arXiv 2501.01423) and its public code; SiT (arXiv 2401.08740) for the samplers.
     DiffusionModule: {"times": "lognormal", "cosine_weight": 1.0, "label_drop": 0.1, "statistics_images": 10_000},
     Guidance: {"scale": 1.0, "start": 0.0, "end": 1.0, "channels": None, "cls_scale": 0.0},
+    time_grid: {"shift": 1.0},
     Euler: {"steps": 250, "shift": 1.0},
     Heun: {"steps": 250, "shift": 1.0},
     Dopri5: {"atol": 1e-6, "rtol": 1e-3},

@@ -88,6 +88,14 @@ def test_accumulation_steps_at_the_end_of_a_group(tiny_module, trainer, batch):
 
 
 @pytest.mark.parametrize("order", ["simultaneous", "published"])
+def test_an_epoch_ends_with_a_step_of_what_is_left(tiny_module, trainer, batch, order):
+    module = tiny_module(accumulate_grad_batches=2, order=order)
+    run = trainer(max_epochs=1, limit_train_batches=3)
+    run.fit(module, repeat(batch))
+    assert run.global_step == 2 and module.images_seen == 3 * len(batch.images)
+
+
+@pytest.mark.parametrize("order", ["simultaneous", "published"])
 def test_a_step_is_the_mean_over_its_batches(tiny_module, trainer, batch, monkeypatch, order):
     """A step of two batches alike goes as far as one of either; SGD's, which does not forgive a factor as Adam does."""
     sgd = partial(torch.optim.SGD, lr=1e-4)

@@ -65,7 +65,7 @@ def test_translation_moves_whole_pixels_and_fills_with_zeros():
 
 def test_cutout_zeroes_a_square_clipped_by_the_border():
     torch.manual_seed(0)
-    for side, length in ((20, 4), (25, 5)):
+    for side, length in ((20, 4), (25, 5), (18, 4)):  # of 3.6 pixels, 4
         holes = (only(cutout=0.2)(torch.ones(500, 3, side, side)) == 0).float()
         assert torch.equal(holes[:, 0], holes[:, 2])
         rows, columns = holes[:, 0].amax(2).sum(1), holes[:, 0].amax(1).sum(1)

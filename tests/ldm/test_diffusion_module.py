@@ -74,6 +74,13 @@ def test_label_drop_uses_the_null_label(diffusion, latents, trainer):
         assert seen - {3} == expected - {3} and (3 in seen) == (share == 1)
 
 
+def test_so_many_labels_are_dropped(diffusion, latents, trainer):
+    module, seen = diffusion(label_drop=0.2), []
+    module.model.label_embed.register_forward_pre_hook(lambda _, args: seen.extend(args[0].tolist()))
+    trainer(max_steps=12, limit_val_batches=0).fit(module, datamodule=latents(batch_size=48))
+    assert len(seen) == 576 and 0.13 < seen.count(3) / len(seen) < 0.27  # four standard deviations
+
+
 def test_steps_images_and_one_average_per_step(diffusion, latents, trainer):
     module, average = diffusion(), EMA(decay=0.5)
     start = weights(module.model)
