@@ -1,4 +1,4 @@
-"""`python -m ldm.convert`: published weights of diffusion models, or a checkpoint of training, as a folder."""
+"""`python -m ldm.convert`: writes published weights, or a training checkpoint, as a folder that can be loaded."""
 
 from argparse import Namespace
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ def convert(
     statistics: str | None = None,
     tokenizer: str | None = None,
 ) -> None:
-    """Brings a diffusion model into a folder that the Python interface and the command lines read.
+    """Writes a diffusion model into a folder that Python and the command lines read.
 
     From published weights come `config.json`, `model.safetensors` and `README.md`, for `LatentDiffusion`; and
     `training.ckpt` and `model.yaml`, with which `python -m ldm` goes on training (model.init_from), samples and
@@ -44,10 +44,11 @@ def convert(
     Args:
         source: Public file of weights, or a checkpoint that `python -m ldm fit` wrote.
         out: The folder, which is made if it is missing.
-        config: The public YAML that belongs to published weights; not needed where the file holds the arguments of its
-            training script.
-        statistics: `latents_stats.pt` of the latents that the published weights were trained on.
-        tokenizer: The tokenizer of these latents, whose identity is noted: a folder, a checkpoint, or `owner/model`.
+        config: The public YAML that belongs to published weights. It is not needed if the file holds the arguments of
+            its training script.
+        statistics: The file `latents_stats.pt` of the latents that published weights were trained on.
+        tokenizer: The tokenizer that makes these latents: a folder, a checkpoint, or `owner/model`. The model is then
+            marked as trained on its latents.
     """
     content = read_weights(source, "source")
     if DIFFUSION.describes(content):

@@ -1,4 +1,4 @@
-"""`python -m vfm_vae.convert`: published weights, or a checkpoint of training, as a folder that is loaded by name."""
+"""`python -m vfm_vae.convert`: writes published weights, or a training checkpoint, as a folder that can be loaded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +35,7 @@ def convert(
     vfm_weights: str | None = None,
     images_seen: int | None = None,
 ) -> None:
-    """Brings a tokenizer into a folder that the Python interface and the command lines read.
+    """Writes a tokenizer into a folder that Python and the command lines read.
 
     From published weights come `config.json`, `model.safetensors` and `README.md`, for `VFMVAE.from_pretrained` and
     wherever a tokenizer is asked for; and `training.ckpt` and `model.yaml`, with which `python -m vfm_vae` goes on
@@ -45,9 +45,10 @@ def convert(
         source: Public file of weights, or a checkpoint that `python -m vfm_vae fit` wrote.
         out: The folder, which is made if it is missing.
         config: The public YAML that belongs to published weights.
-        vfm: timm's name of the VFM, where the public YAML's can't be told.
-        vfm_weights: File with the VFM's weights; with it, their fingerprint is noted and the fit is checked.
-        images_seen: Images that the weights were trained on, where it is not the public YAML's total_kimg.
+        vfm: Name of the VFM in timm, if it is not clear from the public YAML.
+        vfm_weights: File with the VFM's weights. With it, their fingerprint is noted and the model is checked against
+            it.
+        images_seen: How many images the weights were trained on, if not the public YAML's total_kimg.
     """
     content = read_weights(source, "source")
     if TOKENIZER.describes(content):

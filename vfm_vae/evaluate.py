@@ -155,25 +155,26 @@ def evaluate_samples(
     metrics_file: str = "metrics.json",
     name: str = "samples",
 ) -> None:
-    """Measures samples that lie in files by the ADM protocol: gFID, sFID, Inception Score, precision and recall.
+    """Measures samples in files by the ADM protocol: gFID, sFID, Inception Score, precision and recall.
 
     Args:
         samples: An .npz with `arr_0`, uint8 [N, H, W, 3], or a folder of images.
-        reference: An .npz such as ADM's VIRTUAL_imagenet256_labeled.npz, or a folder of images, <reference>/<class>/*.
-        inception: File with Inception's weights, instead of torch-fidelity's usual place.
-        vfm: Compare on this vision foundation model's features instead of Inception's; the numbers are no FID then.
-        vfm_weights: File with the VFM's weights.
-        vfm_input_scale: Factor by which images are resized before the VFM sees them, such as 0.875 for 256 px and
-            patches of 14.
-        image_size: Side in pixels of the centre crops of a reference folder's images.
-        statistics: Where to save what is measured of a reference folder; by default beside it. It is used again until
-            a file of the folder changes its name, size or time of modification.
+        reference: Real images: an .npz such as ADM's VIRTUAL_imagenet256_labeled.npz, or a folder
+            `<reference>/<class>/*`.
+        inception: File with Inception's weights, if they are not where torch-fidelity keeps them.
+        vfm: Name of a vision foundation model in timm whose features are compared instead of Inception's. The numbers
+            are no FIDs then.
+        vfm_weights: File with the VFM's weights to use instead of a download.
+        vfm_input_scale: Factor by which images are resized before the VFM, such as 0.875 for 256 px and patches of 14.
+        image_size: Height and width in pixels of the centre crops of a reference folder's images.
+        statistics: File for the statistics of a reference folder; the default is a file beside the folder. It is used
+            again until the name, size or time of modification of an image changes.
         remeasure: Measure the reference folder again, whatever is saved.
-        precision_recall: Measure these two, which need the reference's images.
-        batch_size: Images at a time.
-        device: Where to compute, such as cuda:1; by default a GPU where there is one.
-        metrics_file: Where the numbers go, with settings, counts and versions.
-        name: Their entry in that file.
+        precision_recall: Whether to measure precision and recall, which need the reference's images.
+        batch_size: How many images are processed at a time.
+        device: Device to compute on, such as `cuda:1`; the default is a GPU if there is one.
+        metrics_file: File for the numbers, with settings, counts and versions.
+        name: Name of their entry in that file.
     """
     at_least(1, image_size=image_size, batch_size=batch_size)
     positive(vfm_input_scale=vfm_input_scale)
