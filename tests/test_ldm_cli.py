@@ -117,7 +117,7 @@ MISTAKES = {
         ["--model.tokenizer=null", "--model.model.init_args.in_channels=8"],
         "are (4, 8, 8) (channels, rows, columns), but model.in_channels and input_size say (8, 8, 8)",
     ),
-    "another tokenizer": (["--data.root=foreign"], "data.root: the latents in 'foreign/train' are of another tokenizer"),
+    "another tokenizer": (["--data.root=foreign"], "the latents in 'foreign/train' are of another tokenizer"),
     "no such tokenizer": (
         ["--model.tokenizer.init_args.checkpoint=nowhere.ckpt"],
         "checkpoint: there is no tokenizer at 'nowhere.ckpt'",

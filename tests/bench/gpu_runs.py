@@ -33,8 +33,8 @@ from callbacks.throughput import peak_flops
 from ldm.condition import Labels
 from ldm.samplers import VelocityField
 from vfm_vae.metrics.alignment import cknna as cknna_of
-from vfm_vae.metrics.distribution import PrecisionRecall
 from vfm_vae.metrics.inception import POOL_WIDTH, Inception
+from vfm_vae.metrics.precision_recall import PrecisionRecall
 from vfm_vae.metrics.suite import DistributionSuite
 from vfm_vae.modules.equivariance import EquivarianceRegularizer, Transform
 

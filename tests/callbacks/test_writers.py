@@ -137,7 +137,7 @@ def test_a_cache_does_not_depend_on_where_the_weights_lie(predict, tmp_path):
 
 @pytest.mark.parametrize("content", ["latents", "reconstructions"])
 def test_features_go_with_moments_alone(tiny_module, content):
-    with pytest.raises(ValueError, match=rf"model\.predict: features are cached only with 'moments', given '{content}'"):
+    with pytest.raises(ValueError, match=rf"features are cached only with 'moments', given '{content}'"):
         tiny_module(predict=content, features=FrozenVFM(VFM))
 
 

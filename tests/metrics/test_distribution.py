@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from vfm_vae.metrics import distribution
+from vfm_vae.metrics import precision_recall
 from vfm_vae.metrics.distribution import (
     FrechetDistance,
     InceptionScore,
     Moments,
-    PrecisionRecall,
     frechet_distance,
 )
+from vfm_vae.metrics.precision_recall import PrecisionRecall
 
 
 def spd(d, seed):
@@ -215,7 +215,7 @@ def samples(seed, count, spread=1.0, shift=0.0):
 @pytest.mark.parametrize("block", [7, 1024])
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall_equal_full_matrices(k, block, monkeypatch):
-    monkeypatch.setattr(distribution, "_BLOCK_ROWS", block)
+    monkeypatch.setattr(precision_recall, "_BLOCK_ROWS", block)
     real, generated = samples(0, 90, 1.0, 50.0), samples(1, 110, 0.8, 50.3)
     generated[:20] = real[:20]  # copies, and several of one
     generated[20:25] = generated[40]

@@ -7,8 +7,9 @@ import torch
 
 from vfm_vae.images import quantised, to_uint8
 from vfm_vae.metrics.alignment import CKNNA
-from vfm_vae.metrics.distribution import FrechetDistance, Gaussian, InceptionScore, Moments, PrecisionRecall
+from vfm_vae.metrics.distribution import FrechetDistance, Gaussian, InceptionScore, Moments
 from vfm_vae.metrics.features import FeatureStore
+from vfm_vae.metrics.precision_recall import PrecisionRecall
 from vfm_vae.metrics.probe import LinearProbe
 from vfm_vae.metrics.reconstruction import PSNR, SSIM, MeanOverImages, PerceptualDistance
 

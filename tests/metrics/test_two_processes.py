@@ -5,7 +5,8 @@ import torch
 from torch import distributed, multiprocessing
 
 from vfm_vae.metrics.alignment import CKNNA
-from vfm_vae.metrics.distribution import FrechetDistance, Gaussian, InceptionScore, PrecisionRecall
+from vfm_vae.metrics.distribution import FrechetDistance, Gaussian, InceptionScore
+from vfm_vae.metrics.precision_recall import PrecisionRecall
 from vfm_vae.metrics.reference import ReferenceImages
 from vfm_vae.vfm import FrozenVFM
 

@@ -93,3 +93,13 @@ class FeatureStore(Metric):
     def compute(self) -> Tensor:
         """All features, float32 `[n, d]`, each sample once, in the order of their numbers."""
         return kept_features(self)
+
+
+def check_kind(real: bool, reference: object | None) -> None:
+    """Checks that no real samples are added to a metric that has a reference.
+
+    Raises:
+        ValueError: if they are.
+    """
+    if real and reference is not None:
+        raise ValueError("real: True was given, but the reference stands for real images; add generated ones only.")

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from vfm_vae.metrics.distribution import FrechetDistance, InceptionScore, PrecisionRecall
+from vfm_vae.metrics.distribution import FrechetDistance, InceptionScore
 from vfm_vae.metrics.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
+from vfm_vae.metrics.precision_recall import PrecisionRecall
 from vfm_vae.metrics.reference import Network, Reference, extract, name_of
 
 
