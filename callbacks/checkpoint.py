@@ -28,7 +28,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(save_last=True, save_top_k=0, every_n_train_steps=every_n_steps, enable_version_counter=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """From here on the trainer writes whole files."""
+        """Makes the trainer write whole files."""
         super().setup(trainer, pl_module, stage)
         write_whole(trainer)
 

@@ -114,7 +114,7 @@ class CKNNACallback(EvaluationCallback):
         self._history = list(state_dict["history"])
 
     def names(self) -> set[str]:
-        """By feature, time and VFM."""
+        """The names of the numbers, by feature, time and VFM."""
         of = ["cknna/<feature>" + ("" if len(self.times) == 1 else f"/t{time:g}") for time in self.times]
         of += ["se_cknna/<feature>/<transformation>"] if self.se_cknna else []
         return {name if len(self.vfms) == 1 else f"{name}/{vfm}" for name in of for vfm in self.vfms}
@@ -254,7 +254,7 @@ class CKNNACallback(EvaluationCallback):
         return nearest_neighbours(prepare_features(features), self.k)
 
     def _means(self, values: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-        """What is averaged: the single transformations of the image."""
+        """The numbers of the image's transformations that are averaged, by the name of their mean."""
         if self.se_cknna != "each":
             return {}
         prefix = "se_cknna/latent/"

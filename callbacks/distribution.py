@@ -77,7 +77,7 @@ class DistributionCallback(EvaluationCallback):
             self.network, self._measured = vfm, None
 
     def names(self) -> set[str]:
-        """By network and, of a VFM, by reference."""
+        """The names of the numbers, by network and, for a VFM, by reference."""
         names = suite_names(self.network, self.reference is None, self.precision_recall)
         return {self._log_name(name) for name in names.values()}
 

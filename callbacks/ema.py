@@ -65,7 +65,7 @@ class EMA(Callback):
         self.images_seen = int(state["images_seen"])
 
     def beta(self, num_images: int) -> float:
-        """What the average keeps of itself in a step.
+        """The share of the old average in the new one.
 
         Args:
             num_images: images that the step covered, over all ranks.
@@ -180,7 +180,7 @@ class EMA(Callback):
 
 
 def _precise(tensor: Tensor) -> Tensor:
-    """In float32 or better: small steps would be lost in bfloat16."""
+    """The tensor in float32 or better, as small steps would be lost in bfloat16."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 

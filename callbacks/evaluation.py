@@ -45,11 +45,11 @@ class EvaluationCallback(Callback, ABC):
         return min(self.num_images or self.num_samples, self.num_samples)
 
     def settings(self) -> dict[str, Any]:
-        """What the numbers depend on, as JSON has it."""
+        """What the numbers depend on, as plain data."""
         return {"num_images": self.num_measured}
 
     def chosen(self, index: Tensor) -> Tensor:
-        """Which samples of a batch take part, bool `[B]`: `num_images` of all, evenly spread, whoever has them."""
+        """Which samples of a batch take part, bool `[B]`: `num_images` of all, evenly spread over ranks and batches."""
         if self.num_images is None or self.num_images >= self.num_samples:
             return index >= 0
         return (index >= 0) & (index * self.num_images % self.num_samples < self.num_images)
@@ -64,7 +64,7 @@ class EvaluationCallback(Callback, ABC):
 
     @abstractmethod
     def names(self) -> set[str]:
-        """What `results` are called, which no other callback may use; `<feature>` stands for whatever a module has."""
+        """The names of `results`, which no other callback may use; `<feature>` stands for a module's features."""
 
     @abstractmethod
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:

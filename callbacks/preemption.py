@@ -116,7 +116,7 @@ class StopOnSignal(Checkpoint):
                 os.write(2, b"\nSIGINT: saves after this step and ends; a second one ends at once, without saving\n")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Where a step ended, stops if any rank was told to."""
+        """At the end of a step, stops if any rank was told to."""
         if trainer.global_step - self._asked < self.every_n_steps:
             return
         if validation_is_due(trainer):
@@ -186,7 +186,7 @@ def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
 
 
 def _ignored_by_shell(number: signal.Signals) -> bool:
-    """Whether a shell that started the process in the background made it deaf to the terminal's Ctrl-C."""
+    """Whether a shell started the process in the background, where it ignores the terminal's Ctrl-C."""
     return number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
 
 

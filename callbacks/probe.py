@@ -143,7 +143,7 @@ class LinearProbeCallback(EvaluationCallback):
             self.vfms = by_short_name([] if vfm is None else [vfm])
 
     def names(self) -> set[str]:
-        """By feature."""
+        """The names of the numbers, by feature."""
         return {"probe/<feature>"}
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -93,7 +93,7 @@ class Report(Output):
 
 
 def evaluation_settings(trainer: Trainer) -> dict[str, Any]:
-    """What numbers depend on beside the module: checkpoint, data, and each callback that measures, by its name."""
+    """What numbers depend on besides the module: the checkpoint, the data, and each callback that measures."""
     settings: dict[str, Any] = {}
     if trainer.state.fn != "fit":  # there it is what training went on from
         settings["checkpoint"] = str(trainer.ckpt_path) if trainer.ckpt_path else None

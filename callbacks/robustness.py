@@ -43,7 +43,7 @@ class RobustnessCallback(EvaluationCallback):
             self.vfms = by_short_name([] if vfm is None else [vfm])
 
     def names(self) -> set[str]:
-        """By feature."""
+        """The names of the numbers, by feature."""
         return {f"robustness/{name}" for name in ("latent", *self.vfms)}
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:

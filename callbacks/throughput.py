@@ -210,7 +210,7 @@ class _Meter:
         self.rates.update(time=self._seconds, batches=self._batches, samples=self._images, flops=flops)
 
     def resume(self) -> None:
-        """What passed since the last batch takes no time."""
+        """Leaves out the time that has passed since the last batch."""
         self._start = time.perf_counter() - self._seconds
 
 
@@ -247,7 +247,7 @@ def _convolution_backward(gradient: list[int], x: list[int], weight: list[int], 
 
 
 def peak_flops(trainer: Trainer) -> float | None:
-    """What a device's data sheet says of its products in 16 bits; None where it or another precision is not known."""
+    """A device's peak operations per second in 16 bits; None if they are unknown, or in another precision."""
     device = trainer.strategy.root_device
     if device.type != "cuda" or str(trainer.precision) not in ("bf16-mixed", "bf16-true", "16-mixed", "16-true"):
         return None

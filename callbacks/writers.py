@@ -32,7 +32,7 @@ from vfm_vae.writing import check_place, write_json, write_picture, write_tensor
 
 
 def place_of(directory: str | None) -> Path:
-    """Where a writer writes.
+    """The folder that a writer writes to.
 
     Raises:
         ValueError: if nothing says it.

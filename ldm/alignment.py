@@ -116,7 +116,7 @@ class REPA(nn.Module):
                 )
 
     def identity(self) -> dict[str, str | bool] | None:
-        """What a checkpoint says of the VFM whose features images were aligned to; None where they were cached."""
+        """How a checkpoint describes the VFM that was used; None if its features were cached."""
         return None if self.vfm is None else vfm_identity(self.vfm)
 
     def go_on_as(self, stored: Mapping[str, Any] | None) -> None:

@@ -261,7 +261,7 @@ def check_tokenizer(expected: Mapping[str, Any] | None, found: Mapping[str, Any]
 
 
 def name_of(identity: Mapping[str, Any]) -> str:
-    """What a tokenizer is called by its identity: its class, or, of a VFMVAE, its VFM."""
+    """The name of a tokenizer with this identity: its class or, for a VFMVAE, its VFM."""
     return str(identity.get("tokenizer") or identity["vfm"])
 
 

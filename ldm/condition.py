@@ -22,7 +22,7 @@ LabelMode = Literal["random", "balanced"]
 
 @dataclass(frozen=True)
 class Condition(ABC):
-    """What a denoiser is told of a batch. Subclasses are frozen dataclasses, too.
+    """What a denoiser is told about a batch. Subclasses are frozen dataclasses, too.
 
     Attributes:
         rows: Names of the fields that hold a row for each sample, tensors `[B, ...]`. All samples share other fields.
@@ -51,7 +51,7 @@ class Condition(ABC):
         return self._of_rows(lambda name, values: values[rows])
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
+        """The condition on another device."""
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: x.to(device) for name, x in moved.items() if isinstance(x, Tensor)})
 
@@ -60,7 +60,7 @@ class Condition(ABC):
         return self._of_rows(lambda name, values: torch.cat([values, getattr(other, name)]))
 
     def drop(self, dropped: Tensor) -> Self:
-        """The same, but null where `dropped`, bool `[B]`, says so."""
+        """The condition, but null where `dropped`, bool `[B]`, is true."""
         null = self.null()
 
         def choose(name: str, values: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Conditioning(Described, ABC):
 
     @abstractmethod
     def of_samples(self, index: Tensor, noise: IndexedNoise) -> Condition:
-        """What samples are drawn for where nobody says so; each depends on the seed and its number alone.
+        """The condition of samples if none is given; it depends only on the seed and a sample's number.
 
         Args:
             index: Numbers of the samples, int64 `[B]`.
@@ -103,13 +103,13 @@ class Conditioning(Described, ABC):
         """
 
     def settings(self) -> dict[str, Any]:
-        """All that `of_samples` depends on beside the seed, as JSON has it."""
+        """All that `of_samples` depends on besides the seed, as plain data."""
         return {"conditioning": describe(self)}
 
 
 @dataclass(frozen=True)
 class Labels(Condition):
-    """Classes.
+    """A condition of classes.
 
     Attributes:
         labels: int64 `[B]`; `num_classes` for none.

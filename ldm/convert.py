@@ -95,7 +95,7 @@ def _read_config(content: Any, path: str | None) -> Mapping[str, Any]:
 
 
 def _sampling(network: Denoiser, options: Mapping[str, Any]) -> tuple[Sampler, Guidance]:
-    """How published samples were drawn; the public LightningDiT guides the first three channels alone.
+    """How published samples were drawn; the public LightningDiT guides only the first three channels.
 
     Raises:
         ValueError: if by another method than Euler's.
@@ -117,7 +117,7 @@ def _matching(statistics: LatentStatistics, network: Denoiser) -> LatentStatisti
 
 
 def _checkpoint(model: LatentDiffusion, trained: Denoiser | None) -> dict[str, Any]:
-    """What `python -m ldm` reads: weights without states of optimisers.
+    """The checkpoint that `python -m ldm` reads: weights without optimizer states.
 
     Args:
         model: The model with its averaged weights, or with the only ones that there are.

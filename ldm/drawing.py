@@ -96,11 +96,11 @@ class DrawingModule(LightningModule):
         return samples._replace(images=quantised(self.tokenizer.decode(samples.latents), self.rounding))
 
     def sample_condition(self, index: Tensor) -> Condition:
-        """What samples are drawn for, by their numbers, int64 `[B]`."""
+        """The condition of samples, by their numbers, int64 `[B]`."""
         return self.pipeline.sample_condition(index, self.seed)
 
     def evaluation_settings(self) -> dict[str, Any]:
-        """All that samples depend on; asked on all ranks, which may share the weights."""
+        """All that samples depend on; all ranks must ask, as weights may be sharded."""
         state = self.model.state_dict()
         weights = {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in state.items()}
         return {

@@ -47,7 +47,7 @@ class Guidance(Described):
         self.scale, self.start, self.end, self.channels, self.cls_scale = scale, start, end, channels, cls_scale
 
     def with_scale(self, scale: float) -> "Guidance":
-        """The same at another strength."""
+        """The same guidance with another scale."""
         return Guidance(**self.arguments | {"scale": scale})
 
     def acts_at(self, t: float) -> bool:

@@ -138,7 +138,7 @@ class DiffusionModule(DrawingModule):
         return None if self.alignment is None else self.alignment.features(batch)
 
     def _state(self, latents: Tensor, features: Tensor | None) -> Tensor:
-        """What is diffused: normalised latents, and the VFM's class token where the denoiser has one."""
+        """The state to diffuse: normalised latents, with the VFM's class token if the denoiser has one."""
         token = features[:, 0] if features is not None and self.model.cls_channels else None
         return self.model.join(self.normalization(latents), token)
 

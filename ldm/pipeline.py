@@ -222,7 +222,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         return Samples(None, latents, condition, index)
 
     def sample_condition(self, index: Tensor, seed: int) -> Condition:
-        """What samples are drawn for by their numbers, int64 `[B]`, where nobody says so."""
+        """The condition of samples by their numbers, int64 `[B]`, if none is given."""
         return self.conditioning.of_samples(index, IndexedNoise(STREAM, seed, index, index.device))
 
     def condition(self, values: Condition | Sequence[Any] | Tensor) -> Condition:
@@ -234,7 +234,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         return values if isinstance(values, Condition) else self.conditioning.of_values(values)
 
     def settings(self) -> dict[str, Any]:
-        """All that samples depend on beside weights and seed, as JSON has it."""
+        """All that samples depend on besides weights and seed, as plain data."""
         return {
             "sampler": {"class": type(self.sampler).__name__, **self.sampler.arguments},
             "guidance": self.guidance.arguments,
@@ -243,7 +243,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         }
 
     def described(self) -> dict[str, Any]:
-        """How to make the model again, and whose latents it makes; plain data."""
+        """How to make the model again, and which tokenizer's latents it makes, as plain data."""
         model = describe(self)
         # These may be others than the model was made with.
         parts = {name: describe(getattr(self, name)) for name in ("sampler", "guidance", "conditioning")}
@@ -251,7 +251,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         return {"model": model, "tokenizer": self.latent_source}
 
     def pretrained_config(self) -> dict[str, Any]:
-        """The same.
+        """The config of a folder: what `described` says.
 
         Raises:
             ValueError: if the statistics of latents are not known, without which the weights are worth nothing.
@@ -261,7 +261,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         return self.described()
 
     def model_card(self) -> str:
-        """What the card says."""
+        """The text of the model card."""
         channels, height, width = self.model.latent_shape
         num_classes = self.conditioning.num_classes
         told = type(self.conditioning).__name__ if num_classes is None else f"{num_classes} classes"

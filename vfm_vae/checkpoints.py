@@ -153,7 +153,7 @@ def read_published_weights(weights: str | Path | None, url: str, owner: str) -> 
 
 
 def seems_to_be(path: str | Path) -> str:
-    """What a file is that can't be read as what it should be, as far as its first bytes tell."""
+    """What a file that can't be read seems to be, by its first bytes."""
     path = Path(path)
     if not path.exists():
         return "missing"
@@ -193,7 +193,7 @@ def few(names: Collection[str], shown: int = 3) -> str:
 
 
 def misfit(tensors: Any, wanted: Mapping[str, Tensor]) -> str | None:
-    """In which names and shapes tensors differ from those that a model takes; None where in none.
+    """How tensors differ from those of a model in names and shapes; None if they do not.
 
     Args:
         tensors: By name, or what else a file holds.
@@ -245,7 +245,7 @@ def check_state(module: nn.Module, checkpoint: Mapping[str, Any], option: str) -
 
 
 def _kind(path: str | Path, option: str) -> str:
-    """How a file is to be read: as `safetensors`, as torch's `zip`, or as a `pickle`, its former format."""
+    """The format of a file: `safetensors`, torch's `zip`, or its older `pickle`."""
     if Path(path).is_file():
         with open(path, "rb") as file:
             start = file.read(1024)
@@ -283,12 +283,12 @@ def _needed_global(error: BaseException) -> str | None:
 
 
 def _is_safetensors(start: bytes) -> bool:
-    """Whether a file begins as safetensors do: the length of a header, and the header, in JSON."""
+    """Whether a file begins like safetensors: with the length of a header, and a header in JSON."""
     return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 30
 
 
 def _safetensors_size(path: Path) -> int | None:
-    """How long its header says that the file is; None where the header itself is cut."""
+    """The length of the file according to its header; None if the header itself is cut short."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)

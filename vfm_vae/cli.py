@@ -200,7 +200,7 @@ class CLI(HookedCLI):
         return str(found)
 
     def _found(self, subcommand: str, ckpt_path: str | None) -> str | None:
-        """What Lightning takes for a checkpoint's path; None where there is none, or a trial run reads it not."""
+        """The checkpoint that Lightning will load; None if there is none, or a trial run does not load it."""
         if self.cut_short_by is not None and ckpt_path == "last":
             return None
         return checkpoint_path(self.trainer, subcommand, ckpt_path)
@@ -316,7 +316,7 @@ def short_errors() -> Iterator[None]:
 
 
 def _one_line(error: BaseException) -> str:
-    """What an error says; of one that a loading process met, without the traceback that comes in its text."""
+    """The message of an error, without the traceback that errors of loading processes contain."""
     return " ".join(str(error).rpartition(f"\n{type(error).__name__}: ")[2].split())
 
 

@@ -26,7 +26,7 @@ MAX_SHAPES = 256
 
 
 def should_compile(option: Compile, device: torch.device, model: nn.Module) -> bool:
-    """Whether to compile: as the option says, or with `auto` on CUDA and for models that are not small.
+    """Whether to compile: as the option says, or with `auto` on CUDA unless the model is small.
 
     Args:
         option: The option as given: true, false or `auto`.
@@ -53,7 +53,7 @@ def compile_regions(regions: Iterable[nn.Module], method: str = "forward", dynam
 
 
 def is_compiled(region: nn.Module, method: str = "forward") -> bool:
-    """Whether `compile_regions` has had this module."""
+    """Whether `compile_regions` has compiled this module."""
     return method in vars(region)
 
 

@@ -48,21 +48,21 @@ class VFM(Protocol):
         """Rows and columns of the tokens of images `[B, 3, height, width]`; ValueError if it takes none such."""
 
     def fingerprint(self) -> str:
-        """What tells its weights from others': SHA-256, in hexadecimal."""
+        """What identifies its weights: SHA-256, in hexadecimal."""
 
     def source(self) -> dict[str, Any]:
-        """What it takes to have this VFM again, as JSON has it.
+        """What it takes to make this VFM again, as plain data.
 
         That is its arguments by name, and beside them `name`, `layers`, `fingerprint`, and `class_path`, which is left
         out for `FrozenVFM` alone.
         """
 
     def view(self) -> dict[str, Any]:
-        """How it sees images and computes, as JSON has it: what its features depend on beside its weights."""
+        """How it sees images and computes, as plain data: what its features depend on besides its weights."""
         return {}
 
     def compile_regions(self) -> None:
-        """Compiles what is worth it, in place."""
+        """Compiles the parts that are worth compiling, in place."""
 
     def hold_products_in(self, dtype: torch.dtype) -> None:
         """Keeps weights in the precision that autocast takes them in, where that changes no outputs."""
@@ -90,11 +90,11 @@ class Tokenizer(Protocol):
     @property
     @abstractmethod
     def compression(self) -> int:
-        """Sides of the image over sides of the latent."""
+        """Image height over latent height."""
 
     @property
     def side_multiple(self) -> int:
-        """What the sides of the latent must divide by."""
+        """The latent's height and width must be multiples of this."""
 
     @property
     def interpolation(self) -> Interpolation:
@@ -105,7 +105,7 @@ class Tokenizer(Protocol):
         """The posterior of latents `[B, C, h, w]`, of images `[B, 3, H, W]` in [-1, 1]."""
 
     def encode_with_features(self, images: Tensor) -> tuple[Posterior, VFMFeatures | None]:
-        """The same for training, with what the VFM says of the images, where there is a VFM."""
+        """The posterior for training, with the VFM's features of the images if there is a VFM."""
 
     @abstractmethod
     def decode(self, z: Tensor) -> Decoded:
@@ -125,7 +125,7 @@ class Tokenizer(Protocol):
         """Raises a ValueError if images of this side can't be tokenized."""
 
     def compile_regions(self) -> None:
-        """Compiles what is worth it, in place."""
+        """Compiles the parts that are worth compiling, in place."""
 
 
 @runtime_checkable
@@ -199,7 +199,7 @@ class MakesLatents(Protocol):
     seed: int
 
     def latent_identity(self) -> Mapping[str, Any] | None:
-        """What tells the tokenizer's latents from others'."""
+        """What identifies the tokenizer's latents."""
 
 
 @runtime_checkable
@@ -235,20 +235,20 @@ class DrawsSamples(Protocol):
         """What the module chooses to draw samples for, by their numbers `[B]`."""
 
     def evaluation_settings(self) -> Mapping[str, Any]:
-        """All that samples depend on, as JSON has it."""
+        """All that samples depend on, as plain data."""
 
 
 @runtime_checkable
 class HasEvaluationSettings(Protocol):
-    """A module that can say under what conditions it is measured."""
+    """A module that says what its measured numbers depend on."""
 
     def evaluation_settings(self) -> Mapping[str, Any]:
-        """All that measured numbers depend on, as JSON has it."""
+        """All that measured numbers depend on, as plain data."""
 
 
 @runtime_checkable
 class WeightAverage(Protocol):
-    """Whoever keeps averaged weights: the module hands a former stage's over to it."""
+    """A callback that averages weights; the module hands it the averages of the previous stage."""
 
     def load_average(self, state: Mapping[str, Any]) -> None:
         """Continues from `state`, as a checkpoint holds it under the key `ema`."""

@@ -109,7 +109,7 @@ class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
 
     @property
     def side_multiple(self) -> int:
-        """What the sides of the latent must divide by."""
+        """The latent's height and width must be multiples of this."""
         return 1
 
     @property
@@ -152,12 +152,12 @@ class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
         return {"model": describe(self, without={"vfm"}), "vfm": self.vfm_source()}
 
     def pretrained_config(self) -> dict[str, Any]:
-        """The same for any machine, where the VFM's weights lie elsewhere."""
+        """The config of a folder: what `described` says, without paths on this machine."""
         config = self.described()
         return config | {"vfm": config["vfm"] and config["vfm"] | {"weights": None}}
 
     def model_card(self) -> str:
-        """What the card says."""
+        """The text of the model card."""
         kind = type(self)
         sizes = {"channels": self.latent_channels, "compression": self.compression}
         return CARD.format(name=kind.__name__, module=kind.__module__, **sizes)

@@ -18,7 +18,7 @@ from vfm_vae.options import at_least
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of noisy states.
+    """The prediction of a denoiser at noisy states.
 
     Attributes:
         velocity: The state's velocity, in the state's shape.

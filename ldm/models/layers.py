@@ -20,7 +20,7 @@ class Size(NamedTuple):
 
 
 def named_size(name: str, sizes: Mapping[str, Size]) -> dict[str, int]:
-    """What a name such as `XL/1` says: depth, width, num_heads and patch_size.
+    """The options that a name such as `XL/1` stands for: depth, width, num_heads and patch_size.
 
     Raises:
         ValueError: for a name that is not one of `sizes`, a slash, and the side of a patch.
@@ -267,7 +267,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """From tokens to patches of velocity, and from a class token in front of them to its velocity.
+    """Maps tokens to patches of velocity, and a class token in front of them to its velocity.
 
     Args:
         width: Width of the tokens.
@@ -299,7 +299,7 @@ class FinalLayer(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """From tokens to the width of a VFM's (REPA, Yu et al. 2025, arXiv 2410.06940): three linear layers with SiLU.
+    """Projects tokens to a VFM's width (REPA, Yu et al. 2025, arXiv 2410.06940): three linear layers with SiLU.
 
     Args:
         width: Width of the tokens.
