@@ -68,7 +68,7 @@ class EMA(Callback):
         """The share of the old average in the new one.
 
         Args:
-            num_images: images that the step covered, over all ranks.
+            num_images: Images that the step covered, over all ranks.
         """
         if self.decay is not None:
             return self.decay

@@ -14,8 +14,8 @@ def block_heat_map(values: Tensor, images_seen: Sequence[int], title: str) -> Te
 
     Args:
         values: `[blocks, measurements]`; nan is left white.
-        images_seen: training images at each measurement, `[measurements]`.
-        title: above the picture.
+        images_seen: Training images at each measurement, `[measurements]`.
+        title: Above the picture.
 
     Returns:
         uint8 `[3, height, width]`.

@@ -174,8 +174,8 @@ def reconstruction_grid(images: Tensor, decoded: Decoded) -> Tensor:
     """Lays out input | reconstruction | multi-scale images, large to small, one row per image.
 
     Args:
-        images: the input, `[B, 3, H, W]` in [-1, 1].
-        decoded: what was made of them.
+        images: The input, `[B, 3, H, W]` in [-1, 1].
+        decoded: What was made of them.
 
     Returns:
         uint8 `[3, height, width]`; small images are enlarged by whole pixels to the input's size.

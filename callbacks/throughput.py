@@ -237,10 +237,10 @@ def _convolution_backward(gradient: list[int], x: list[int], weight: list[int], 
     """The gradients of the input and of the weight, where asked for: each has the products of the forward pass.
 
     Args:
-        gradient: shape of the output's gradient.
-        x: shape of the input.
-        weight: shape `[C_out, C_in / groups, *kernel]`, transposed `[C_in, C_out / groups, *kernel]`.
-        arguments: the others of `aten.convolution_backward`, in its order.
+        gradient: Shape of the output's gradient.
+        x: Shape of the input.
+        weight: Shape `[C_out, C_in / groups, *kernel]`, transposed `[C_in, C_out / groups, *kernel]`.
+        arguments: The others of `aten.convolution_backward`, in its order.
     """
     transposed, wanted = arguments[-4], arguments[-1]
     return conv_flop_count(x, weight, gradient, transposed) * sum(wanted[:2])

@@ -280,7 +280,7 @@ def keep_settings(
         trainer: The trainer, whose rank zero writes.
         file: The file of notes.
         settings: The settings to note or to compare.
-        unsaid: what settings are where older notes don't say, by name.
+        unsaid: What settings are where older notes don't say, by name.
 
     Raises:
         ValueError: it is not; on every rank, so that none waits for another.

@@ -40,7 +40,7 @@ def times(distribution: Times, normal: Tensor) -> Tensor:
     Args:
         distribution: `lognormal` concentrates on the middle, `t = sigmoid(n)` (Esser et al. 2024, arXiv 2403.03206,
             section 3.1); `uniform` is the normal numbers' distribution function.
-        normal: standard normal numbers of any shape.
+        normal: Standard normal numbers of any shape.
 
     Raises:
         ValueError: for another distribution.
@@ -62,7 +62,7 @@ def cosine_error(prediction: Tensor, target: Tensor) -> Tensor:
 
     Args:
         prediction: `[B, C, h, w]`.
-        target: the same shape.
+        target: The same shape.
 
     Returns:
         `[B]`, in [0, 2].

@@ -29,7 +29,7 @@ def time_grid(steps: int, shift: float = 1.0) -> Tensor:
 
     Args:
         steps: Points of the grid, so one more than there are intervals.
-        shift: s; 1 leaves the grid even, LightningDiT takes 0.3.
+        shift: The shift s; 1 leaves the grid even, LightningDiT takes 0.3.
 
     Returns:
         float32 `[steps]`.

@@ -119,11 +119,11 @@ def measure(
     """Measures samples by the ADM protocol, with one pass of the network over each.
 
     Args:
-        samples: what is measured.
-        reference: what it is compared with.
+        samples: What is measured.
+        reference: What it is compared with.
         network: The network whose features are compared, on the device that computes them.
-        precision_recall: whether these two are wanted.
-        batch_size: images at a time.
+        precision_recall: Whether these two are wanted.
+        batch_size: Images at a time.
 
     Returns:
         The numbers by the names that `DistributionSuite` gives them.

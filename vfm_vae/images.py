@@ -56,10 +56,10 @@ def resize(images: Tensor, size: Sequence[int], interpolation: Interpolation, *,
     """Resizes maps `[B, C, H, W]` to `size` (rows, columns).
 
     Args:
-        images: floating-point maps; computed in float32 (CPUs antialias in no other precision), returned as given.
-        size: rows and columns wanted.
+        images: Floating-point maps; computed in float32 (CPUs antialias in no other precision), returned as given.
+        size: Rows and columns wanted.
         interpolation: `bilinear` or `bicubic`.
-        antialias: low-pass filter what shrinks. What grows never needs it, and PyTorch's antialiased bicubic kernel
+        antialias: Low-pass filter what shrinks. What grows never needs it, and PyTorch's antialiased bicubic kernel
             is another one than the plain (a = -0.5 against -0.75), so that growing always takes the plain.
     """
     size = tuple(size)

@@ -24,9 +24,9 @@ def resample_positions(
 
     Args:
         table: `[1, P + rows * columns, C]`; the P first are of class token and registers, and stay as they are.
-        old_grid: its rows and columns.
-        new_grid: those wanted.
-        interpolation: computed in float32.
+        old_grid: Its rows and columns.
+        new_grid: Those wanted.
+        interpolation: Computed in float32.
 
     Returns:
         `[1, P + rows * columns, C]` in the precision of `table`.

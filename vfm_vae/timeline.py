@@ -76,7 +76,7 @@ def logged_step(trainer: Trainer, ended: bool = False) -> int:
 
     Args:
         trainer: The trainer.
-        ended: whether training has, so that the counter is one further.
+        ended: Whether training has, so that the counter is one further.
     """
     return max(0, logged_steps(trainer) - ended)
 

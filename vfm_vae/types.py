@@ -63,7 +63,7 @@ class Encoded(NamedTuple):
     """What a tokenizer makes of a batch of images for a cache.
 
     Attributes:
-        tensors: by their names in the cache, `latents` and `latents_flip` `[B, C, h, w]`, or `moments` `[B, 2C, h, w]`
+        tensors: By their names in the cache, `latents` and `latents_flip` `[B, C, h, w]`, or `moments` `[B, 2C, h, w]`
             and, beside those, perhaps `features` `[B, 1 + N, D]` of a VFM.
         labels: int64 class indices, `[B]`.
         index: As in `Batch`.
@@ -96,8 +96,8 @@ class Samples(NamedTuple):
     Attributes:
         images: `[B, 3, H, W]` in [-1, 1]; None where latents were asked for.
         latents: Latents as the tokenizer decodes them, `[B, C, h, w]`.
-        condition: what they were drawn for, such as classes.
-        index: their numbers, int64 `[B]`; -1 marks padding.
+        condition: What they were drawn for, such as classes.
+        index: Their numbers, int64 `[B]`; -1 marks padding.
     """
 
     images: Tensor | None
@@ -110,10 +110,10 @@ class VFMFeatures(NamedTuple):
     """What a frozen vision foundation model says of a batch of images, in float32.
 
     Attributes:
-        layers: tokens of the layers asked for, in that order, each `[B, N, C]` in raster order.
-        tokens: patch tokens after the final norm, `[B, N, C]`.
-        pooled: class token after the final norm, or the mean of the patch tokens where there is none, `[B, C]`.
-        grid: rows and columns of the token grid; `N = rows * columns`.
+        layers: Tokens of the layers asked for, in that order, each `[B, N, C]` in raster order.
+        tokens: Patch tokens after the final norm, `[B, N, C]`.
+        pooled: Class token after the final norm, or the mean of the patch tokens where there is none, `[B, C]`.
+        grid: Rows and columns of the token grid; `N = rows * columns`.
     """
 
     layers: tuple[Tensor, ...]
@@ -131,9 +131,9 @@ class VFMShape(NamedTuple):
     """What other parts' options follow from, known of a VFM before it is built.
 
     Attributes:
-        width: channels of its final tokens.
-        widths: channels of each of the layers asked for.
-        stride: pixels of an image for each token, along a side.
+        width: Channels of its final tokens.
+        widths: Channels of each of the layers asked for.
+        stride: Pixels of an image for each token, along a side.
         target_interpolation: How training targets are resized for it, `bilinear` or `bicubic`.
     """
 
@@ -147,8 +147,8 @@ class Decoded(NamedTuple):
     """What the decoder makes of a latent.
 
     Attributes:
-        image: the reconstruction, `[B, 3, H, W]`, nominally in [-1, 1], not clamped.
-        multiscale: the images of the earlier blocks, small to large, `[B, 3, h_i, w_i]`.
+        image: The reconstruction, `[B, 3, H, W]`, nominally in [-1, 1], not clamped.
+        multiscale: The images of the earlier blocks, small to large, `[B, 3, h_i, w_i]`.
     """
 
     image: Tensor

@@ -60,10 +60,10 @@ def create_vit(name: str, *, weights: str | Path | None = None, pretrained: bool
     Args:
         name: timm name with or without its weights' tag, for instance `vit_large_patch16_siglip_512.v2_webli`; timm's
             `hf-hub:` and `local-dir:` sources work too.
-        weights: file with the weights (safetensors or a torch checkpoint, in timm's or the family's published layout)
+        weights: File with the weights (safetensors or a torch checkpoint, in timm's or the family's published layout)
             to take instead of a download; it has to hold every tensor of the network.
         pretrained: False leaves the weights random.
-        **kwargs: further arguments of the timm model.
+        **kwargs: Further arguments of the timm model.
 
     Raises:
         ValueError: if timm does not know the name, the network is no vision transformer, or its weights are neither

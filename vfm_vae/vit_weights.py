@@ -46,7 +46,7 @@ def load_vit(network: nn.Module, name: str, weights: str | Path) -> None:
     Args:
         network: A network of timm's, without its classifier.
         name: What it is called in messages.
-        weights: safetensors or a checkpoint of torch, in timm's or the family's published layout; within a checkpoint
+        weights: Safetensors or a checkpoint of torch, in timm's or the family's published layout; within a checkpoint
             of training and behind common prefixes, too. Classifiers, text towers and the like are passed over.
 
     Raises:

@@ -21,7 +21,7 @@ class ImageArchive:
     """An `.npz` file with images as `arr_0`, uint8 `[N, H, W, 3]`, and whatever else it holds.
 
     Args:
-        path: the file; nothing in it is unpickled.
+        path: The file; nothing in it is unpickled.
 
     Raises:
         ValueError: there is no such file, or it is no `.npz`; when it is read, if it is damaged.
@@ -97,11 +97,11 @@ def write_archive(
     """Writes an `.npz`, as `whole_file` does.
 
     Args:
-        path: the file.
+        path: The file.
         images: uint8 `[H, W, 3]` each, all of one size; becomes `arr_0`.
         num_images: Number of images.
-        option: what gave the path, for the message.
-        **arrays: what else the file is to hold.
+        option: What gave the path, for the message.
+        **arrays: What else the file is to hold.
 
     Raises:
         ValueError: they are of several sizes, or not so many.

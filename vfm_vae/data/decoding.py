@@ -12,7 +12,7 @@ def decode(file: str | Path | BinaryIO, exif_transpose: bool = True) -> Image.Im
 
     Args:
         file: A file in any format that Pillow reads.
-        exif_transpose: whether to turn the image as its EXIF orientation says, so that it stands as people see it.
+        exif_transpose: Whether to turn the image as its EXIF orientation says, so that it stands as people see it.
 
     Returns:
         8-bit RGB; what was transparent lies on white.

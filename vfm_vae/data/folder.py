@@ -15,10 +15,10 @@ class ImageFolderDataset(ImageDataset):
     """Images of `<root>/<split>/<class>/` and the folders in it, with their classes numbered in alphabetical order.
 
     Args:
-        root: folder of the data set.
-        split: folder below it, `train` or `val`.
-        transform: makes a tensor of an RGB image.
-        exclude: names of images to leave out, relative to the split's folder, as `class/file.JPEG`.
+        root: Folder of the data set.
+        split: Folder below it, `train` or `val`.
+        transform: Makes a tensor of an RGB image.
+        exclude: Names of images to leave out, relative to the split's folder, as `class/file.JPEG`.
         **kwargs: As for `ImageDataset`.
 
     Attributes:

@@ -16,8 +16,8 @@ class FilesState(NamedTuple):
 
     Attributes:
         digest: SHA-256, in hexadecimal, over the files' names, sizes and times of modification.
-        sizes: the same over names and sizes alone, which stay when files are copied.
-        newest: when the last one was modified, or put in its place, in seconds since 1970.
+        sizes: The same over names and sizes alone, which stay when files are copied.
+        newest: When the last one was modified, or put in its place, in seconds since 1970.
     """
 
     digest: str
@@ -36,8 +36,8 @@ def files_state(dataset: ImageDataset, num_threads: int = 8) -> FilesState:
     A million files take seconds on a local disk; nothing is read.
 
     Args:
-        dataset: the images.
-        num_threads: files that are asked for at once, since a network is slow.
+        dataset: The images.
+        num_threads: Files that are asked for at once, since a network is slow.
     """
     if dataset.shards is None:
         paths: Sequence[str] = [str(dataset.place / dataset.name(index)) for index in range(len(dataset))]

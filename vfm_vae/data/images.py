@@ -30,15 +30,15 @@ class ImageDataset(SampleSet):
     takes its place; in evaluation that one comes marked as padding, so that no metric counts it.
 
     Args:
-        place: what the images lie in, for messages.
+        place: What the images lie in, for messages.
         names: Names of the images in `place`.
-        labels: class indices, one for each name.
-        transform: makes a tensor of an RGB image.
+        labels: Class indices, one for each name.
+        transform: Makes a tensor of an RGB image.
         seed: Seed of the augmentation.
-        exif_transpose: whether images are turned as their EXIF orientation says.
-        replace_damaged: whether another image takes the place of a damaged one (training), or marks it (evaluation).
-        max_bad_fraction: share of the data set that may be damaged.
-        num_lost: images that are known to be damaged, and are not among the names.
+        exif_transpose: Whether images are turned as their EXIF orientation says.
+        replace_damaged: Whether another image takes the place of a damaged one (training), or marks it (evaluation).
+        max_bad_fraction: Share of the data set that may be damaged.
+        num_lost: Images that are known to be damaged, and are not among the names.
 
     Attributes:
         classes: Names of the classes; a label is a position in this list.

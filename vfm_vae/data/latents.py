@@ -99,7 +99,7 @@ class ShardPlan:
     Args:
         folder: Folder of the cache's split.
         num_images: Number of images in the split.
-        shard_size: images of one shard.
+        shard_size: Images of one shard.
     """
 
     def __init__(self, folder: Path, num_images: int, shard_size: int) -> None:
@@ -134,10 +134,10 @@ def measure_shards(plan: ShardPlan, rank: int = 0, num_ranks: int = 1, chunk: in
     """Adds up the plain views, or the moments, of one rank's part of the shards.
 
     Args:
-        plan: the shards, all of which are there.
-        rank: takes each `num_ranks`-th shard from this one on.
+        plan: The shards, all of which are there.
+        rank: Takes each `num_ranks`-th shard from this one on.
         num_ranks: Number of ranks, whose sums together are those of the whole.
-        chunk: rows read at a time.
+        chunk: Rows read at a time.
     """
     shapes, _ = _look_into(plan.path(0))
     name = "moments" if "moments" in shapes else "latents"
@@ -183,14 +183,14 @@ class LatentDataset(SampleSet):
 
     Args:
         folder: Folder of the split.
-        train: whether to draw.
+        train: Whether to draw.
         seed: Seed of the draws.
 
     Attributes:
         shape: (C, h, w) of a latent.
-        tokenizer: what the cache says of its tokenizer; None where it says nothing.
+        tokenizer: What the cache says of its tokenizer; None where it says nothing.
         features_shape: (1 + N, D) of the features that the cache holds for each image; None where it holds none.
-        features_source: what the cache says of the VFM that made them, see `VFM.source`.
+        features_source: What the cache says of the VFM that made them, see `VFM.source`.
 
     Raises:
         ValueError: a shard can't be read, differs from the others or has a negative label; there are features

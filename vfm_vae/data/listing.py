@@ -23,7 +23,7 @@ def list_images(folder: str | Path, option: str = "root") -> list[str]:
 
     Args:
         folder: The folder to look in.
-        option: names the folder in messages.
+        option: Names the folder in messages.
 
     Raises:
         ValueError: a folder can't be read.

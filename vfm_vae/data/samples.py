@@ -19,10 +19,10 @@ class SampleSet(Dataset[tuple[Any, ...]], ABC):
     A batch may carry more than it does: by one more field, None by default, and data sets whose samples have it.
 
     Attributes:
-        batch_type: what samples are put together to.
-        reads: whether samples take time to read, so that workers are worth their while.
-        labels: class indices, int64 `[num_samples]`.
-        shards: number of the file that each sample lies in, int64 `[num_samples]`, where many share one and are best
+        batch_type: What samples are put together to.
+        reads: Whether samples take time to read, so that workers are worth their while.
+        labels: Class indices, int64 `[num_samples]`.
+        shards: Number of the file that each sample lies in, int64 `[num_samples]`, where many share one and are best
             read one after the other; else None.
     """
 

@@ -17,9 +17,9 @@ class Draw(NamedTuple):
     """What a sampler asks of a data set.
 
     Attributes:
-        index: position in the data set.
-        epoch: seeds the sample's augmentation, together with the data set's seed and the index.
-        padding: the sample only makes ranks equal; metrics are to leave it out.
+        index: Position in the data set.
+        epoch: Seeds the sample's augmentation, together with the data set's seed and the index.
+        padding: The sample only makes ranks equal; metrics are to leave it out.
     """
 
     index: int  # type: ignore[assignment]  # tuples have a method of this name
@@ -36,18 +36,18 @@ class TrainingSampler(DistributedSampler[Any]):
     so that Lightning leaves it in place, whatever `use_distributed_sampler` says.
 
     Args:
-        dataset: what is sampled; only its length is used.
-        batch_size: images of one batch on one rank.
+        dataset: What is sampled; only its length is used.
+        batch_size: Images of one batch on one rank.
         seed: Seed of the order.
-        num_replicas: number of ranks.
-        rank: this process's.
-        shards: number of the shard that each sample lies in, `[len(dataset)]`; None shuffles all samples together.
-        mixed_shards: how many shards are mixed at a time.
-        batches_per_step: batches whose gradients make one step; an epoch holds whole steps.
+        num_replicas: Number of ranks.
+        rank: This process's.
+        shards: Number of the shard that each sample lies in, `[len(dataset)]`; None shuffles all samples together.
+        mixed_shards: How many shards are mixed at a time.
+        batches_per_step: Batches whose gradients make one step; an epoch holds whole steps.
 
     Attributes:
         num_batches: Number of batches in a whole epoch.
-        start: images at the beginning of the epoch's order, over all ranks, that the next iteration leaves out, because
+        start: Images at the beginning of the epoch's order, over all ranks, that the next iteration leaves out, because
             a former run has seen them.
 
     Raises:
@@ -114,10 +114,10 @@ class EvaluationSampler(DistributedSampler[Any]):
     """Every image once, in order; each batch is divided over the ranks, the last one filled with marked padding.
 
     Args:
-        dataset: what is sampled; only its length is used.
-        batch_size: images of one batch on one rank.
-        num_replicas: number of ranks.
-        rank: this process's.
+        dataset: What is sampled; only its length is used.
+        batch_size: Images of one batch on one rank.
+        num_replicas: Number of ranks.
+        rank: This process's.
     """
 
     dataset: Any
@@ -149,8 +149,8 @@ class GivenOrder(DistributedSampler[Any]):
     alone, and others would wait for it.
 
     Args:
-        dataset: what is sampled; only its length is used.
-        indices: positions in it.
+        dataset: What is sampled; only its length is used.
+        indices: Positions in it.
     """
 
     def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
@@ -172,9 +172,9 @@ class IndexedNoise:
     Each sample has a stream of its own on the CPU, from which successive calls draw.
 
     Args:
-        purpose: a word for what they are needed for; each has streams of its own.
-        seed: changes all streams.
-        index: numbers of the samples, int64 `[B]`; negative ones, which mark padding, share a stream.
+        purpose: A word for what they are needed for; each has streams of its own.
+        seed: Changes all streams.
+        index: Numbers of the samples, int64 `[B]`; negative ones, which mark padding, share a stream.
         device: Device on which the numbers are wanted.
     """
 

@@ -37,13 +37,13 @@ class Shard(NamedTuple):
 
     Attributes:
         size: Size of the file in bytes; with `modified`, it tells whether the file has changed.
-        modified: when it was written, in nanoseconds.
+        modified: When it was written, in nanoseconds.
         names: Names of the images' members, bytes `[n]`.
         offsets: Where their contents begin in the shard, in bytes, int64 `[n]`.
         sizes: Sizes of their contents in bytes, int64 `[n]`.
         labels: int64 `[n]`.
-        damage: what was found wrong: samples without an image or a label, and a tar that breaks off (`whole` is False).
-        whole: whether the tar was readable to its end.
+        damage: What was found wrong: samples without an image or a label, and a tar that breaks off (`whole` is False).
+        whole: Whether the tar was readable to its end.
     """
 
     size: int
@@ -63,12 +63,12 @@ class ImageShardDataset(ImageDataset):
     has lost is estimated from the others.
 
     Args:
-        root: folder of the shards, which have the word `train` or `val` in their names (or `training`, `valid`,
+        root: Folder of the shards, which have the word `train` or `val` in their names (or `training`, `valid`,
             `validation`); or with folders `train` and `val` for them.
         split: `train` or `val`.
-        transform: makes a tensor of an RGB image.
-        index: file that keeps the index; written where it is missing or older than the shards. None keeps none.
-        exclude: names of images to leave out, as `shard.tar/member.jpg`.
+        transform: Makes a tensor of an RGB image.
+        index: File that keeps the index; written where it is missing or older than the shards. None keeps none.
+        exclude: Names of images to leave out, as `shard.tar/member.jpg`.
         **kwargs: As for `ImageDataset`.
 
     Raises:
@@ -116,7 +116,7 @@ class Member(io.RawIOBase):
     """A part of an open file, as a file of its own; read without moving the position of the whole.
 
     Args:
-        file: the whole; held, so that nobody closes it.
+        file: The whole; held, so that nobody closes it.
         offset: Where the part begins, in bytes.
         size: Size of the part in bytes.
     """
@@ -210,10 +210,10 @@ def read_index(paths: list[Path], file: Path | None = None, retry: bool = False,
 
     Args:
         paths: Paths of the shards.
-        file: the index; None keeps none.
-        retry: whether to look again at shards that the disk or the network did not give. One process does so, and all
+        file: The index; None keeps none.
+        retry: Whether to look again at shards that the disk or the network did not give. One process does so, and all
             others take what it found.
-        num_threads: shards that are read at once.
+        num_threads: Shards that are read at once.
 
     Raises:
         ValueError: the index can't be written.

@@ -16,9 +16,9 @@ class SmallImages:
 
     Args:
         min_size: Size in pixels; with 0, no image is small and there is no file.
-        cache_dir: folder for what is found out about the images: for the list, and for the index of tar shards, after
+        cache_dir: Folder for what is found out about the images: for the list, and for the index of tar shards, after
             which a list there is made again.
-        path: file of the list, one name a line; by default in that folder.
+        path: File of the list, one name a line; by default in that folder.
     """
 
     def __init__(self, min_size: int, cache_dir: Path, path: str | None = None) -> None:
@@ -35,7 +35,7 @@ class SmallImages:
         """Makes the file where it is missing, or was made here of other images.
 
         Args:
-            images: gives the images; small ones are among them.
+            images: Gives the images; small ones are among them.
         """
         if self.min_size and not self._is_new(images):
             dataset = images()

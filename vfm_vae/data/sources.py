@@ -23,9 +23,9 @@ class Options:
     """What sources are told, each of which takes what concerns it; `ImageNetDataModule` explains those not said here.
 
     Attributes:
-        train_transform: makes a tensor of an image in training.
-        evaluation_transform: makes one where nothing is random.
-        small: the images that training leaves out.
+        train_transform: Makes a tensor of an image in training.
+        evaluation_transform: Makes one where nothing is random.
+        small: The images that training leaves out.
     """
 
     root: Path
@@ -43,7 +43,7 @@ class Source(ABC):
     """Finds the samples of a split, and reads none.
 
     Args:
-        options: what the DataModule was given.
+        options: What the DataModule was given.
     """
 
     def __init__(self, options: Options) -> None:

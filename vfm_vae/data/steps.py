@@ -13,8 +13,8 @@ class Steps:
     then what `batch_size` says, and options named `accumulate_grad_batches` say how many of them make a step.
 
     Args:
-        batch_size: images of a step, over all GPUs.
-        micro_batch_size: images that a GPU takes at a time, at most; None leaves steps to the trainer.
+        batch_size: Images of a step, over all GPUs.
+        micro_batch_size: Images that a GPU takes at a time, at most; None leaves steps to the trainer.
     """
 
     def __init__(self, batch_size: int, micro_batch_size: int | None) -> None:

@@ -24,9 +24,9 @@ class RandomCrop:
     """Training transform (VFM-VAE): a random square, resized with antialiasing, flipped half the time.
 
     Args:
-        image_size: side of the result in pixels.
-        min_crop: smallest side of the square, as a fraction of the image's short side; the largest is 1.
-        resampling: filter of the resize, `lanczos` or `bicubic`.
+        image_size: Side of the result in pixels.
+        min_crop: Smallest side of the square, as a fraction of the image's short side; the largest is 1.
+        resampling: Filter of the resize, `lanczos` or `bicubic`.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class CentreCrop:
     The image is halved by box filter while its short side is at least twice the target, then resized bicubically.
 
     Args:
-        image_size: side of the result in pixels.
-        flip: mirror half of the images, which alone is random here.
+        image_size: Side of the result in pixels.
+        flip: Mirror half of the images, which alone is random here.
     """
 
     def __init__(self, image_size: int, flip: bool = False) -> None:
@@ -99,7 +99,7 @@ class ResizeAndCrop:
     """Evaluation transform of much public code: the short side resized bilinearly with antialias, then the centre.
 
     Args:
-        image_size: side of the result in pixels.
+        image_size: Side of the result in pixels.
     """
 
     def __init__(self, image_size: int) -> None:

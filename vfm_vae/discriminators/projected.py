@@ -148,7 +148,7 @@ class ProjectedDiscriminator(nn.Module):
         """Brings images to the backbone's input: resize, [-1, 1] → [0, 1], the backbone's mean and std.
 
         Args:
-            images: float `[B, 3, H, W]` in [-1, 1].
+            images: Float `[B, 3, H, W]` in [-1, 1].
 
         Returns:
             `[B, 3, size, size]`.
@@ -174,8 +174,8 @@ def layer_tokens(vit: Any, inputs: Tensor, layers: Sequence[int]) -> list[Tensor
     """Patch tokens of several layers, the class token (if there is one) added to each.
 
     Args:
-        vit: a timm vision transformer.
-        inputs: normalised images `[B, 3, H, W]` of the model's size.
+        vit: A timm vision transformer.
+        inputs: Normalised images `[B, 3, H, W]` of the model's size.
         layers: 0 is the tokens that enter the first block, k the output of block k.
 
     Returns:

@@ -36,8 +36,8 @@ class Features(NamedTuple):
         images: uint8 `[n, 3, H, W]`.
         labels: int64 `[n]`.
         places: `place_of` each crop, `[n, 3]`.
-        tokens: patch tokens after the final norm, `[n, N, C]`.
-        pooled: their mean, `[n, C]`.
+        tokens: Patch tokens after the final norm, `[n, N, C]`.
+        pooled: Their mean, `[n, C]`.
     """
 
     images: Tensor
@@ -139,7 +139,7 @@ def report(weights: Path = WEIGHTS, picture: Path | None = None) -> dict[str, fl
     """Measure a network's features on a fresh copy of the photos, print the numbers and draw the picture.
 
     Args:
-        weights: the network's safetensors file.
+        weights: The network's safetensors file.
         picture: PNG file to write, if any.
     """
     overlay = {"file": str(weights)}

@@ -86,11 +86,11 @@ def sample_box(generator: np.random.Generator, width: int, height: int, split: S
     """Draw a square crop of random place and scale.
 
     Args:
-        generator: source of randomness.
+        generator: Source of randomness.
         width: Width of the photograph in pixels.
         height: Height of the photograph in pixels.
         split: `train` draws from all that is not held out, `val` from one held-out tile.
-        tile: which held-out tile a validation crop lies in, 0..4; training crops ignore it.
+        tile: Which held-out tile a validation crop lies in, 0..4; training crops ignore it.
     """
     short_side = min(width, height) // TILES
     side = round(short_side * generator.uniform(*SIDES[split]))
@@ -127,11 +127,11 @@ def write_photos(
     an interrupted write leaves nothing that could be mistaken for the data set.
 
     Args:
-        root: folder to write.
-        size: side of the crops, in pixels.
-        train_per_class: number of training crops of each photograph.
-        val_per_class: number of validation crops of each photograph; a multiple of 5 uses its tiles evenly.
-        seed: the same seed writes the same files.
+        root: Folder to write.
+        size: Side of the crops, in pixels.
+        train_per_class: Number of training crops of each photograph.
+        val_per_class: Number of validation crops of each photograph; a multiple of 5 uses its tiles evenly.
+        seed: The same seed writes the same files.
 
     Returns:
         `root` as a path.

@@ -36,8 +36,8 @@ class CropSampler:
     """Draws training crops from the photographs on the fly; held-out tiles are never touched.
 
     Args:
-        size: side of the crops, in pixels.
-        seed: the same seed draws the same crops.
+        size: Side of the crops, in pixels.
+        seed: The same seed draws the same crops.
     """
 
     def __init__(self, size: int = 64, seed: int = 0):
@@ -85,8 +85,8 @@ def patch_places(boxes: Tensor, grid: int, flip: Tensor) -> Tensor:
 
     Args:
         boxes: `evaluate.relative_box` of the crops, `[B, 4]`.
-        grid: number of patches along each side.
-        flip: which crops are mirrored, bool `[B]`.
+        grid: Number of patches along each side.
+        flip: Which crops are mirrored, bool `[B]`.
 
     Returns:
         Centre x and centre y of the patch and scale of the crop, `[B, N, 3]` in raster order.

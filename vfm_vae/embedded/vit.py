@@ -38,9 +38,9 @@ def vit_photos_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionTrans
     mean is the pooled feature.
 
     Args:
-        pretrained: load the weights that come with the package; they are stored in half precision, the parameters
+        pretrained: Load the weights that come with the package; they are stored in half precision, the parameters
             are float32.
-        kwargs: anything timm's `VisionTransformer` takes, `dynamic_img_size=True` for one.
+        kwargs: Anything timm's `VisionTransformer` takes, `dynamic_img_size=True` for one.
     """
     architecture: dict[str, Any] = {
         "img_size": 64,

@@ -15,9 +15,9 @@ class VFLoss(NamedTuple):
     """The VF loss and its parts, float32 scalars.
 
     Attributes:
-        loss: weighted sum of the two terms.
-        distance: distance-matrix term, unweighted.
-        cosine: cosine term, unweighted.
+        loss: Weighted sum of the two terms.
+        distance: Distance-matrix term, unweighted.
+        cosine: Cosine term, unweighted.
     """
 
     loss: Tensor
@@ -40,12 +40,12 @@ def vf_loss(
     the two at each position.
 
     Args:
-        z: latents projected to the features' width, `[B, C, h, w]`.
-        features: features of the VFM, `[B, C, h, w]`.
-        distmat_margin: difference of similarities that costs nothing (VA-VAE: 0.25).
-        cos_margin: cosine distance that costs nothing (VA-VAE: 0.5).
-        distmat_weight: weight of the distance term.
-        cos_weight: weight of the cosine term.
+        z: Latents projected to the features' width, `[B, C, h, w]`.
+        features: Features of the VFM, `[B, C, h, w]`.
+        distmat_margin: Difference of similarities that costs nothing (VA-VAE: 0.25).
+        cos_margin: Cosine distance that costs nothing (VA-VAE: 0.5).
+        distmat_weight: Weight of the distance term.
+        cos_weight: Weight of the cosine term.
 
     Raises:
         ValueError: if the shapes differ.
@@ -66,8 +66,8 @@ def pool_tokens(tokens: Tensor, grid: Sequence[int], latent_grid: Sequence[int])
 
     Args:
         tokens: `[B, N, C]` in raster order.
-        grid: rows and columns of the tokens; `N = rows * columns`.
-        latent_grid: rows and columns wanted; each divides the token grid's.
+        grid: Rows and columns of the tokens; `N = rows * columns`.
+        latent_grid: Rows and columns wanted; each divides the token grid's.
 
     Returns:
         Feature map `[B, C, h, w]`.
@@ -124,10 +124,10 @@ def adaptive_weight(
     twice.
 
     Args:
-        reconstruction_loss: sum of the weighted reconstruction terms, a scalar.
-        alignment_loss: the VF loss, a scalar.
+        reconstruction_loss: Sum of the weighted reconstruction terms, a scalar.
+        alignment_loss: The VF loss, a scalar.
         weight: The parameter whose gradients are compared.
-        maximum: what the result is clamped to.
+        maximum: What the result is clamped to.
 
     Returns:
         Detached scalar in `[0, maximum]`.

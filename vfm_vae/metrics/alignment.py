@@ -29,7 +29,7 @@ def prepare_features(features: Tensor, q: float = 0.95) -> Tensor:
 
     Args:
         features: `[n, d]`, any floating-point type.
-        q: the fraction of absolute values that stays as it is, in [0, 1].
+        q: The fraction of absolute values that stays as it is, in [0, 1].
 
     Returns:
         `[n, d]` in float32.
@@ -58,10 +58,10 @@ def cknna(a: Tensor, b: Tensor, k: int = 10, unbiased: bool = True) -> Tensor:
     features.
 
     Args:
-        a: features `[n, d_a]`, usually from `prepare_features`.
-        b: features `[n, d_b]` of the same samples in the same order.
-        k: number of neighbours.
-        unbiased: use the unbiased estimate of HSIC, where no sample is its own neighbour; the biased one lets it be.
+        a: Features `[n, d_a]`, usually from `prepare_features`.
+        b: Features `[n, d_b]` of the same samples in the same order.
+        k: Number of neighbours.
+        unbiased: Use the unbiased estimate of HSIC, where no sample is its own neighbour; the biased one lets it be.
 
     Returns:
         Scalar float32, at most 1; nan where the unbiased self-alignments have no common sign, or features are not
@@ -80,9 +80,9 @@ def cknna_of_neighbours(near_a: Neighbours, near_b: Neighbours, unbiased: bool =
     """CKNNA from neighbours already found: who compares many features with one another searches each of them once.
 
     Args:
-        near_a: the neighbours of every sample in one kernel, from `nearest_neighbours`.
-        near_b: those of the same samples in the other.
-        unbiased: use the unbiased estimate of HSIC, for which neighbours are searched with `exclude_self`; the biased
+        near_a: The neighbours of every sample in one kernel, from `nearest_neighbours`.
+        near_b: Those of the same samples in the other.
+        unbiased: Use the unbiased estimate of HSIC, for which neighbours are searched with `exclude_self`; the biased
             one is for neighbours searched without.
 
     Returns:
@@ -114,9 +114,9 @@ def mutual_knn(a: Tensor, b: Tensor, k: int = 10) -> Tensor:
     No sample is its own neighbour; of neighbours equally near, those that come first in the batch are taken.
 
     Args:
-        a: features `[n, d_a]`, usually from `prepare_features`.
-        b: features `[n, d_b]` of the same samples in the same order.
-        k: number of neighbours.
+        a: Features `[n, d_a]`, usually from `prepare_features`.
+        b: Features `[n, d_b]` of the same samples in the same order.
+        k: Number of neighbours.
 
     Returns:
         Scalar float32 in [0, 1], `k / (n - 1)` for unrelated features; nan where features are not finite.
@@ -138,9 +138,9 @@ def cka(a: Tensor, b: Tensor, unbiased: bool = False) -> Tensor:
     computed: see `hsic`.
 
     Args:
-        a: features `[n, d_a]`, any floating-point type.
-        b: features `[n, d_b]` of the same samples in the same order.
-        unbiased: use the unbiased estimate of HSIC.
+        a: Features `[n, d_a]`, any floating-point type.
+        b: Features `[n, d_b]` of the same samples in the same order.
+        unbiased: Use the unbiased estimate of HSIC.
 
     Returns:
         Scalar float32, at most 1, 0 where a feature space holds a single point; nan where the unbiased
@@ -165,9 +165,9 @@ def hsic(a: Tensor, b: Tensor, unbiased: bool = False) -> Tensor:
     without its diagonal to `-u_i`. Time is `O(n d_a d_b)`, memory `O(d_a d_b)`.
 
     Args:
-        a: features `[n, d_a]`, any floating-point type.
-        b: features `[n, d_b]` of the same samples in the same order.
-        unbiased: use the unbiased estimate.
+        a: Features `[n, d_a]`, any floating-point type.
+        b: Features `[n, d_b]` of the same samples in the same order.
+        unbiased: Use the unbiased estimate.
 
     Returns:
         Scalar float64.
@@ -210,9 +210,9 @@ class _MaskedPair(NamedTuple):
 
     Attributes:
         num_samples: `n`.
-        keys: position `row * n + column` of each non-zero, ascending, `[m]`.
-        p: the first kernel there, float64 `[m]`.
-        q: the second kernel there, float64 `[m]`.
+        keys: Position `row * n + column` of each non-zero, ascending, `[m]`.
+        p: The first kernel there, float64 `[m]`.
+        q: The second kernel there, float64 `[m]`.
     """
 
     num_samples: int
@@ -264,9 +264,9 @@ class CKNNA(Metric):
     their index: a sample seen twice counts once, padding (negative index) not at all, and order does not matter.
 
     Args:
-        k: number of neighbours.
-        unbiased: use the unbiased estimate of HSIC.
-        quantile: the fraction of absolute values that is not clamped.
+        k: Number of neighbours.
+        unbiased: Use the unbiased estimate of HSIC.
+        quantile: The fraction of absolute values that is not clamped.
     """
 
     full_state_update = False
@@ -283,8 +283,8 @@ class CKNNA(Metric):
         """Adds samples.
 
         Args:
-            a: features `[B, d_a]`.
-            b: features `[B, d_b]` to compare with.
+            a: Features `[B, d_a]`.
+            b: Features `[B, d_b]` to compare with.
             index: Number of each sample, int64 `[B]`; samples with a negative number are left out.
         """
         _check_features(a, b)

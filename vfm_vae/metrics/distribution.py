@@ -54,7 +54,7 @@ class Moments(Metric):
     """Mean and covariance of features, from running sums in float64 that add up over batches and ranks.
 
     Args:
-        num_features: the features' width `d`.
+        num_features: The features' width `d`.
     """
 
     full_state_update = False
@@ -94,8 +94,8 @@ class FrechetDistance(Metric):
     FID, on its spatial ones sFID; on those of a VFM it is to be called `fd_<vfm>`, never `fid`.
 
     Args:
-        num_features: the features' width `d`.
-        reference: the real images' distribution, where it is known before; then only generated ones are added.
+        num_features: The features' width `d`.
+        reference: The real images' distribution, where it is known before; then only generated ones are added.
 
     Raises:
         ValueError: if the reference is of another width, or not finite.
@@ -127,7 +127,7 @@ class FrechetDistance(Metric):
 
         Args:
             features: `[B, d]`.
-            real: whether they are of real images, or of generated ones.
+            real: Whether they are of real images, or of generated ones.
 
         Raises:
             ValueError: if the features' width is another than announced, or they are real beside a reference.
@@ -209,8 +209,8 @@ class InceptionScore(Metric):
 
     Args:
         num_images: Number of samples to expect.
-        split_size: samples in a split; ADM's evaluator has 5 000.
-        num_classes: width of the logits.
+        split_size: Samples in a split; ADM's evaluator has 5 000.
+        num_classes: Width of the logits.
 
     Raises:
         ValueError: if there is no image, or none in a split.
@@ -245,7 +245,7 @@ class InceptionScore(Metric):
 
         Args:
             logits: `[B, num_classes]`.
-            index: number of each sample from 0 to `num_images - 1`, int64 `[B]`; negative ones are left out.
+            index: Number of each sample from 0 to `num_images - 1`, int64 `[B]`; negative ones are left out.
 
         Raises:
             ValueError: if shapes don't fit, or a number is beyond those announced.

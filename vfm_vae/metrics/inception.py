@@ -30,9 +30,9 @@ class InceptionFeatures(NamedTuple):
     """What Inception says of a batch of images, in float32.
 
     Attributes:
-        pool: averages of the last feature maps, for FID, precision and recall, `[B, 2048]`.
-        spatial: the first 7 channels of a 17×17 map, for sFID, channels last, `[B, 2023]`.
-        logits: without the last layer's bias, for the Inception Score, `[B, 1008]`.
+        pool: Averages of the last feature maps, for FID, precision and recall, `[B, 2048]`.
+        spatial: The first 7 channels of a 17×17 map, for sFID, channels last, `[B, 2023]`.
+        logits: Without the last layer's bias, for the Inception Score, `[B, 1008]`.
     """
 
     pool: Tensor
@@ -46,7 +46,7 @@ class Inception(Frozen):
     Runs in full float32, with batch norms folded into the convolutions, which changes results by rounding alone.
 
     Args:
-        weights: file with torch-fidelity's weights, to take instead of `$TORCH_HOME/hub/checkpoints`, where they are
+        weights: File with torch-fidelity's weights, to take instead of `$TORCH_HOME/hub/checkpoints`, where they are
             downloaded to if they are missing.
 
     Raises:

@@ -27,10 +27,10 @@ class Neighbours(NamedTuple):
 
     Attributes:
         num_samples: `n`.
-        k: number of neighbours.
-        excludes_self: whether no sample is its own neighbour; otherwise it may be.
+        k: Number of neighbours.
+        excludes_self: Whether no sample is its own neighbour; otherwise it may be.
         keys: `sample * n + neighbour`, ascending, `[n * k]`.
-        values: the inner product of the two, float64 `[n * k]`; nan where features are not finite.
+        values: The inner product of the two, float64 `[n * k]`; nan where features are not finite.
     """
 
     num_samples: int
@@ -47,8 +47,8 @@ def nearest_neighbours(features: Tensor, k: int, exclude_self: bool = True) -> N
 
     Args:
         features: `[n, d]`, any floating-point type; of unit length where the nearest by angle are meant.
-        k: number of neighbours.
-        exclude_self: don't count a sample among its own neighbours.
+        k: Number of neighbours.
+        exclude_self: Don't count a sample among its own neighbours.
 
     Returns:
         The neighbours. All their values are nan where the features, or their squared norms, are not finite.
@@ -93,15 +93,15 @@ class Search:
     """The largest entries in every row of a symmetric matrix, while its tiles go by.
 
     Args:
-        entries: computes float32 entries `[rows, columns]` of the matrix, into a tensor if one is given.
-        size: rows of the matrix.
-        num_kept: how many are looked for in each row, at most `size`, or one less where the diagonal does not count.
-        exclude_diagonal: whether it does not.
+        entries: Computes float32 entries `[rows, columns]` of the matrix, into a tensor if one is given.
+        size: Rows of the matrix.
+        num_kept: How many are looked for in each row, at most `size`, or one less where the diagonal does not count.
+        exclude_diagonal: Whether it does not.
         device: The matrix's device.
 
     Attributes:
-        values: the largest so far, descending, `[size, num_kept]`; -inf where there is none yet.
-        columns: theirs.
+        values: The largest so far, descending, `[size, num_kept]`; -inf where there is none yet.
+        columns: Theirs.
     """
 
     def __init__(
@@ -140,10 +140,10 @@ class Search:
         """Takes what is new among the best: with `dim` 1 of the tile's rows, with 0 of its columns.
 
         Args:
-            tile: inner products.
-            dim: along which they compete.
-            owner: the row of `values` that the first competition is about.
-            partner: the sample that the first competitor is.
+            tile: Inner products.
+            dim: Along which they compete.
+            owner: The row of `values` that the first competition is about.
+            partner: The sample that the first competitor is.
         """
         owners = slice(owner, owner + tile.shape[1 - dim])
         limit = self.values[owners, -1]

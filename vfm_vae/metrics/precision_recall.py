@@ -25,7 +25,7 @@ class PrecisionRecall(Metric):
 
     Args:
         k: Balls reach to the k-th neighbour, not counting the sample itself.
-        reference: features of real images `[m, d]`, where they are known before, the same on every rank; then only
+        reference: Features of real images `[m, d]`, where they are known before, the same on every rank; then only
             generated ones are added.
     """
 
@@ -49,8 +49,8 @@ class PrecisionRecall(Metric):
 
         Args:
             features: `[B, d]`.
-            index: number of each sample among those of its kind, int64 `[B]`; negative ones are left out.
-            real: whether they are of real images, or of generated ones.
+            index: Number of each sample among those of its kind, int64 `[B]`; negative ones are left out.
+            real: Whether they are of real images, or of generated ones.
 
         Raises:
             ValueError: if shapes don't fit, or they are real beside a reference.

@@ -14,7 +14,7 @@ class LinearProbe:
 
     Args:
         features: Features of the training images, `[n, d]`.
-        labels: their classes, int64 `[n]`.
+        labels: Their classes, int64 `[n]`.
         max_iterations: Largest number of L-BFGS iterations.
 
     Raises:

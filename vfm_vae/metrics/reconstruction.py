@@ -75,7 +75,7 @@ class PSNR(_Mean):
 
         Args:
             reconstructions: `[B, 3, H, W]`, nominally in [-1, 1].
-            images: the originals, alike.
+            images: The originals, alike.
         """
         difference = to_uint8(reconstructions).double() - to_uint8(images).double()
         self.add(10 * torch.log10(255**2 / difference.square().mean(dim=(1, 2, 3))))
@@ -126,7 +126,7 @@ class PerceptualDistance(_Mean):
 
         Args:
             reconstructions: `[B, 3, H, W]`, nominally in [-1, 1].
-            images: the originals, alike.
+            images: The originals, alike.
         """
         if not len(images):
             return

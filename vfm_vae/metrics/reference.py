@@ -50,7 +50,7 @@ class Reference(NamedTuple):
     Attributes:
         pool: Distribution of the pooled features.
         spatial: Distribution of Inception's spatial features; None for other networks, or if a file has none.
-        features: pooled features of some of the images, `[m, d]`; None where they were not asked for.
+        features: Pooled features of some of the images, `[m, d]`; None where they were not asked for.
     """
 
     pool: Gaussian

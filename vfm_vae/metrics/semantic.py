@@ -22,8 +22,8 @@ class Part(NamedTuple):
     """Images or latents of a batch after a transformation that may give them several sizes.
 
     Attributes:
-        rows: their positions in the batch, int64 `[b]`.
-        maps: images `[b, 3, h, w]`, uint8 or float32 in 0..255, or latents `[b, C, h, w]`.
+        rows: Their positions in the batch, int64 `[b]`.
+        maps: Images `[b, 3, h, w]`, uint8 or float32 in 0..255, or latents `[b, C, h, w]`.
     """
 
     rows: Tensor
@@ -35,8 +35,8 @@ def add_noise(images: Tensor, sigma: float, index: Tensor, seed: int = 0) -> Ten
 
     Args:
         images: uint8 `[B, 3, H, W]`.
-        sigma: the noise's standard deviation.
-        index: each image's number, which its noise depends on, int64 `[B]`.
+        sigma: The noise's standard deviation.
+        index: Each image's number, which its noise depends on, int64 `[B]`.
         seed: Seed of the noise.
 
     Returns:
@@ -84,7 +84,7 @@ def published_numbers(names: Sequence[str]) -> Tensor:
     """Numbers of images in the published protocol: places of their files' stems among all stems, sorted.
 
     Args:
-        names: paths of the images that take part, such as `n01440764/ILSVRC2012_val_00000293.JPEG`; where stems are the
+        names: Paths of the images that take part, such as `n01440764/ILSVRC2012_val_00000293.JPEG`; where stems are the
             same, the whole paths decide.
 
     Returns:
@@ -101,7 +101,7 @@ def transformed(protocol: Literal["each", "published"], images: Tensor, index: T
         protocol: `each` for the single transformations; `published` for noise of each strength, and `equivariance`:
             one rotation and one scale per image.
         images: uint8 `[B, 3, H, W]`.
-        index: each image's number, int64 `[B]`; with `published`, as `published_numbers` has them.
+        index: Each image's number, int64 `[B]`; with `published`, as `published_numbers` has them.
 
     Returns:
         By name (`names_of`), the batch in parts of one size each. Images are uint8, but the published protocol leaves

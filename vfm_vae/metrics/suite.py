@@ -29,11 +29,11 @@ class DistributionSuite(nn.Module):
     `precision_<vfm>`, `recall_<vfm>`, never `fid`.
 
     Args:
-        network: extracts features; only called, not owned, so that its weights are in no `state_dict`.
+        network: Extracts features; only called, not owned, so that its weights are in no `state_dict`.
         num_images: Number of generated images to expect, which decides the splits of the Inception Score.
-        reference: real images that were measured before; None where they are given along.
-        precision_recall: whether to measure these two; needs the reference's features.
-        reconstructions: whether reconstructions are measured, or samples; by default, whether there is no reference.
+        reference: Real images that were measured before; None where they are given along.
+        precision_recall: Whether to measure these two; needs the reference's features.
+        reconstructions: Whether reconstructions are measured, or samples; by default, whether there is no reference.
 
     Raises:
         ValueError: the reference belongs to another network.
@@ -77,8 +77,8 @@ class DistributionSuite(nn.Module):
 
         Args:
             images: uint8 `[B, 3, H, W]`, without padding.
-            index: numbers of the images from 0 to `num_images - 1`, int64 `[B]`.
-            real: whether they are real ones, to compare with, where there is no reference.
+            index: Numbers of the images from 0 to `num_images - 1`, int64 `[B]`.
+            real: Whether they are real ones, to compare with, where there is no reference.
         """
         features = extract(self._network[0], images)
         self.distance.update(features.pool, real=real)
