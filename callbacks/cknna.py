@@ -35,17 +35,17 @@ class CKNNACallback(EvaluationCallback):
     patch tokens averaged after every block. A VFM's are its final patch tokens, averaged. Logged as
     `val/cknna/<feature>`; with several times as `val/cknna/<feature>/t<time>`, and with several VFMs followed by
     `/<vfm>`. Values of blocks are also drawn as a heat map, block by training progress, in TensorBoard as
-    `val/cknna_blocks` and in `<log_dir>/images/cknna_blocks.png`, times and VFMs in the name likewise. The VFMs see
-    each image once in a run, not at every validation.
+    `val/cknna_blocks` and in `<log_dir>/images/cknna_blocks.png`, with times and VFMs in the name. The VFMs see each
+    image once in a run, not at every validation.
 
     SE-CKNNA (semantic-equivariant CKNNA) compares features of transformed images with the VFM's of the clean ones, as
-    `val/se_cknna/<feature>/<transformation>`. `each` measures noise, scales and rotations one by one, and their mean,
-    which is ours: the published code never aggregates; and scales and rotations of the latent itself, as
-    `val/se_cknna/<feature>_transformed/…`. `published` measures noise, and `equivariance`, for which each image, or
-    its latent, is turned and scaled by one draw, the public script's: by the place of the image's file name, without
-    folder and ending, among the sorted ones of all images that take part. In a data set whose images have no names,
-    their order takes that place. The published numbers are of sampled latents (`model.evaluate: sample`) on 10 000
-    images, with VFMs in float32 (`precision: float32`).
+    `val/se_cknna/<feature>/<transformation>`. `each` measures noise, scales and rotations one by one, and their mean
+    (which the published code does not compute); and scales and rotations of the latent itself, as
+    `val/se_cknna/<feature>_transformed/…`. `published` measures noise, and `equivariance`: each image, or its latent,
+    is turned and scaled by one random draw, that of the public script. The draw depends on the rank of the image's file
+    name, without folder and ending, among the sorted names of all images that take part, or on the image's position if
+    images have no names. The published numbers are of sampled latents (`model.evaluate: sample`) on 10 000 images, with
+    VFMs in float32 (`precision: float32`).
 
     Args:
         vfms: The VFMs to compare with; null for the module's own.

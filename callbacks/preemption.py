@@ -27,32 +27,31 @@ from vfm_vae.saving import write_whole
 
 
 class StopOnSignal(Checkpoint):
-    """On a signal, writes the `last` checkpoint of the run's ModelCheckpoint after the present step, and ends.
+    """On a signal, writes the `last` checkpoint of the run's ModelCheckpoint after the current step, and ends the run.
 
-    With `ckpt_path: last` the same command goes on exactly where the run was, in the middle of an epoch, too. The
-    signal may reach one rank only: it sets a flag there, and after a step all ranks ask each other for theirs. A stop
-    waits for the end of an optimiser's step, because a checkpoint holds no half-accumulated gradients. No validation is
-    run; one that was due or had begun is done as a whole after the resume. (What a validation computes after its last
-    batch is not interrupted.) Until training begins, signals do what they did before. Whoever presses Ctrl-C (SIGINT)
-    a second time ends the process at once, without saving; where a shell lets its job ignore Ctrl-C, it is ignored.
+    With `ckpt_path: last` the same command resumes exactly where the run stopped, even in the middle of an epoch. A
+    signal may reach only one rank: after each step all ranks ask each other. A stop waits for the end of an optimizer
+    step, because a checkpoint holds no half-accumulated gradients. No validation is run; one that was due or had begun
+    is run as a whole after resuming. (What a validation computes after its last batch is not interrupted.) Before
+    training begins, signals have their usual effect. A second Ctrl-C (SIGINT) ends the process at once, without saving.
+    If a shell makes its background jobs ignore Ctrl-C, it stays ignored.
 
-    Several ranks with GPUs read an answer when they next ask, so all of them stop one asking later (by default, one
-    step): a rank that waited for it at once would leave its GPU idle at the end of each step. For the same reason,
-    where SIGTERM is among the signals, Lightning's ranks no longer ask each other for it before each batch.
+    With several GPUs, ranks read an answer when they next ask, so all of them stop one question later (by default, one
+    step): waiting for the answer would leave GPUs idle at the end of each step. For the same reason, if SIGTERM is
+    among the signals, Lightning's ranks no longer ask each other for it before each batch.
 
-    The process ends by `SystemExit` out of `Trainer.fit`, with code 0: whoever started it sees a command that did what
-    it was told, and one that went wrong differs from it. Give `exit_code` where a scheduler restarts jobs by their
-    code alone. SLURM leaves `KillWait` between SIGTERM and SIGKILL, torchrun 30 seconds; torchrun itself ends with code
-    1, and hands SIGUSR1 on only if `--signals-to-handle` says so.
+    The process ends by `SystemExit` out of `Trainer.fit` with code 0, as it did what it was told. Give `exit_code` if a
+    scheduler restarts jobs by their code alone. Between SIGTERM and SIGKILL, SLURM leaves `KillWait` and torchrun 30
+    seconds; torchrun itself ends with code 1, and passes SIGUSR1 on only with `--signals-to-handle`.
 
-    Under SLURM it replaces Lightning's auto-requeue, which would save from within the signal's handler, so in the
-    middle of a step, to an `hpc_ckpt_*` file that from then on goes before `ckpt_path`. Instead, the requeue signal
+    Under SLURM it replaces Lightning's auto-requeue, which saves within the signal's handler and therefore in the
+    middle of a step, to an `hpc_ckpt_*` file that then takes precedence over `ckpt_path`. Instead, the requeue signal
     (SIGUSR1, as `sbatch --signal=SIGUSR1@120` sends it two minutes before the time limit) ends the run as described,
     and rank zero calls `scontrol requeue`; if that fails, it warns, and the code is 1. SIGTERM, by which jobs are
-    cancelled or preempted, requeues nothing: SLURM does that itself where it is set up to.
+    cancelled or preempted, requeues nothing: SLURM does that itself if it is set up to.
 
-    List it after the ModelCheckpoint. All ranks must have equally many batches, as our DataModule sees to. Where
-    training runs in another thread than the main one, Python hands it no signals, and nothing happens.
+    List it after the ModelCheckpoint. All ranks must have equally many batches, which our DataModule ensures. If
+    training runs in another thread than the main one, Python gives it no signals, and this callback does nothing.
 
     Args:
         signals: Names of the signals that stop the run.

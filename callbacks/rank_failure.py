@@ -16,17 +16,16 @@ from vfm_vae.options import positive
 class EndTogether(Callback):
     """Ends the processes that Lightning started when one of them fails.
 
-    Lightning's rank zero starts the others of its machine and kills everything within five seconds where one of them
-    fails. Two cases stay open, in which ranks would wait for the process group's timeout, or for ever where they wait
-    for nothing that has one:
+    Lightning's rank zero starts the other ranks of its machine and kills all of them within five seconds if one fails.
+    In two more cases, ranks would wait for the process group's timeout, or forever:
 
-    - rank zero fails: the others watch whether it is still there, and end when it is not;
-    - a rank fails with an error but can't end, because its backend waits for the others while it is torn down: after
-      `grace_seconds` it shows its error and ends nevertheless. (So in a script for several ranks, an exception out of
-      `Trainer.fit` is nothing to be caught and lived with.)
+    - If rank zero fails, the others notice that it is gone, and end.
+    - If a rank fails with an error but can't end, because its backend waits for the others while it is torn down, it
+      shows its error and ends after `grace_seconds`. (A script for several ranks must therefore not catch exceptions
+      of `Trainer.fit` and go on.)
 
-    Torchrun, and `srun --kill-on-bad-exit=1`, watch the ranks that they start themselves. For a rank that hangs but
-    lives there is the timeout of the process group, which the strategies in configs/trainer set to ten minutes.
+    Torchrun, and `srun --kill-on-bad-exit=1`, watch the ranks that they start. A rank that hangs without failing ends
+    by the timeout of the process group, which the strategies in configs/trainer set to ten minutes.
 
     Args:
         grace_seconds: How long a rank with an error has to end by itself.
