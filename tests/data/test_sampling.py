@@ -1,10 +1,11 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from vfm_vae.data.resuming import ResumableLoader
-from vfm_vae.data.sampling import Draw, EvaluationSampler, TrainingSampler
+from vfm_vae.data.sampling import Draw, EvaluationSampler, IndexedNoise, TrainingSampler
 
 
 class Indices(torch.utils.data.Dataset):
@@ -53,6 +54,20 @@ def test_training_order_depends_on_seed_and_epoch():
     assert {draw.epoch for draw in training_draws(30, 5, 1, epoch=3)[0]} == {3}
     orders = [[draw.index for draw in training_draws(30, 5, 1, epoch=e, seed=s)[0]] for e in (0, 1) for s in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
+
+
+def test_draws_are_those_of_former_versions():
+    """Whose runs go on in the middle of an epoch, and whose samples are drawn again."""
+    orders = {None: [0, 4, 11, 1, 2, 5, 10, 7, 9, 8, 6, 3], 3: [4, 0, 1, 5, 2, 3, 9, 10, 8, 7, 6, 11]}
+    for size, expected in orders.items():
+        shards = None if size is None else np.arange(12) // size
+        sampler = TrainingSampler(range(12), 4, seed=3, shards=shards, mixed_shards=2)
+        sampler.set_epoch(1)
+        assert [draw.index for draw in sampler] == expected
+    noise = IndexedNoise("sample", 5, torch.tensor([0, 7]))
+    expected = torch.tensor([[-0.500295102596283, 1.6655409336090088], [0.2062722146511078, 0.13289010524749756]])
+    torch.testing.assert_close(noise.normal(2), expected, rtol=1e-6, atol=1e-6)
+    assert noise.integers(10).tolist() == [7, 2]
 
 
 def test_too_small_a_data_set_is_refused():

@@ -97,3 +97,11 @@ def test_posterior_clamps_and_stays_in_float32():
     assert posterior.logvar.max() == 20.0
     assert DiagonalGaussian(torch.full((1, 2, 1, 1), -1e4)).logvar.max() == -30.0
     assert posterior.sample().dtype == torch.float32
+
+
+def test_weights_start_with_their_spread():
+    module = adapter(feature_channels=[128, 64], layer_channels=[32, 32], latent_channels=64, decoded_channels=64)
+    linear = torch.cat([m.weight.flatten() for m in module.modules() if isinstance(m, torch.nn.Linear)])
+    assert linear.std().item() == pytest.approx(0.02, rel=0.02)
+    xavier = 0.5 * (2 / sum(module.alignment.weight.shape[:2])) ** 0.5
+    assert module.alignment.weight.std().item() == pytest.approx(xavier, rel=0.05)

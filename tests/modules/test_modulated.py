@@ -43,6 +43,11 @@ def test_demodulation_gives_unit_variance():
     )
 
 
+def test_demodulation_of_next_to_nothing_stays_finite():
+    factors = demodulate(torch.ones(1, 4), torch.tensor([[0.0] * 4, [1e-4] * 4]))
+    torch.testing.assert_close(factors, torch.tensor([[1e4], [5e-8**-0.5]]))
+
+
 def test_a_fresh_layer_is_nearly_the_identity():
     layer = ModulatedConvNeXt(8, 6, kernel=7)
     x = torch.randn(2, 8, 5, 5)
