@@ -126,7 +126,9 @@ def test_training_goes_on_from_it(converted, models, diffusion, latents, trainer
 
 def test_weights_for_other_latents_are_refused(converted, diffusion, latents, trainer):
     module = diffusion(init_from=str(converted / "training.ckpt"))
-    with pytest.raises(ValueError, match="init_from: the checkpoint was trained on latents with clearly different means"):
+    with pytest.raises(
+        ValueError, match="init_from: the checkpoint was trained on latents with clearly different means"
+    ):
         trainer(max_steps=1).fit(module, latents())
     module = diffusion(init_from="nowhere.ckpt")
     with pytest.raises(ValueError, match=r"init_from: there is no checkpoint 'nowhere\.ckpt'"):
