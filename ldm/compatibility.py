@@ -236,7 +236,7 @@ def check_statistics(stored: LatentStatistics, normalization: LatentNormalizatio
 
 
 def check_tokenizer(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None, what: str) -> None:
-    """Compares two tokenizers by what makes their latents; of one that is not known, or only by name, less is said.
+    """Compares two tokenizers by what makes their latents, or by less if one of them is not fully known.
 
     Args:
         expected: Identity of the tokenizer whose latents are wanted.

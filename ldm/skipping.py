@@ -19,7 +19,7 @@ class SkippedSteps:
 
     Attributes:
         total: Steps that were left out, an int64 scalar.
-        in_a_row: Those since the last one that was taken, alike.
+        in_a_row: Steps that were left out since the last one that was taken, likewise.
     """
 
     def __init__(self) -> None:

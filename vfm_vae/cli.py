@@ -106,12 +106,12 @@ class CLI(HookedCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Makes the trainer.
 
-        A run that has a name is logged to its folder, unless the config has a logger of its own. From a trial run is
-        taken what would write.
+        A run that has a name is logged to its folder, unless the config has a logger of its own. A trial run goes
+        without everything that would write.
 
         Raises:
-            ValueError: if the trainer takes an option not; the message names it, or those whose values Lightning
-                speaks of.
+            ValueError: if the trainer refuses an option; the message names it, or the options whose values Lightning's
+                own message mentions.
         """
         self.config = self.given
         options = self.config[self.subcommand]

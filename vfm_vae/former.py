@@ -29,8 +29,9 @@ PLAIN = {
 }
 """Options that named their class although there is but one; now they hold that class's options directly.
 
-Those that a config may leave out are `final`, so that no class can be named. Others are not: the parser would build
-what lies in them before what lies beside them, and initial weights would be drawn in another order.
+The classes of options that a config may leave out are `final`, so that no class can be named. Those of required options
+are not: the parser would then build the parts inside them before the parts beside them, and draw initial weights in
+another order.
 """
 
 RENAMED = {("decoder", "latent_channels"): "in_channels"}

@@ -75,7 +75,7 @@ class Encoded(NamedTuple):
 
 
 class Conditions(Protocol):
-    """What samples are drawn for, a row each; whoever holds it passes it on without a look inside."""
+    """What samples are drawn for, one row each; code above the denoiser passes it on without looking inside."""
 
     def __len__(self) -> int:
         """Number of samples."""

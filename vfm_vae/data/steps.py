@@ -41,7 +41,7 @@ class Steps:
         """Makes a trainer accumulate, before it trains.
 
         Raises:
-            ValueError: if a step does not divide, or it is said twice how many batches make one.
+            ValueError: if a step does not divide, or another option also says how many batches make one.
         """
         if self.micro_batch_size is None or self._given is not None:
             return
