@@ -45,7 +45,7 @@ class VFM(Protocol):
         """The same features, with gradients that reach the images (the weights take none)."""
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the tokens of images `[B, 3, height, width]`; a ValueError if it takes none of this size."""
+        """Rows and columns of the tokens of images `[B, 3, height, width]`; ValueError if this size does not fit."""
 
     def fingerprint(self) -> str:
         """What identifies its weights: SHA-256, in hexadecimal."""

@@ -99,7 +99,7 @@ def build_published(config: Mapping[str, Any], vfm: FrozenVFM | None = None) -> 
 
 
 def timm_name(vfm_name: str) -> str | None:
-    """timm's name of a VFM on the Hugging Face hub, which may be given as a local path; None if timm has no such VFM."""
+    """The name in timm of a VFM on the Hugging Face hub, also given as a local path; None if timm has no such VFM."""
     name = vfm_name.rstrip("/").rpartition("/")[2]
     for pattern, replacement in VFMS:
         if re.fullmatch(pattern, name):
