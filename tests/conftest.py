@@ -134,6 +134,12 @@ def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
+def vgg(vgg_file: str) -> list[str]:
+    """Options that take LPIPS' network from a file with random weights."""
+    return [f"--model.objective.init_args.perceptual_loss.init_args.weights={vgg_file}"]
+
+
+@pytest.fixture
 def data(photos: Path) -> Callable[..., ImageNetDataModule]:
     """Builds the DataModule over `photos`: 52 images for training, 26 for validation."""
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_configs import build
+from building import build
 
 from ldm.module import DiffusionModule
 from vfm_vae.cli import CLI, set_matmul_precision

@@ -1,0 +1,107 @@
+"""The configs of diffusion models build the published runs, at full size and in the demo."""
+
+import pytest
+import torch
+from building import build_ldm, callback, count
+
+from ldm.alignment import REG
+from ldm.models.lightningdit import SIZES, LightningDiT
+
+RUNS = {"epochs64": (80_000, "lognormal"), "epochs80": (100_000, "lognormal")}
+RUNS |= {"epochs560": (600_000, "lognormal"), "epochs560_uniform": (700_000, "uniform")}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("data", ["latents", "imagenet_centre"])
+def test_full_size_diffusion_runs_are_the_published_ones(run, data):
+    plain = ["--model.optimizer.init_args.fused=false"]  # the meta device has no fused kernels
+    with torch.device("meta"):
+        configs = ("ldm/lightningdit.yaml", f"ldm/{run}.yaml", f"data/{data}.yaml", "trainer/cpu.yaml")
+        cli = build_ldm(*configs, options=plain)
+    module = cli.model
+    assert count(module.model) + module.model.position.numel() == 675_260_768
+    assert (cli.trainer.max_steps, module.times) == RUNS[run]
+    optimizer = module.configure_optimizers()
+    (group,) = optimizer.param_groups
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (2e-4, (0.9, 0.95), 0)
+    assert cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches == 1024
+    assert (module.pipeline.sampler.steps, module.pipeline.sampler.shift) == (250, 0.3)
+    assert (module.pipeline.guidance.start, module.pipeline.guidance.channels) == (0.125, 3)
+    assert callback(cli, "EMA").decay == 0.9999
+    assert callback(cli, "LastCheckpoint")._every_n_train_steps == 1000  # also where there are no validation latents
+
+
+REG_RUNS = {"reg80": 100_000, "reg480": 600_000, "reg640": 800_000}
+
+
+@pytest.mark.parametrize("run", REG_RUNS)
+def test_full_size_reg_runs_are_the_published_ones(run):
+    plain = ["--model.optimizer.init_args.fused=false"]
+    with torch.device("meta"):
+        cli = build_ldm("ldm/reg.yaml", f"ldm/{run}.yaml", "trainer/cpu.yaml", options=plain)
+    module = cli.model
+    assert count(module.model) + module.model.position.numel() == 685_062_304
+    assert (cli.trainer.max_steps, module.times, module.model.align_depth) == (REG_RUNS[run], "uniform", 8)
+    assert module.weights == {"mse": 1.0, "cosine": 0.0, "align": 0.5, "cls": 0.03}
+    (group,) = module.configure_optimizers().param_groups
+    assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (2e-4, (0.9, 0.95), 0)
+    assert cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches == 1024
+    assert cli.trainer.gradient_clip_val == 1.0
+    assert (module.pipeline.sampler.steps, module.pipeline.sampler.last) == (250, 0.04)
+    assert (module.pipeline.guidance.start, module.pipeline.guidance.channels, module.pipeline.guidance.cls_scale) == (
+        0.2,
+        None,
+        4.0,
+    )
+    assert callback(cli, "EMA").decay == 0.9999
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("b", 12), ("l", 24), ("1p0b", 24), ("1p6b", 28)])
+def test_sizes_of_diffusion_models(size, parameters):
+    with torch.device("meta"):
+        configs = ("ldm/lightningdit.yaml", "ldm/epochs64.yaml", f"ldm/size/{size}.yaml", "data/latents.yaml")
+        model = build_ldm(*configs, "trainer/cpu.yaml").model.model
+    assert len(model.blocks) == parameters == SIZES[size.replace("b", "B") if "1p" in size else size.upper()].depth
+
+
+def test_sampling_builds():
+    with torch.device("meta"):
+        configs = ("ldm/lightningdit.yaml", "ldm/epochs64.yaml", "ldm/samples.yaml", "trainer/cpu.yaml")
+        cli = build_ldm(*configs, options=["--data.root=unused"], command="predict")
+    assert cli.datamodule.num_samples == 50_000
+    assert callback(cli, "SampleWriter").npz
+
+
+@pytest.mark.parametrize(("overlay", "command"), [("ldm_train", "fit"), ("ldm_guided", "validate")])
+def test_demo_diffusion_builds(overlay, command, photos, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/photos").symlink_to(photos)  # which the demo's own first command writes
+    monkeypatch.chdir(tmp_path)
+    cli = build_ldm("demo/ldm.yaml", f"demo/{overlay}.yaml", "trainer/cpu.yaml", command=command)
+    assert cli.model.pipeline.guidance.scale == (2.0 if overlay == "ldm_guided" else 1.0)
+    assert callback(cli, "Report").path.name == "metrics.json"
+
+
+@pytest.mark.parametrize("overlays", [["ldm_train"], ["reg_guided"]])
+def test_demo_reg_builds(overlays, photos, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/photos").symlink_to(photos)
+    monkeypatch.chdir(tmp_path)
+    configs = ("demo/ldm.yaml", "demo/reg.yaml", *(f"demo/{name}.yaml" for name in overlays), "trainer/cpu.yaml")
+    cli = build_ldm(*configs, command="fit" if overlays == ["ldm_train"] else "validate")
+    assert type(cli.model.alignment) is REG
+    assert cli.model.model.grid == (4, 4)
+    assert callback(cli, "Report").path.name == "metrics.json"
+
+
+@pytest.mark.parametrize(("overlay", "terms"), [(None, set()), ("repa", {"align"}), ("reg", {"align", "cls"})])
+def test_study_builds(overlay, terms, photos, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/photos").symlink_to(photos)
+    monkeypatch.chdir(tmp_path)
+    overlays = [] if overlay is None else [f"demo/align_{overlay}.yaml"]
+    cli = build_ldm("demo/ldm.yaml", "demo/study.yaml", *overlays, "trainer/cpu.yaml")
+    assert set(cli.model.weights) == {"mse", "cosine"} | terms
+    assert type(cli.model.model) is LightningDiT
+    assert cli.trainer.max_steps == 1400

@@ -1,0 +1,94 @@
+"""The configs that cache latents and evaluate build what they measure with, by the protocol that they name."""
+
+import numpy as np
+import pytest
+import torch
+from building import CONFIGS, OFFLINE, build, build_ldm, callback
+
+from vfm_vae.data.transforms import CentreCrop, ResizeAndCrop
+from vfm_vae.metrics.inception import Inception, InceptionNetwork
+from vfm_vae.vit import create_vit
+
+
+@pytest.fixture
+def offline_networks(monkeypatch):
+    """Measuring networks with random weights; what they are asked for is noted."""
+    asked = []
+
+    def random_vit(name, *, weights=None, pretrained=True, **kwargs):
+        asked.append(name)
+        return create_vit(name, pretrained=False, **kwargs)
+
+    monkeypatch.setattr("vfm_vae.vfm.create_vit", random_vit)
+    monkeypatch.setattr("vfm_vae.metrics.inception._load", lambda weights: (InceptionNetwork(), "random"))
+    return asked
+
+
+@pytest.mark.parametrize("name", ["demo/latents_reg.yaml", "vfm_vae/latents_reg.yaml"])
+def test_caches_with_features_build(name, offline_networks):
+    cli = build("demo/tokenizer.yaml", "demo/weak.yaml", name, "trainer/cpu.yaml", command="predict")
+    assert cli.model.predict == "moments" and cli.datamodule.predict == ("train", "val")
+    size = 64 if name.startswith("demo") else 256
+    with torch.no_grad():
+        features = cli.model.features(torch.zeros(1, 3, size, size))
+    assert features.grid == ((4, 4) if size == 64 else (16, 16))
+
+
+@pytest.mark.parametrize("name", ["demo/latents.yaml", "vfm_vae/latents.yaml"])
+def test_caches_build(name):
+    cli = build("demo/tokenizer.yaml", "demo/weak.yaml", name, "trainer/cpu.yaml", command="predict")
+    assert cli.model.predict == "latents" and cli.datamodule.predict == ("train", "val")
+    assert callback(cli, "LatentWriter").dtype == "float32"
+
+
+@pytest.mark.parametrize("name", ["test", "test_published"])
+def test_evaluation_of_tokenizers_builds(name, vgg, offline_networks):
+    configs = ("vfm_vae/base.yaml", "vfm_vae/weak.yaml", f"vfm_vae/{name}.yaml", "data/imagenet.yaml")
+    with torch.device("meta"):
+        cli = build(*configs, "trainer/cpu.yaml", options=[*OFFLINE, *vgg], command="test")
+    distribution, cknna = callback(cli, "DistributionCallback"), callback(cli, "CKNNACallback")
+    assert isinstance(distribution.network, Inception) and distribution.reference is None
+    assert any("dinov2" in name for name in offline_networks) and cknna.num_images == 10_000
+    published = name == "test_published"
+    assert {vfm.precision for vfm in cknna.vfms.values()} == {"float32" if published else "bfloat16"}
+    assert cknna.se_cknna == ("published" if published else "each")
+    assert (cli.model.evaluate, cli.model.rounding) == (("sample", "truncate") if published else ("mode", "round"))
+    assert isinstance(cli.datamodule.evaluation_transform, ResizeAndCrop if published else CentreCrop)
+    assert callback(cli, "EMA") and callback(cli, "Report").name == name
+
+
+@pytest.mark.parametrize(("name", "rounding"), [("test", "round"), ("test_published", "truncate")])
+def test_evaluation_of_diffusion_models_builds(offline_networks, tmp_path, name, rounding):
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
+    config = (CONFIGS / f"ldm/{name}.yaml").read_text().replace("data/VIRTUAL_imagenet256_labeled.npz", str(reference))
+    (tmp_path / "test.yaml").write_text(config)
+    configs = ("ldm/lightningdit.yaml", "ldm/epochs64.yaml", tmp_path / "test.yaml", "data/latents.yaml")
+    with torch.device("meta"):
+        cli = build_ldm(*configs, "trainer/cpu.yaml", command="test")
+    assert cli.datamodule.num_samples == 50_000
+    assert callback(cli, "DistributionCallback").precision_recall
+    assert cli.model.rounding == rounding and callback(cli, "Report").name == name
+    with torch.device("meta"), pytest.raises(ValueError, match="reference: nothing at 'data/VIRTUAL_imagenet256"):
+        configs = ("ldm/lightningdit.yaml", "ldm/epochs64.yaml", f"ldm/{name}.yaml", "data/latents.yaml")
+        build_ldm(*configs, command="test")
+
+
+def test_alignment_of_blocks_builds(offline_networks, photos, tmp_path):
+    config = (CONFIGS / "ldm/cknna.yaml").read_text().replace("data/imagenet/val", str(photos / "val"))
+    (tmp_path / "cknna.yaml").write_text(config)
+    size = "ldm/size/b.yaml"  # a folder of images can't be on the meta device
+    cli = build_ldm("ldm/lightningdit.yaml", "ldm/epochs64.yaml", size, "data/latents.yaml", tmp_path / "cknna.yaml")
+    assert callback(cli, "CKNNACallback").times == [0.5] and callback(cli, "SampleImages")
+
+
+def test_evaluation_of_the_demo_builds():
+    cli = build("demo/tokenizer.yaml", "demo/weak.yaml", "demo/weak_test.yaml", "trainer/cpu.yaml", command="test")
+    assert callback(cli, "CKNNACallback").se_cknna == "each"
+    assert callback(cli, "LinearProbeCallback") and callback(cli, "RobustnessCallback")
+
+
+@pytest.mark.parametrize(("folder", "number"), [("vfm_vae", "rFID 0.52"), ("ldm", "3.80")])
+def test_published_results_are_promised_by_the_published_protocol_alone(folder, number):
+    assert number in (CONFIGS / folder / "test_published.yaml").read_text()
+    assert number not in (CONFIGS / folder / "test.yaml").read_text()

@@ -1,0 +1,146 @@
+"""The configs of tokenizers build the published stages, at full size and in the demo."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from building import OFFLINE, Build, build, count
+
+from vfm_vae.data.transforms import CentreCrop, ResizeAndCrop
+from vfm_vae.types import Batch
+
+
+@pytest.fixture
+def full_size(vgg: list[str], tmp_path: Path):
+    """Builds a full-size stage, its callbacks' VFMs left out: those would be downloaded."""
+
+    def make(*configs: str, options: list[str] = ()) -> Build:
+        (tmp_path / "no_callbacks.yaml").write_text("trainer: {callbacks: [], logger: false}")
+        return build("vfm_vae/base.yaml", *configs, tmp_path / "no_callbacks.yaml", options=[*OFFLINE, *vgg, *options])
+
+    return make
+
+
+STAGES = ["strong", "weak", "ssim", "patchgan"]
+VFMS = {"vfm_vae/vfm/dinov2_large.yaml": 1, "vfm_vae/vfm/dinov2_large_reg.yaml": 5}  # class token and registers
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("vfm", [[], ["vfm_vae/vfm/dinov2_large.yaml"]])
+def test_full_size_stages_have_the_published_parameters(full_size, stage, vfm):
+    with torch.device("meta"):
+        module = full_size(f"vfm_vae/{stage}.yaml", "data/imagenet.yaml", *vfm).model
+    decoder = module.model.decoder
+    assert count(module.model.adapter) == 13_533_056
+    assert count(decoder.mapping) == 525_312
+    assert count(decoder) - count(decoder.mapping) == 125_712_274
+    assert count(module.model) == 139_770_642
+    assert count(module.discriminator) == 5 * 1_477_249
+    assert (module.patchgan is not None) == (stage == "patchgan")
+    assert module.patchgan is None or count(module.patchgan) == 8_299_587
+
+
+@pytest.mark.parametrize("vfm", VFMS)
+def test_other_vfms_are_prepared_for_as_published(full_size, vfm):
+    with torch.device("meta"):
+        module = full_size("vfm_vae/strong.yaml", "data/imagenet.yaml", vfm).model
+        encoder = module.model.vfm
+        assert encoder.prepare(torch.zeros(1, 3, 256, 256)).shape[2:] == (32 * encoder.patch_size,) * 2
+    assert encoder.network.num_prefix_tokens == VFMS[vfm]
+    assert encoder.interpolation == module.interpolation == module.discriminator.interpolation == "bicubic"
+    assert encoder.antialias_positions == (VFMS[vfm] == 5)
+    assert count(module.model) == 139_770_642
+
+
+# What each stage weighs and trains, as the paper has it: millions of images, learning rate, weights.
+PAPER = {
+    "strong": (20, 1e-4, {"l1": 1, "perceptual": 10, "multi_resolution": 0.1, "alignment": 5, "kl": 1e-6}),
+    "weak": (40, 1e-4, {"l1": 1, "perceptual": 10, "alignment": 1, "kl": 1e-6}),
+    "ssim": (41, 5e-5, {"l1": 1, "perceptual": 2, "ssim": 1}),
+    "patchgan": (44, 5e-5, {"adversarial_patch": 1, "feature_matching": 10}),
+}
+
+
+MECHANICS = ("simultaneous", "mode", "round", CentreCrop)  # where they are not as published
+
+
+@pytest.mark.parametrize("recipe", ["recommended", "as_published"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_are_the_papers(full_size, stage, recipe):
+    as_published = ["vfm_vae/as_published.yaml"] if recipe == "as_published" else []
+    with torch.device("meta"):
+        cli = full_size(f"vfm_vae/{stage}.yaml", "data/imagenet.yaml", *as_published)
+    module = cli.model
+    mechanics = (module.order, module.evaluate, module.rounding, type(cli.datamodule.evaluation_transform))
+    assert mechanics == (("published", "sample", "truncate", ResizeAndCrop) if as_published else MECHANICS)
+    assert count(module.model) == 139_770_642 + (38 if as_published else 0)  # strengths of noise maps
+    millions, rate, expected = PAPER[stage]
+    assert module.max_images == millions * 1_000_000
+    assert cli.datamodule.batch_size * module.accumulate_grad_batches == 512
+    assert {name: weight for name, weight in module.objective.weights.items() if weight} == expected | {
+        "adversarial": 1
+    }
+    assert (module.equivariance.probability > 0) == (stage != "patchgan")
+    former = {"strong": None} | dict(zip(STAGES[1:], STAGES, strict=False))
+    assert module.init_from == (former[stage] and f"runs/{former[stage]}/checkpoints/last.ckpt")
+    for optimizer in module.configure_optimizers():
+        (group,) = optimizer.param_groups
+        assert (group["lr"], tuple(group["betas"]), group["eps"]) == (rate, (0, 0.99), 1e-8)
+    trained = {name.split(".")[0] for name, p in module.model.named_parameters() if p.requires_grad}
+    assert trained == ({"decoder"} if stage == "patchgan" else {"decoder", "adapter"})
+    blocks = {".".join(name.split(".")[:3]) for name, p in module.model.named_parameters() if p.requires_grad}
+    assert stage != "patchgan" or blocks == {"decoder.routes.3"} | {f"decoder.blocks.{i}" for i in (3, 4, 5)}
+    adapter = {".".join(name.split(".")[:2]) for name in blocks if name.startswith("adapter")}
+    assert stage != "ssim" or adapter == {"adapter.widen"}
+
+
+@pytest.mark.parametrize("data", ["imagenet", "imagenet_wds"])
+def test_512_px_takes_the_same_model(full_size, data):
+    configs = ("vfm_vae/ssim.yaml", "vfm_vae/512px.yaml", f"data/{data}.yaml", "data/512px.yaml")
+    with torch.device("meta"):
+        cli = full_size(*configs)
+        module, datamodule = cli.model, cli.datamodule
+        assert count(module.model) == 139_770_642
+        for height, width in ((256, 256), (512, 512), (256, 384)):
+            decoded = module.model.decode(torch.zeros(1, 32, height // 16, width // 16))
+            assert decoded.image.shape == (1, 3, height, width)
+    assert (datamodule.image_size, datamodule.min_size) == (512, 512)
+    assert datamodule.batch_size * module.accumulate_grad_batches == 512
+    module.model.check_image_size(512)
+
+
+@pytest.mark.parametrize("stage", ["strong", "weak"])
+@pytest.mark.parametrize("vfm", [[], ["vfm_vae/vfm/dinov2_large.yaml"]])
+def test_discrete_stages_build(full_size, stage, vfm):
+    with torch.device("meta"):
+        module = full_size(f"vfm_vae/{stage}.yaml", "vfm_vae/discrete.yaml", "data/imagenet.yaml", *vfm).model
+    assert tuple(module.model.quantizer.codebooks.shape) == (8, 4096, 8)
+    assert module.model.adapter.fuse[-1].mlp.out.out_features == module.model.latent_channels == 64
+    assert [module.objective.weights[name] for name in ("kl", "quantization", "entropy")] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("trainer", ["trainer/cpu.yaml"])
+@pytest.mark.parametrize("stage", ["strong", "weak"])
+def test_demo_stages_build(stage, trainer):
+    cli = build("demo/tokenizer.yaml", f"demo/{stage}.yaml", "data/photos.yaml", trainer)
+    assert cli.model.objective.weights["alignment"] == {"strong": 5.0, "weak": 1.0}[stage]
+    assert any(type(callback).__name__ == "Report" for callback in cli.trainer.callbacks)
+
+
+@pytest.mark.slow
+def test_one_full_size_step_on_cpu(full_size, tmp_path):
+    options = [
+        "--trainer.max_steps=1",
+        "--trainer.enable_checkpointing=false",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    cli = full_size("vfm_vae/strong.yaml", "data/imagenet.yaml", "trainer/cpu.yaml", options=options)
+    images = torch.randint(256, (2, 3, 256, 256), dtype=torch.uint8)
+    batch = Batch(images, torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    watched = {"generator": cli.model.model.adapter.last_encoding_weight}
+    watched["discriminator"] = next(cli.model.discriminator.parameters())
+    before = {name: weight.detach().clone() for name, weight in watched.items()}
+    cli.trainer.fit(cli.model, torch.utils.data.DataLoader([batch], batch_size=None))
+    assert cli.model.images_seen == 2
+    assert cli.model.guard.num_skipped == 0
+    assert all(not torch.equal(before[name], weight) for name, weight in watched.items())
