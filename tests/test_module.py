@@ -122,6 +122,7 @@ def test_gradients_are_clipped(tiny_module, trainer, batch):
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(900)  # compilers take minutes
 def test_compiled_training_in_bfloat16_follows_eager_training(tiny_module, data, tmp_path):
     class Watch(Callback):
         def __init__(self):
