@@ -275,13 +275,6 @@ class FrozenVFM(Frozen, Described, VFM):
         return height // self.patch_size, width // self.patch_size
 
 
-def source_of(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config's description of a VFM says of it, as `VFM.source` does, but for the fingerprint."""
-    if description["class_path"] == class_path(FrozenVFM):
-        return FrozenVFM.arguments_of(description)
-    return {**description.get("init_args", {}), "class_path": description["class_path"]}
-
-
 def vfm_from(source: Mapping[str, Any], weights: str | None = None) -> VFM:
     """Makes the VFM that a cache, a folder or a checkpoint speaks of, of the class that it was.
 
