@@ -1,5 +1,6 @@
 """The base class of tokenizers: folders, checkpoints, and what identifies their latents."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -7,7 +8,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from vfm_vae.contracts import VFM, Tokenizer
-from vfm_vae.description import class_path, describe
+from vfm_vae.description import describe
 from vfm_vae.frozen import sha256_of
 from vfm_vae.images import Interpolation
 from vfm_vae.pretrained import Pretrained
@@ -99,6 +100,11 @@ class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
             raise ValueError(f"vfm_weights: {type(self).__name__} does not encode with a VFM; leave them out")
         return self
 
+    @property
+    def encodes_with_vfm(self) -> bool:
+        """Whether the latents depend on the VFM: so they do where `attach_vfm` is written."""
+        return type(self).attach_vfm is not PretrainedTokenizer.attach_vfm
+
     def vfm_source(self) -> dict[str, Any] | None:
         """The VFM that the weights belong to, with its fingerprint where that is known; None where nothing is."""
         return self.absent_vfm if self.vfm is None else self.vfm.source()
@@ -137,12 +143,19 @@ class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
     def latent_identity(self) -> dict[str, Any] | None:
         """What a cache of latents, and a model trained on it, say of where they come from.
 
-        The fingerprint is of the class and of all weights but those of a part called `decoder`.
+        The fingerprint is of the class, of its arguments and of all weights, except for a part called `decoder`. Where
+        the tokenizer encodes with its VFM, it is also of that VFM's weights and arguments, and None where these are
+        not known.
         """
         encoding = {name: w for name, w in self.state_dict().items() if not name.startswith("decoder.")}
+        # `source` rather than `view`: it is known without the VFM, too, and what it sees follows from its arguments.
+        source = (self.vfm_source() or {}) if self.encodes_with_vfm else None
+        vfm = None if source is None else {name: value for name, value in source.items() if name != "weights"}
+        known = vfm is None or vfm.get("fingerprint") is not None
+        settings = [_as_text(describe(self, without={"vfm", "decoder"})), _as_text(vfm)]
         return {
             "tokenizer": type(self).__name__,
-            "fingerprint": sha256_of(encoding, class_path(type(self))),
+            "fingerprint": sha256_of(encoding, *settings) if known else None,
             "channels": self.latent_channels,
             "compression": self.compression,
         }
@@ -161,3 +174,8 @@ class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
         kind = type(self)
         sizes = {"channels": self.latent_channels, "compression": self.compression}
         return CARD.format(name=kind.__name__, module=kind.__module__, **sizes)
+
+
+def _as_text(description: Mapping[str, Any] | None) -> str:
+    """A description as text, which stays the same when it is written and read: there 1 may become 1.0."""
+    return json.dumps(json.loads(json.dumps(description), parse_int=float), sort_keys=True)
