@@ -2,9 +2,12 @@
 
 import importlib
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+PLAIN = (Any, object, str, int, float, complex, bool, bytes, type(None), list, tuple, dict, set)
+"""Types of options that no class is given for."""
 
 
 class Described:
@@ -42,9 +45,69 @@ def class_path(cls: type) -> str:
 
 
 def class_at(path: str) -> type:
-    """The class that `class_path` names."""
+    """The class that `class_path` names.
+
+    Raises:
+        ValueError: if there is none.
+    """
     module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    try:
+        cls: type = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"there is no class {path!r}: {error}") from error
+    return cls
+
+
+def named_classes(part: Any, hint: Any = Any) -> Iterator[str]:
+    """The paths of all classes that a description names, also those deep inside it.
+
+    A class is imported only after its path was given and the next one is asked for, so the caller can refuse it first.
+
+    Args:
+        part: Plain data.
+        hint: Type of the option that it is for. One that takes objects of a class takes the class's path alone, too.
+    """
+    owners = _classes(hint)
+    if isinstance(part, str):
+        # In a string the parser would find a description as well.
+        if "class_path" in part or (owners and not part.isidentifier()):
+            yield part
+    elif isinstance(part, list):
+        for item in part:
+            yield from named_classes(item, hint)
+    elif isinstance(part, Mapping):
+        if "class_path" in part:
+            yield str(part["class_path"])
+            owners = [class_at(str(part["class_path"]))]
+        hints = {name: of for owner in owners for name, of in _hints(owner).items()}
+        for name, value in part.items():
+            if name in ("init_args", "dict_kwargs") and isinstance(value, Mapping):
+                for option, inner in value.items():
+                    yield from named_classes(inner, hints.get(option, Any))
+            elif name != "class_path":
+                yield from named_classes(value, hints.get(name, Any))
+
+
+def _classes(hint: Any) -> list[type]:
+    """The classes whose objects an option takes."""
+    if get_origin(hint) is Literal:
+        return []
+    if get_origin(hint) in (Callable, type):  # they take a path, too
+        return [object]
+    if get_args(hint):
+        return [cls for inner in get_args(hint) for cls in _classes(inner)]
+    return [hint] if inspect.isclass(hint) and hint not in PLAIN and not issubclass(hint, Path) else []
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a class's options, with those that it hands on to its bases."""
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        try:
+            hints |= get_type_hints(base.__init__)
+        except (NameError, TypeError):  # of annotations that can't be resolved, which the parser does not use either
+            continue
+    return hints
 
 
 def describe(part: Any, without: Collection[str] = ()) -> dict[str, Any]:

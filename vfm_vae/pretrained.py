@@ -12,19 +12,19 @@ offers of the hub (`cache_dir`, `local_files_only`, `create_pr`, …) is passed 
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from torch import Tensor
 
 from vfm_vae.checkpoints import fill, read_json, read_weights
 from vfm_vae.derived import complete
-from vfm_vae.description import Described, class_at, class_path, describe
+from vfm_vae.description import Described, class_at, class_path, describe, named_classes
 from vfm_vae.former import upgrade
 from vfm_vae.schema import TOKENIZER, Kind, read
 from vfm_vae.writing import put_tensors, whole_file
@@ -33,21 +33,63 @@ FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PACKAGES = ("vfm_vae", "ldm")
 
+# Options that take anything, such as a VFM's `model_args`, keep a description as the plain data that it is.
+set_parsing_settings(instantiate_subclass_spec_in_any=False)
 
-def build(base: type, description: Mapping[str, Any]) -> Any:
+
+def build(base: type, description: Mapping[str, Any], place: str = "description:") -> Any:
     """Makes the object that a description, see `describe`, stands for.
 
     Args:
         base: The class that it has to be of.
         description: Plain data, as from a config or a checkpoint.
+        place: Says in messages what the description is of.
 
     Raises:
         ArgumentError: if class and arguments do not fit.
+        ValueError: if it asks for a class that is no part of a model.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "model", required=True)
-    model = complete(upgrade(json.loads(json.dumps(description))))
-    return parser.instantiate_classes(parser.parse_object({"model": model})).model
+    model = upgrade(json.loads(json.dumps(description)))
+    # The parser checks the outermost class, which has to be of `base`.
+    check_classes(place, model.get("init_args"), class_at(model["class_path"]))
+    return parser.instantiate_classes(parser.parse_object({"model": complete(model)})).model
+
+
+def check_classes(
+    place: str, description: Any, hint: Any = Any, packages: Collection[str] = PACKAGES, imports: bool = True
+) -> None:
+    """Checks that a description names only classes that may be built, before any of them is asked for anything.
+
+    Args:
+        place: Begins the message.
+        description: Plain data.
+        hint: What the description is for, see `named_classes`.
+        packages: Whose classes may all be built. Others have to be `Described`.
+        imports: Whether modules of others may be imported for it.
+
+    Raises:
+        ValueError: if it names another class, or one that does not exist.
+    """
+    for path in named_classes(description, hint):
+        package, module = path.partition(".")[0], path.rpartition(".")[0]
+        if imports or package in packages or module in sys.modules:
+            try:
+                cls: Any = class_at(path)
+            except ValueError as error:
+                raise ValueError(f"{place} {error}") from error
+            # A module also has names of classes that it has imported from elsewhere.
+            if isinstance(cls, type) and (cls.__module__.partition(".")[0] in packages or issubclass(cls, Described)):
+                continue
+        raise ValueError(
+            f"{place} asks for {[path]}, but only classes of this project are built, and parts of models "
+            + (
+                "that derive from vfm_vae.description.Described"
+                if imports
+                else "from modules that were imported before"
+            )
+        )
 
 
 class Pretrained(Described):
@@ -210,7 +252,7 @@ def load(
         ValueError: if the description does not fit the classes, or the weights do not fit the description.
     """
     try:
-        model = build(base, description)
+        model = build(base, description, f"{place}: its {described}")
     except ArgumentError as error:
         cause = " ".join(str(error).partition("Given value")[0].split())
         raise ValueError(f"{place}: its {described} does not fit: {cause}") from error
@@ -256,44 +298,26 @@ def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> Non
         )
     if not isinstance(config.get("model"), Mapping) or "class_path" not in config["model"]:
         raise ValueError(f"name: the {CONFIG} in {str(name)!r} describes no model")
-    paths = list(_class_paths(config["model"]))
     packages = {*PACKAGES, base.__module__.partition(".")[0]}
-    if foreign := [path for path in paths if path.partition(".")[0] not in packages and not _is_imported(path)]:
-        raise ValueError(
-            f"name: {str(name)!r} asks for {foreign}, but only classes of this project are built, and parts of models "
-            "from modules that were imported before"
-        )
-    vfm_class = str((config.get("vfm") or {}).get("class_path", ""))
+    others = {name: part for name, part in config.items() if name != "vfm"}
+    check_classes(f"name: {str(name)!r}", upgrade(others), packages=packages, imports=False)
+    vfm = config.get("vfm") or {}
+    vfm_class = str(vfm.get("class_path", ""))
     if vfm_class and vfm_class.partition(".")[0] not in packages and vfm_class.rpartition(".")[0] not in sys.modules:
         raise ValueError(
             f"name: {str(name)!r} was trained on a {vfm_class}, which is not of this project: import its module "
             "first, or give the checkpoint of its training"
         )
+    hint = class_at(vfm_class) if vfm_class else Any
+    arguments = {name: value for name, value in vfm.items() if name != "class_path"}
+    check_classes(f"name: the VFM of {str(name)!r}", arguments, hint, packages, imports=False)
     path = config["model"]["class_path"]
     if path != class_path(base) and not _names_subclass(path, base):
         raise ValueError(f"name: {str(name)!r} holds a {path}, and no {base.__qualname__}")
 
 
-def _is_imported(path: str) -> bool:
-    """Whether a part of a model has this path, in a module that whoever loads the folder has imported."""
-    return path.rpartition(".")[0] in sys.modules and _names_subclass(path, Described)
-
-
 def _names_subclass(path: str, base: type) -> bool:
     try:
         return issubclass(class_at(path), base)
-    except (ImportError, AttributeError, TypeError, ValueError):
+    except (TypeError, ValueError):
         return False
-
-
-def _class_paths(description: Any) -> Iterator[str]:
-    """Every class that a description names; the parser takes a string with a dot for one, too."""
-    if isinstance(description, str) and "." in description:
-        yield description
-    elif isinstance(description, Mapping):
-        if "class_path" in description:
-            yield str(description["class_path"])
-        yield from _class_paths([value for name, value in description.items() if name != "class_path"])
-    elif isinstance(description, list):
-        for part in description:
-            yield from _class_paths(part)

@@ -283,7 +283,7 @@ def vfm_from(source: Mapping[str, Any], weights: str | None = None) -> VFM:
         weights: File with its weights, to take instead of those that `source` names.
 
     Raises:
-        ValueError: if its weights can't be had.
+        ValueError: if its weights can't be had, or its arguments ask for a class that is no part of a model.
     """
     path = source.get("class_path", class_path(FrozenVFM))
     given = dict(source) if "class_path" in source else {**FORMERLY, **source}
@@ -292,7 +292,7 @@ def vfm_from(source: Mapping[str, Any], weights: str | None = None) -> VFM:
     cls: Any = class_at(path)
     takes = inspect.signature(cls.__init__).parameters
     arguments = {name: value for name, value in given.items() if name in takes}
-    return build(VFM, {"class_path": path, "init_args": arguments})
+    return build(VFM, {"class_path": path, "init_args": arguments}, f"the VFM {source.get('name')!r}")
 
 
 def check_frozen(vfm: VFM) -> None:
