@@ -116,10 +116,8 @@ class SelfAttentionLayer(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.null_kv = nn.Parameter(0.02 * torch.randn(2, num_heads, channels // num_heads))
         self.out = nn.Linear(channels, channels, bias=False)
-        contract = nn.Linear(widening * channels, channels)
-        self.feed_forward = nn.Sequential(
-            ChannelRMSNorm(channels), nn.Linear(channels, widening * channels), nn.GELU(), contract
-        )
+        expand, contract = nn.Linear(channels, widening * channels), nn.Linear(widening * channels, channels)
+        self.feed_forward = nn.Sequential(ChannelRMSNorm(channels), expand, nn.GELU(), contract)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(contract.weight)
 
