@@ -1,4 +1,4 @@
-"""Weights begin as in former versions, by the same seed: parts are made in the same order, whatever they are made of."""
+"""Weights begin as in former versions, by the same seed: parts are made in the same order."""
 
 from collections.abc import Callable
 
