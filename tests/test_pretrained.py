@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from ldm.pipeline import LatentDiffusion
 from vfm_vae import pretrained
 from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.decoder import Decoder
@@ -202,6 +203,12 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "snapshot_download", offline)
     with pytest.raises(ValueError, match=r"could not be had .LocalEntryNotFoundError: no connection"):
         VFMVAE.from_pretrained("someone/something")
+
+
+@pytest.mark.parametrize("kind", [VFMVAE, LatentDiffusion])
+def test_an_option_that_neither_model_nor_hub_has_is_named(kind, folder):
+    with pytest.raises(TypeError, match=r"^from_pretrained got \['vfm_weigths'\], which are neither its own options"):
+        kind.from_pretrained(folder, revision="main", vfm_weigths="weights.pth")
 
 
 def test_the_hub_gives_back_what_it_was_given(model, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loops.progress import _BatchProgress
 from lightning.pytorch.trainer.states import TrainerFn
+from tensorboard.compat.proto.event_pb2 import Event
 
 BatchProgress = _BatchProgress  # how many batches a loop has begun and ended
 
@@ -125,3 +126,8 @@ def undeclared(trainer: Trainer) -> Any:
 def without_placeholder(logger: TensorBoardLogger) -> None:
     """Stops a logger from writing a placeholder metric of hyper-parameters at step 0 of each start."""
     logger._default_hp_metric = False
+
+
+def add_event(logger: TensorBoardLogger, event: Event) -> None:
+    """Writes an event; a logger that an earlier training has closed begins another file."""
+    logger.experiment._get_file_writer().add_event(event)

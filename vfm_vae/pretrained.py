@@ -9,6 +9,7 @@ are written, and reading, it takes entries of `config.json` for arguments before
 offers of the hub (`cache_dir`, `local_files_only`, `create_pr`, …) is passed on here, too.
 """
 
+import inspect
 import json
 import re
 import sys
@@ -32,6 +33,7 @@ from vfm_vae.writing import put_tensors, whole_file
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PACKAGES = ("vfm_vae", "ldm")
+HUB_OPTIONS = frozenset(inspect.signature(snapshot_download).parameters) - {"repo_id"}
 
 # Options that take anything, such as a VFM's `model_args`, keep a description as the plain data that it is.
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
@@ -114,6 +116,7 @@ class Pretrained(Described):
             The model, in eval mode.
 
         Raises:
+            TypeError: if an option is unknown.
             ValueError: if there is no such model, or it is in a format that is not this version's.
         """
         config, tensors = read_pretrained(name, cls, **hub)
@@ -220,6 +223,7 @@ def read_pretrained(name: str | Path, base: type, **hub: Any) -> tuple[dict[str,
         What its `config.json` says, and its tensors by name.
 
     Raises:
+        TypeError: if an option is unknown.
         ValueError: if there is no such model, it is of another kind, or of a format that is not this version's.
     """
     folder = _folder(name, hub)
@@ -261,6 +265,11 @@ def load(
 
 
 def _folder(name: str | Path, hub: Mapping[str, Any]) -> Path:
+    if unknown := sorted(set(hub) - HUB_OPTIONS):
+        raise TypeError(
+            f"from_pretrained got {unknown}, which are neither its own options nor those of "
+            "huggingface_hub.snapshot_download: see its docstring for their names"
+        )
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w.-]*\w/[\w.-]*\w", str(name)):

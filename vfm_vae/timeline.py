@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from vfm_vae.lightning_private import (
+    add_event,
     describe_epochs,
     logged_steps,
     restore_logged_steps,
@@ -68,7 +69,7 @@ def hide_from(logger: TensorBoardLogger, step: int) -> None:
     """Makes TensorBoard hide what was logged for a step and later ones."""
     if has_former(logger):
         start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
-        logger.experiment.file_writer.add_event(start)
+        add_event(logger, start)
 
 
 def logged_step(trainer: Trainer, ended: bool = False) -> int:

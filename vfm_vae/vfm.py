@@ -170,7 +170,16 @@ class FrozenVFM(Frozen, Described, VFM):
         Args:
             stored: What the checkpoint says of it, see `vfm_identity`.
             option: Sets this VFM; for a warning where that asked for the other way.
+
+        Raises:
+            ValueError: if the checkpoint says that images were resized in another way.
         """
+        resized = stored.get("interpolation")
+        if resized not in (None, self.interpolation):
+            raise ValueError(
+                f"{option}.interpolation: the checkpoint was trained with {resized!r}, but it is "
+                f"{self.interpolation!r}; give {resized!r}"
+            )
         former = stored.get("antialias_positions", FORMERLY["antialias_positions"])
         if self.antialias_positions == former or self._positions is None:
             return
@@ -314,7 +323,8 @@ def vfm_identity(vfm: VFM | None) -> dict[str, str | bool] | None:
         return None
     identity = {"name": vfm.name, "fingerprint": vfm.fingerprint()}
     told = vfm.source() | vfm.view()
-    return identity | {name: told[name] for name in ("class_path", "antialias_positions") if name in told}
+    noted = ("class_path", "antialias_positions", "interpolation")
+    return identity | {name: told[name] for name in noted if told.get(name) is not None}
 
 
 def check_vfm(vfm: VFM | None, checkpoint: Mapping[str, Any], option: str = "model.vfm") -> None:
@@ -342,7 +352,10 @@ def check_vfm(vfm: VFM | None, checkpoint: Mapping[str, Any], option: str = "mod
             f"the checkpoint was trained on the VFM '{stored['name']}', but {option} is '{vfm.name}'; give that name"
         )
     trained_on, ours = stored.get("class_path"), class_path(type(vfm))
-    if trained_on != ours and not (trained_on is None and isinstance(vfm, FrozenVFM)):
+    # Former versions named no class, and published weights know none.
+    named = checkpoint.get("format_version", 1) > 1 and stored["fingerprint"] is not None
+    plain = type(vfm) is FrozenVFM if named else isinstance(vfm, FrozenVFM)
+    if trained_on != ours and not (trained_on is None and plain):
         trained_on = trained_on or class_path(FrozenVFM)
         raise ValueError(f"the checkpoint was trained on a {trained_on}, but {option} is a {ours}; give that class")
     if stored["fingerprint"] not in (None, vfm.fingerprint()):

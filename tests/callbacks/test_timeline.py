@@ -101,3 +101,13 @@ def test_a_progress_bar_counts_no_epochs_that_there_are_not(trainer, new_module,
     run.fit(new_module(), data)
     assert bar._get_train_description(3).strip() == said
     assert len(bar._get_train_description(3)) >= len(bar.validation_description)
+
+
+def test_one_logger_serves_several_trainings(trainer, new_module, data, tmp_path: Path):
+    logger = TensorBoardLogger(tmp_path, "run", version="")
+    for number in range(3):
+        run = trainer(Timeline(), logger=logger, max_steps=2, log_every_n_steps=1)
+        run.fit(new_module(), data)
+        files = sorted((tmp_path / "run").glob("events*"), key=lambda file: file.stat().st_ctime_ns)
+        files[-1].rename(files[-1].with_name(f"events.out.tfevents.{number:010d}"))
+    assert shown(tmp_path / "run")["train/loss"] == [0, 1]
