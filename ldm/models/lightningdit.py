@@ -137,12 +137,14 @@ class LightningDiT(Denoiser):
 
         Args:
             name: One of `sizes`, a slash, and the side of a patch.
-            **kwargs: Further arguments.
+            **kwargs: Further arguments, none that the name sets.
 
         Raises:
             ValueError: for a name that is not of this form.
+            TypeError: if an argument is given that the name sets.
         """
-        return cls(**{**named_size(name, cls.sizes), **kwargs})
+        sizes: dict[str, Any] = named_size(name, cls.sizes)
+        return cls(**sizes, **kwargs)
 
     def reset_parameters(self) -> None:
         """Xavier for linear layers, N(0, 0.02²) for the embeddings, zeros for modulations and outputs."""

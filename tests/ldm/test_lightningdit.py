@@ -82,3 +82,8 @@ def test_heads_have_to_turn_by_row_and_column():
 def test_unknown_size_is_named():
     with pytest.raises(ValueError, match="one of B, L, XL, 1p0B, 1p6B"):
         LightningDiT.of_size("H/2")
+
+
+def test_a_named_size_is_not_overridden():
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'depth'"):
+        LightningDiT.of_size("B/1", depth=3)
