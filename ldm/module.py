@@ -52,7 +52,7 @@ class DiffusionModule(DrawingModule):
         label_mode: How samples' classes are chosen: `random`, as for published numbers, or `balanced`, equally many of
             each.
         conditioning: Where the denoiser's conditions come from; null for class labels, which `label_mode` chooses for
-            samples.
+            samples. A conditioning that is given chooses by itself, such as `ClassLabels` by its `mode`.
         predict: What prediction returns: decoded `images`, or `latents`.
         rounding: How samples are converted to 8 bits: `round` to the nearest level, or `truncate` as for published
             numbers.
@@ -89,6 +89,11 @@ class DiffusionModule(DrawingModule):
         seed: int = 0,
         conditioning: Conditioning | None = None,
     ):
+        if conditioning is not None and label_mode != "random":
+            raise ValueError(
+                f"model.label_mode: {label_mode!r} would change nothing, as model.conditioning chooses what samples "
+                "are drawn for; leave it at 'random', and set the choice there"
+            )
         pipeline = LatentDiffusion(model, sampler, guidance, conditioning or class_labels(model, label_mode))
         super().__init__(pipeline, tokenizer, predict, rounding, seed)
         at_least(0, cosine_weight=cosine_weight)

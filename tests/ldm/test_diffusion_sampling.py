@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ldm.condition import ClassLabels
 from ldm.guidance import Guidance
 from ldm.samplers import EulerMaruyama
 
@@ -28,6 +29,13 @@ def test_labels_are_random_or_balanced(diffusion):
     assert random.unique().tolist() == [0, 1, 2]
     assert not torch.equal(random, diffusion(seed=2).sample_condition(numbers).labels)
     assert torch.equal(random[40:50], diffusion().sample_condition(numbers[40:50]).labels)
+
+
+def test_a_conditioning_chooses_by_itself(diffusion):
+    numbers, conditioning = torch.arange(4), ClassLabels(3, "balanced")
+    assert diffusion(conditioning=conditioning).sample_condition(numbers).plain() == [0, 1, 2, 0]
+    with pytest.raises(ValueError, match=r"model\.label_mode: 'balanced' .* model\.conditioning chooses"):
+        diffusion(conditioning=conditioning, label_mode="balanced")
 
 
 def test_samples_show_their_class_after_training(diffusion, latents, trainer):
