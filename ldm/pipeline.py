@@ -28,8 +28,7 @@ STREAM = "sample"  # names the random numbers of samples
 
 CARD = """# {name} on latents of {channels} channels, {height}x{width}
 
-A diffusion model on VFM-VAE latents (arXiv 2510.18457), with the statistics that normalise them, conditioned on
-{told}. Latents are those of {source}.
+A diffusion model on the latents of {source}, with the statistics that normalise them, conditioned on {told}.
 
 ```python
 from ldm.pipeline import LatentDiffusion
@@ -265,7 +264,11 @@ class LatentDiffusion(nn.Module, Pretrained):
         channels, height, width = self.model.latent_shape
         num_classes = self.conditioning.num_classes
         told = type(self.conditioning).__name__ if num_classes is None else f"{num_classes} classes"
-        source = "a tokenizer that is not known" if self.latent_source is None else name_of(self.latent_source)
+        if self.latent_source is None:
+            source = "a tokenizer that is not known"
+        else:
+            name = name_of(self.latent_source)
+            source = name if "tokenizer" in self.latent_source else f"a VFM-VAE (arXiv 2510.18457) with {name}"
         return CARD.format(
             name=type(self.model).__name__,
             channels=channels,

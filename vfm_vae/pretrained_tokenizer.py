@@ -16,7 +16,7 @@ from vfm_vae.types import Posterior, VFMFeatures
 
 CARD = """# {name}: latents of {channels} channels, {compression} times smaller than the image
 
-A tokenizer for latent diffusion models (arXiv 2510.18457).
+A tokenizer for latent diffusion models.
 
 ```python
 from {module} import {name}

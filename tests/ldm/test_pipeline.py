@@ -60,6 +60,19 @@ def test_images_are_decoded_by_a_tokenizer_without_its_vfm(model, tiny_model, tm
     assert "tokenizer" not in " ".join(loaded.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (None, "the latents of a tokenizer that is not known,"),
+        ({"tokenizer": "MyVAE"}, "the latents of MyVAE,"),
+        ({"vfm": "vit"}, "the latents of a VFM-VAE (arXiv 2510.18457) with vit,"),
+    ],
+)
+def test_its_card_says_whose_latents_it_makes(model, source, said):
+    model.latent_source = source
+    assert said in model.model_card()
+
+
 def test_another_tokenizer_is_refused(model, tiny_model):
     model.latent_source = tiny_model().latent_identity() | {"fingerprint": "0" * 64}
     with pytest.raises(ValueError, match="tokenizer: it is of another tokenizer"):
