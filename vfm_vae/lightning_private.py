@@ -123,11 +123,6 @@ def undeclared(trainer: Trainer) -> Any:
     return trainer
 
 
-def without_placeholder(logger: TensorBoardLogger) -> None:
-    """Stops a logger from writing a placeholder metric of hyper-parameters at step 0 of each start."""
-    logger._default_hp_metric = False
-
-
 def add_event(logger: TensorBoardLogger, event: Event) -> None:
     """Writes an event; a logger that an earlier training has closed begins another file."""
     logger.experiment._get_file_writer().add_event(event)

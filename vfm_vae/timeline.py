@@ -16,7 +16,6 @@ from vfm_vae.lightning_private import (
     logged_steps,
     restore_logged_steps,
     undeclared,
-    without_placeholder,
 )
 
 
@@ -32,14 +31,11 @@ class Timeline(Callback):
         self._hidden = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Sets up progress bars, and keeps earlier hyper-parameters."""
+        """Sets up progress bars."""
         self._hidden = False
         for bar in undeclared(trainer).callbacks:
             if isinstance(bar, RichProgressBar) and trainer.max_epochs == -1:
                 describe_epochs(bar, partial(without_total, bar))
-        for logger in tensorboards(trainer):
-            if has_former(logger):
-                without_placeholder(logger)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Restores the step of the checkpoint that is evaluated; training restores it by itself."""
@@ -60,16 +56,11 @@ def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def has_former(logger: TensorBoardLogger) -> bool:
-    """Whether TensorBoard finds what was written before, beside the file that Lightning has begun by now."""
-    return len(list(Path(logger.log_dir).glob("events.out.tfevents.*"))) > 1
-
-
 def hide_from(logger: TensorBoardLogger, step: int) -> None:
     """Makes TensorBoard hide what was logged for a step and later ones."""
-    if has_former(logger):
-        start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
-        add_event(logger, start)
+    files = list(Path(logger.log_dir).glob("events.out.tfevents.*"))
+    if len(files) > 1:  # earlier ones, beside the one that Lightning has begun by now
+        add_event(logger, Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
 
 def logged_step(trainer: Trainer, ended: bool = False) -> int:
