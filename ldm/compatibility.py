@@ -20,7 +20,11 @@ from vfm_vae.tokenizer import FrozenTokenizer
 
 
 def _former_diffusion(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """From the hyper-parameters of the command line."""
+    """The `config` of checkpoints from before it was noted: their hyper-parameters are the command line's.
+
+    This is the one place that knows those of diffusion models; `vfm_vae.schema`, which imports nothing of `ldm`, has
+    the tokenizers'.
+    """
     given = content.get("hyper_parameters")
     if not isinstance(given, Mapping) or not isinstance(given.get("model"), Mapping):
         return None
