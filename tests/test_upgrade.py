@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from vfm_vae.former import upgrade, upgrade_word
+from vfm_vae.former import upgrade, upgrade_word, upgrade_words
 
 FORMER = """
 model:
@@ -51,6 +51,28 @@ def test_configs_come_into_todays_form_and_stay_in_it(text: str):
 )
 def test_options_of_the_same_name_with_others_classes_stay(part: dict[str, object]):
     assert upgrade({"decoder": part}) == {"decoder": part}
+
+
+@pytest.mark.parametrize("decoder", [{"latent_channels": 4}, {"init_args": {"latent_channels": 4}}])
+def test_options_of_others_classes_stay(decoder: dict[str, object]):
+    description = {"model": {"model": {"class_path": "mine.VAE", "init_args": {"decoder": decoder}}}}
+    assert upgrade(description) == description
+    inside = {"class_path": "vfm_vae.tokenizer.VFMVAE", "init_args": {"part": description["model"]["model"]}}
+    assert upgrade(inside) == inside
+
+
+def test_a_class_of_this_project_in_others_stays_named():
+    decoder = {"class_path": "vfm_vae.modules.decoder.Decoder", "init_args": {"latent_channels": 4}}
+    upgraded = upgrade({"class_path": "mine.VAE", "init_args": {"decoder": decoder}})
+    assert upgraded["init_args"]["decoder"] == {**decoder, "init_args": {"in_channels": 4}}
+
+
+@pytest.mark.parametrize("named", [["--model.model=mine.VAE"], ["--model.model.class_path", "mine.VAE"]])
+def test_words_that_set_options_of_others_classes_stay(named: list[str]):
+    options = ["--model.model.init_args.decoder.latent_channels=4", "--model.model.init_args.tokenizer.init_args.a=1"]
+    assert upgrade_words([*named, *options]) == [*named, *options]
+    ours = upgrade_words([*named, "--model.guidance.init_args.scale=6"])
+    assert ours == [*named, "--model.guidance.scale=6"]
 
 
 @pytest.mark.parametrize(

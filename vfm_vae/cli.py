@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import signal
 import sys
 import traceback
@@ -18,9 +19,10 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from vfm_vae import contracts
 from vfm_vae.derived import complete
-from vfm_vae.description import class_path
-from vfm_vae.former import upgrade, upgrade_word
+from vfm_vae.description import class_at, class_path
+from vfm_vae.former import upgrade, upgrade_words
 from vfm_vae.lightning_private import HookedCLI, checkpoint_path
 from vfm_vae.options import within
 from vfm_vae.run import Run
@@ -234,7 +236,7 @@ def words(arguments: Sequence[str]) -> list[str]:
     Raises:
         ValueError: if there is no such config.
     """
-    changed = [upgrade_word(word) for word in arguments]
+    changed = upgrade_words(arguments)
     for place, word in enumerate(changed):
         option, equals, value = word.partition("=")
         if option in ("-c", "--config") and equals:
@@ -306,7 +308,8 @@ def short_errors() -> Iterator[None]:
     except (ArgumentError, MisconfigurationException, ValueError) as error:
         if os.environ.get(DEBUG):
             raise
-        print(f"error: {_one_line(_named_by_us(error))}\n({DEBUG}=1 shows the traceback)", file=sys.stderr)
+        message = _one_line(_named_by_us(error))
+        print(f"error: {message}{_lacking(message)}\n({DEBUG}=1 shows the traceback)", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before Lightning is at work, which ends by itself
         if os.environ.get(DEBUG):
@@ -318,6 +321,23 @@ def short_errors() -> Iterator[None]:
 def _one_line(error: BaseException) -> str:
     """The message of an error, without the traceback that errors of loading processes contain."""
     return " ".join(str(error).rpartition(f"\n{type(error).__name__}: ")[2].split())
+
+
+def _lacking(message: str) -> str:
+    """Adds which methods a class lacks, where the parser says only that it does not implement a contract."""
+    found = re.search(r"implement protocol (\w+).*Given value:[^.]*?([\w.]+\.\w+)", message)
+    contract = getattr(contracts, found[1], None) if found else None
+    if found is None or contract is None:
+        return ""
+    try:
+        given = class_at(found[2])
+    except (ImportError, AttributeError):
+        return ""
+    methods = [name for name, part in vars(contract).items() if callable(part) and not name.startswith("_")]
+    lacking = ", ".join(name for name in methods if not hasattr(given, name))
+    return f"; {found[2]} " + (
+        f"lacks {lacking}" if lacking else f"has arguments or annotations other than {class_path(contract)}"
+    )
 
 
 def _named_by_us(error: BaseException) -> BaseException:
