@@ -102,6 +102,7 @@ def test_figures_stand_beside_those_of_the_same_card(bench, tmp_path):
         assert rows[-1] == ("lightningdit_warm / lightningdit", "first_step_s", "0.25", "", "", "≤ 0.25")
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_others(tmp_path):
     out = tmp_path / "out.json"
     command = [sys.executable, BENCH / "gpu.py", "--toy", "--device=cpu", f"--out={out}", "--option=--model.typo=1"]

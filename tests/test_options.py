@@ -130,7 +130,9 @@ def hints(made: Callable) -> dict[str, Any]:
 
 
 def subclasses(kind: type) -> set[type]:
-    return {kind}.union(*(subclasses(below) for below in kind.__subclasses__()))
+    """Those of the packages, and not what other tests derive."""
+    ours = [below for below in kind.__subclasses__() if below.__module__.partition(".")[0] in PACKAGES]
+    return {kind}.union(*(subclasses(below) for below in ours))
 
 
 def configurable() -> list[Callable]:

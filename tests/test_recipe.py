@@ -160,6 +160,7 @@ def test_the_whole_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch, source:
         align(folder, monkeypatch, data)
 
 
+@pytest.mark.slow
 def test_the_recipe_as_published(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder)
     images = 0

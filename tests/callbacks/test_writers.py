@@ -170,6 +170,7 @@ run.predict(module, datamodule=ImageNetDataModule(photos, image_size=64, val_bat
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_features_that_one_writes(photos, tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text(RANKS)

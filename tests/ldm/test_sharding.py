@@ -96,7 +96,8 @@ def close(ours: object, theirs: object) -> bool:
     return ours == theirs
 
 
-@pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["eager", "compiled"])
 def test_sharded_and_resumed_equals_whole(tmp_path: Path, cache: Path, how: str):
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
