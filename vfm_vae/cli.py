@@ -335,9 +335,8 @@ def _lacking(message: str) -> str:
         return ""
     methods = [name for name, part in vars(contract).items() if callable(part) and not name.startswith("_")]
     lacking = ", ".join(name for name in methods if not hasattr(given, name))
-    return f"; {found[2]} " + (
-        f"lacks {lacking}" if lacking else f"has arguments or annotations other than {class_path(contract)}"
-    )
+    mistake = f"lacks {lacking}" if lacking else f"has other arguments or annotations than {class_path(contract)}"
+    return f"; {found[2]} {mistake}"
 
 
 def _named_by_us(error: BaseException) -> BaseException:

@@ -142,3 +142,4 @@ def test_a_class_that_lacks_something_is_refused(folder):
     half = "--model.model.init_args.vfm=other_vfm.HalfVFM"
     ended = run(folder, "vfm_vae", "fit", *CONFIGS, half)
     assert ended.code != 0 and "does not implement protocol VFM" in ended.err
+    assert "; other_vfm.HalfVFM lacks differentiable, grid, " in ended.err
