@@ -96,6 +96,16 @@ def test_a_class_that_is_imported_in_this_project_is_not_of_it(path, message, fo
         assert "\n" not in str(raised.value)
 
 
+def test_the_class_of_a_model_that_is_not_there_is_named(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["class_path"] = "vfm_vae.nothing.Part"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"^name: '.*' there is no class 'vfm_vae\.nothing\.Part'"):
+        VFMVAE.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"^description: there is no class 'nothing\.Part'"):
+        build(Anything, {"class_path": "nothing.Part"})
+
+
 @pytest.mark.parametrize("path", ["vfm_vae.checkpoints.zipfile.ZipFile", "vfm_vae.hooks.Nothing", "Nothing", ""])
 def test_a_class_that_is_not_there_is_named(path):
     with pytest.raises(ValueError, match=f"^there is no class '{path}': "):

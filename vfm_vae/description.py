@@ -104,8 +104,8 @@ def _hints(cls: type) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         try:
-            hints |= get_type_hints(base.__init__)
-        except (NameError, TypeError):  # of annotations that can't be resolved, which the parser does not use either
+            hints |= get_type_hints(vars(base).get("__init__"))
+        except (NameError, TypeError):  # it has none, or some that can't be resolved, nor by the parser
             continue
     return hints
 

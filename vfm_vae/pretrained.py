@@ -55,7 +55,7 @@ def build(base: type, description: Mapping[str, Any], place: str = "description:
     parser.add_subclass_arguments(base, "model", required=True)
     model = upgrade(json.loads(json.dumps(description)))
     # The parser checks the outermost class, which has to be of `base`.
-    check_classes(place, model.get("init_args"), class_at(model["class_path"]))
+    check_classes(place, model.get("init_args"), _class_at(str(model.get("class_path")), place))
     return parser.instantiate_classes(parser.parse_object({"model": complete(model)})).model
 
 
@@ -77,10 +77,7 @@ def check_classes(
     for path in named_classes(description, hint):
         package, module = path.partition(".")[0], path.rpartition(".")[0]
         if imports or package in packages or module in sys.modules:
-            try:
-                cls: Any = class_at(path)
-            except ValueError as error:
-                raise ValueError(f"{place} {error}") from error
+            cls = _class_at(path, place)
             # A module also has names of classes that it has imported from elsewhere.
             if isinstance(cls, type) and (cls.__module__.partition(".")[0] in packages or issubclass(cls, Described)):
                 continue
@@ -92,6 +89,13 @@ def check_classes(
                 else "from modules that were imported before"
             )
         )
+
+
+def _class_at(path: str, place: str) -> Any:
+    try:
+        return class_at(path)
+    except ValueError as error:
+        raise ValueError(f"{place} {error}") from error
 
 
 class Pretrained(Described):
@@ -300,10 +304,10 @@ def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> Non
     version = config.get("format_version", 0) if isinstance(config, Mapping) else 0
     if version != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
-        hint = "install a newer version of this project" if newer else "convert its checkpoint again"
+        advice = "install a newer version of this project" if newer else "convert its checkpoint again"
         raise ValueError(
             f"name: {str(name)!r} is in format version {version}, but this version of vfm_vae reads {FORMAT_VERSION}; "
-            + hint
+            + advice
         )
     if not isinstance(config.get("model"), Mapping) or "class_path" not in config["model"]:
         raise ValueError(f"name: the {CONFIG} in {str(name)!r} describes no model")
@@ -317,7 +321,7 @@ def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> Non
             f"name: {str(name)!r} was trained on a {vfm_class}, which is not of this project: import its module "
             "first, or give the checkpoint of its training"
         )
-    hint = class_at(vfm_class) if vfm_class else Any
+    hint: Any = _class_at(vfm_class, f"name: the VFM of {str(name)!r}:") if vfm_class else Any
     arguments = {name: value for name, value in vfm.items() if name != "class_path"}
     check_classes(f"name: the VFM of {str(name)!r}", arguments, hint, packages, imports=False)
     path = config["model"]["class_path"]
