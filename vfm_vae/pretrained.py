@@ -3,6 +3,7 @@
 `config.json` holds `format_version`, the `model` as configs have it (`class_path` and `init_args`), and what else the
 kind of model needs. Nothing in a folder is unpickled, and only classes of this project, or of the package of a class
 that the caller gives, are built from one; other VFMs and parts are, if their modules were imported before.
+A checkpoint may also have modules imported, but of others' classes only `Described` ones are built from it.
 
 `huggingface_hub.ModelHubMixin` is no base for it: saving, it removes the former `config.json` before the new weights
 are written, and reading, it takes entries of `config.json` for arguments before anything has checked them. What it
