@@ -69,7 +69,7 @@ def check_classes(
         place: Begins the message.
         description: Plain data.
         hint: What the description is for, see `named_classes`.
-        packages: Whose classes may all be built; others have to be `Described`.
+        packages: Packages all of whose classes may be built; classes of others have to be `Described`.
         imports: Whether modules of others may be imported for it.
 
     Raises:
