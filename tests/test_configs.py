@@ -12,6 +12,7 @@ from test_configs_of_tokenizers import STAGES, VFMS
 
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.module import TokenizerModule
+from vfm_vae.run import Run
 
 
 def test_every_config_is_covered_here():
@@ -103,3 +104,16 @@ def test_a_run_tells_its_callbacks_and_its_logger_what_it_is_called():
     assert callback(cli, "LatentWriter").directory == Path("elsewhere")
     assert Path(cli.trainer.log_dir) == Path("some/mine")
     assert cli.given.fit.trainer.callbacks[-1].init_args.directory is None  # in config.yaml, for the next command
+
+
+def test_an_explicit_entry_and_folder_win_over_the_callbacks_own_and_the_name_does_not():
+    def told(run, former=None):
+        report = {"class_path": "callbacks.report.Report", "init_args": {"path": None, "name": former}}
+        writer = {"class_path": "callbacks.writers.LatentWriter", "init_args": {"directory": former}}
+        run.tell(report)
+        run.tell(writer)
+        return report["init_args"]["name"], writer["init_args"]["directory"]
+
+    assert told(Run(name="mine"), "former") == ("former", "former") and told(Run(name="mine")) == ("mine", None)
+    with pytest.warns(UserWarning, match="run.output: elsewhere takes the place of LatentWriter's directory, former"):
+        assert told(Run(name="mine", entry="test", output="elsewhere"), "former") == ("test", "elsewhere")
