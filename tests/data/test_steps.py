@@ -184,8 +184,12 @@ def test_numbers_are_logged_once_a_step(root, tmp_path, kind):
 def test_validations_may_go_by_the_clock_or_the_epoch(root, tmp_path):
     by_clock = trainer(tmp_path, 2, val_check_interval="00:10:00:00", check_val_every_n_epoch=1)
     assert fit(tmp_path, root, Automatic(), trained=by_clock, micro_batch_size=2).validated == []
-    by_epoch = trainer(tmp_path, 8, val_check_interval=0.5, check_val_every_n_epoch=1)
-    assert fit(tmp_path, root, Automatic(), trained=by_epoch, micro_batch_size=2).validated == [2, 4, 6, 8]
+    by_epoch = trainer(tmp_path, 8, val_check_interval=1.0, check_val_every_n_epoch=1)
+    assert fit(tmp_path, root, Automatic(), trained=by_epoch, micro_batch_size=2).validated == [4, 8]
+    by_share = trainer(tmp_path, 8, val_check_interval=0.5, check_val_every_n_epoch=1)
+    assert fit(tmp_path, root, Automatic(), trained=by_share, micro_batch_size=8).validated == [2, 4, 6, 8]
+    with pytest.raises(ValueError, match=r"^trainer.val_check_interval: 0.5 of an epoch .* takes 4 batches"):
+        fit(tmp_path, root, Automatic(), trained=by_share, micro_batch_size=2)
 
 
 def test_ranks_take_equal_parts_of_a_step(root):

@@ -41,7 +41,8 @@ class Steps:
         """Makes a trainer accumulate, before it trains.
 
         Raises:
-            ValueError: if a step does not divide, or another option also says how many batches make one.
+            ValueError: if a step does not divide, another option also says how many batches make one, or validations
+                could fall into the middle of a step.
         """
         if self.micro_batch_size is None or self._given is not None:
             return
@@ -53,6 +54,11 @@ class Steps:
             )
         number = self.batch_size // (self.of_rank(trainer.world_size) * trainer.world_size)
         interval = getattr(trainer, "val_check_interval", None)  # none where validations go by the clock
+        if number > 1 and isinstance(interval, float) and interval < 1:
+            raise ValueError(
+                f"trainer.val_check_interval: {interval} of an epoch may end in the middle of a step, which takes "
+                f"{number} batches (micro_batch_size); give it as a number of steps, or 1.0 for whole epochs"
+            )
         self._given = trainer, trainer.accumulate_grad_batches, interval
         trainer.accumulate_grad_batches = number
         if counts_batches(interval):
