@@ -122,7 +122,7 @@ class CKNNACallback(EvaluationCallback):
     def adopt(self, pl_module: LightningModule) -> None:
         """Uses the module's own VFM if none was given."""
         if self._adopts:
-            self.vfms = by_name([needed_vfm(pl_module, "vfms")])
+            self.vfms = by_name([needed_vfm(pl_module, self, "vfms")])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learns where to write, on all ranks: asking Lightning for it later on one alone would wait for the others."""

@@ -73,7 +73,7 @@ class DistributionCallback(EvaluationCallback):
 
     def adopt(self, pl_module: LightningModule) -> None:
         """Uses the module's own VFM if no network was given."""
-        if self._adopts and getattr(self, "network", None) is not (vfm := needed_vfm(pl_module, "network")):
+        if self._adopts and getattr(self, "network", None) is not (vfm := needed_vfm(pl_module, self, "network")):
             self.network, self._measured = vfm, None
 
     def names(self) -> set[str]:

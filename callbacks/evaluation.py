@@ -162,11 +162,12 @@ def own_vfm(pl_module: LightningModule) -> VFM | None:
     return pl_module.vfm if isinstance(pl_module, HasVFM) else None
 
 
-def needed_vfm(pl_module: LightningModule, option: str) -> VFM:
+def needed_vfm(pl_module: LightningModule, callback: Callback, option: str) -> VFM:
     """The same, for a callback that can't do without.
 
     Args:
         pl_module: The module.
+        callback: The callback.
         option: The callback's option that would set a VFM.
 
     Raises:
@@ -174,7 +175,9 @@ def needed_vfm(pl_module: LightningModule, option: str) -> VFM:
     """
     vfm = own_vfm(pl_module)
     if vfm is None:
-        raise ValueError(f"{option}: {type(pl_module).__name__} has no VFM of its own here; give one")
+        raise ValueError(
+            f"{type(callback).__name__}.{option}: {type(pl_module).__name__} has no VFM of its own here; give one"
+        )
     return vfm
 
 

@@ -57,7 +57,7 @@ class ClassAccuracyCallback(EvaluationCallback):
 
     def adopt(self, pl_module: LightningModule) -> None:
         """Uses the module's own VFM if none was given."""
-        if self._adopts and getattr(self, "vfm", None) is not (vfm := needed_vfm(pl_module, "vfm")):
+        if self._adopts and getattr(self, "vfm", None) is not (vfm := needed_vfm(pl_module, self, "vfm")):
             self.vfm, self._probe = vfm, None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

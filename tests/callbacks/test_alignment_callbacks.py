@@ -324,7 +324,7 @@ def test_without_vfms_callbacks_take_the_modules_own(images, trainer, vfm):
 
 
 def test_a_module_without_a_vfm_has_none_to_give(encoder, images, trainer):
-    with pytest.raises(ValueError, match=r"^vfms: Encoder has no VFM of its own here"):
+    with pytest.raises(ValueError, match=r"^CKNNACallback\.vfms: Encoder has no VFM of its own here"):
         trainer(CKNNACallback()).test(encoder, images, verbose=False)
     probe = LinearProbeCallback(num_train_images=26)
     trainer(RobustnessCallback(num_images=5), probe).test(encoder, images, verbose=False)

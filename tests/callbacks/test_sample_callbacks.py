@@ -116,7 +116,8 @@ def test_without_a_network_the_modules_own_vfm_is_taken(photos, trainer):
     run.validate(painter, photos_data(photos), verbose=False)
     assert run.callback_metrics[f"val/fd_{VFM}/train"] == values[f"val/fd_{VFM}/train"]
     for callback, option in (DistributionCallback(), "network"), (ClassAccuracyCallback(str(photos / "train")), "vfm"):
-        with pytest.raises(ValueError, match=f"^{option}: Painter has no VFM of its own here; give one$"):
+        named = f"{type(callback).__name__}.{option}"
+        with pytest.raises(ValueError, match=f"^{named}: Painter has no VFM of its own here; give one$"):
             trainer(callback).validate(Painter(photos), photos_data(photos), verbose=False)
 
 
