@@ -101,7 +101,7 @@ def test_it_is_trained_watched_sampled_and_evaluated(folder, told):
     assert samples.condition.plain() == values
     model.save_pretrained(folder / "saved")
     card = (folder / "saved/README.md").read_text()
-    assert f"conditioned on\n{'3 classes' if told == 'a class' else 'MeanOfLatents'}. Latents" in card
+    assert f"conditioned on {'3 classes' if told == 'a class' else 'MeanOfLatents'}." in card
     again = LatentDiffusion.from_pretrained(folder / "saved").sample(values, guidance_scale=2.0)
     assert torch.equal(samples.latents, again.latents)
     with pytest.raises(ValueError, match=r"labels: the classes are 0 to 2|brightness: a finite number"):
