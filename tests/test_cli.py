@@ -13,6 +13,7 @@ from command_line import Ended
 from command_line import run as run_here
 
 from vfm_vae.cli import short_errors
+from vfm_vae.run import Run
 
 ROOT = Path(__file__).parents[1]
 DEMO = ["-c", str(ROOT / "configs/demo/tokenizer.yaml"), "-c", str(ROOT / "tests/small.yaml")]
@@ -144,6 +145,23 @@ def test_a_mistake_ends_with_one_line(folder: Path, mistake: str):
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line
+
+
+def test_a_former_runs_logger_does_not_lead_a_new_run_into_its_folder(folder: Path):
+    (folder / "runs/small").mkdir(parents=True)
+    former = folder / "runs/small/config.yaml"
+    former.write_text("seed_everything: 0")
+    code, _, err = run(folder, *small("fit"), "--run.name=mine")
+    assert code == 2 and "run.name, run.folder: runs/mine was asked for, but trainer.logger decides" in err
+    assert former.read_text() == "seed_everything: 0"
+    code, _, err = run(folder, *small("fit"), "--run.name=mine", "--trainer.logger=null", "--model.max_images=8")
+    assert code == 0 and (folder / "runs/mine/config.yaml").is_file(), err
+    # A logger of one's own goes on in its folder.
+    Run(name="mine").check_folder(folder / "runs/mine")
+    former.write_text("run: {name: mine, folder: runs}")
+    Run(name="mine").check_folder(folder / "runs/small")
+    with pytest.raises(ValueError, match="elsewhere/small was asked for"):
+        Run(folder="elsewhere").check_folder(folder / "runs/small")
 
 
 def test_ctrl_c_before_training_is_no_traceback(capsys: pytest.CaptureFixture):

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, s
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vfm_vae import contracts
@@ -151,12 +152,14 @@ class CLI(HookedCLI):
             )
 
     def before_fit(self) -> None:
-        """Checks that the run's folder can be written to, with a shorter message than the loggers' own.
+        """Checks that the run's folder is not another run's, and can be written to; loggers' own messages are longer.
 
         Ranks are not connected yet, so a logger that numbers its runs would have a folder for each of them.
         """
         folder = local_path(self.trainer.log_dir) if self.trainer.is_global_zero else None
         if folder is not None and self.cut_short_by is None:
+            if isinstance(self.trainer.logger, TensorBoardLogger | CSVLogger):
+                Run(**self.config[self.subcommand].run.as_dict()).check_folder(folder)
             check_place(folder / "config.yaml")
 
     def fit(self, ckpt_path: str | None, **options: Any) -> None:

@@ -1,13 +1,17 @@
 """The name of a run and the folders that it writes to."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, final
 
+import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vfm_vae.description import class_at
 from vfm_vae.trial import Output
+
+FOLDER = "runs"
 
 
 @final
@@ -23,7 +27,7 @@ class Run:
     """
 
     def __init__(
-        self, name: str | None = None, folder: str = "runs", entry: str | None = None, output: str | None = None
+        self, name: str | None = None, folder: str = FOLDER, entry: str | None = None, output: str | None = None
     ) -> None:
         self.name, self.folder = name, folder
         self.entry, self.output = entry, output
@@ -31,6 +35,30 @@ class Run:
     def logger(self) -> TensorBoardLogger | None:
         """The run's logger; None if it has no name."""
         return None if self.name is None else TensorBoardLogger(self.folder, self.name, version="")
+
+    def check_folder(self, log_dir: Path) -> None:
+        """Checks that a logger of the config's own does not lead into another run, which this one would overwrite.
+
+        Args:
+            log_dir: Folder of a logger that writes its own.
+
+        Raises:
+            ValueError: if this run's name or folder says otherwise, and the config there is not this run's.
+        """
+        asked = Path(self.folder, self.name or log_dir.name)
+        if (self.name is None and self.folder == FOLDER) or asked.absolute() == log_dir.absolute():
+            return
+        saved = log_dir / "config.yaml"
+        if not saved.is_file():
+            rank_zero_warn(f"run.name, run.folder: not {asked}; trainer.logger decides where this run goes, {log_dir}")
+            return
+        there = (yaml.safe_load(saved.read_text()) or {}).get("run") or {}
+        if (there.get("name"), there.get("folder", FOLDER)) != (self.name, self.folder):
+            raise ValueError(
+                f"run.name, run.folder: {asked} was asked for, but trainer.logger decides where this run goes, and in "
+                f"{str(log_dir)!r} is another one, which would be overwritten; give --trainer.logger=null, or options "
+                "of that logger"
+            )
 
     def tell(self, callback: Mapping[str, Any]) -> None:
         """Gives a callback that writes files the run's entry and folder.
