@@ -34,6 +34,7 @@ from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least, within
 from vfm_vae.tokenizer import FrozenTokenizer
 from vfm_vae.types import Batch, LatentBatch
+from vfm_vae.vfm import check_source
 
 
 class DiffusionModule(DrawingModule):
@@ -277,6 +278,8 @@ class DiffusionModule(DrawingModule):
         """Checks that data, tokenizer and denoiser fit each other, before anything is computed; compiles."""
         check_trainer(self.trainer)
         if stage == "fit":
+            if self.alignment is not None and self.alignment.vfm is not None:
+                check_source(self.alignment.vfm)
             self.pipeline.described()  # what can't be described must not fail only when the first checkpoint is written
         if self.trainer.gradient_clip_algorithm == "value":
             raise ValueError("trainer.gradient_clip_algorithm: only 'norm' is supported")

@@ -100,7 +100,7 @@ def test_the_class_of_a_model_that_is_not_there_is_named(folder):
     config = json.loads((folder / "config.json").read_text())
     config["model"]["class_path"] = "vfm_vae.nothing.Part"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"^name: '.*' there is no class 'vfm_vae\.nothing\.Part'"):
+    with pytest.raises(ValueError, match=r"^name: '.*': there is no class 'vfm_vae\.nothing\.Part'"):
         VFMVAE.from_pretrained(folder)
     with pytest.raises(ValueError, match=r"^description: there is no class 'nothing\.Part'"):
         build(Anything, {"class_path": "nothing.Part"})

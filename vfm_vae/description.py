@@ -3,8 +3,11 @@
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 PLAIN = (Any, object, str, int, float, complex, bool, bytes, type(None), list, tuple, dict, set)
 """Types of options that no class is given for."""
@@ -44,18 +47,66 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def class_at(path: str) -> type:
-    """The class that `class_path` names.
+def class_at(path: str, place: str = "") -> type:
+    """The class that `class_path` names; it may stand inside another class.
+
+    Args:
+        path: As `class_path` has it.
+        place: Begins the message.
 
     Raises:
         ValueError: if there is none.
     """
-    module, _, name = path.rpartition(".")
     try:
-        cls: type = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"there is no class {path!r}: {error}") from error
+        cls: type = _found(path)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        missing = str(error.name) if isinstance(error, ModuleNotFoundError) else "."
+        advice = f"put the folder of module {missing!r} on PYTHONPATH, or install its package"
+        begin = place and place.removesuffix(":") + ": "
+        raise ValueError(f"{begin}there is no class {path!r}: {error if '.' in missing else advice}") from error
     return cls
+
+
+def _found(path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    try:
+        found: Any = importlib.import_module(owner)
+    except ModuleNotFoundError as error:
+        if error.name != owner or "." not in owner:
+            raise
+        found = _found(owner)  # a class inside another class
+        if not isinstance(found, type):
+            raise
+    return getattr(found, name)
+
+
+def check_place(cls: type) -> None:
+    """Checks that a class is found again by its `class_path`, as whoever reads a checkpoint will have to.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    path = class_path(cls)
+    if "<locals>" in path:
+        raise ValueError(
+            f"{path}: a class that is defined inside a function can't be found again, so no checkpoint of it could be "
+            "read: define it at the top level of a module"
+        )
+    if cls.__module__ == "__main__":
+        _warn_of(path)
+    elif class_at(path) is not cls:
+        raise ValueError(
+            f"{path}: there is another class of that name now, so no checkpoint of this one could be read: define a "
+            "class once, under its own name"
+        )
+
+
+@cache
+def _warn_of(path: str) -> None:
+    rank_zero_warn(
+        f"{path}: its checkpoints can be read only where this class is defined, as it is in a script or a notebook: "
+        "move it to a module"
+    )
 
 
 def named_classes(part: Any, hint: Any = Any) -> Iterator[str]:
@@ -110,6 +161,15 @@ def _hints(cls: type) -> dict[str, Any]:
     return hints
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value is as JSON has it; tuples are, too."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
 def describe(part: Any, without: Collection[str] = ()) -> dict[str, Any]:
     """An object as configs have it: `class_path` and `init_args`, in plain data.
 
@@ -118,13 +178,15 @@ def describe(part: Any, without: Collection[str] = ()) -> dict[str, Any]:
         without: Arguments that are left out, so they are None.
 
     Raises:
-        ValueError: if the object, or one that it is made of, is neither `Described` nor plain data.
+        ValueError: if the object, or one that it is made of, is neither `Described` nor plain data, or is of a class
+            that could not be found again.
     """
     if not isinstance(part, Described):
         raise ValueError(
             f"{type(part).__name__} can't be described, so no checkpoint or folder could say how to make it again: "
             "derive its class from vfm_vae.description.Described"
         )
+    check_place(part._made_as)
     arguments = {
         name: None if name in without else _plain(value, f"{part._made_as.__name__}.{name}")
         for name, value in part.arguments.items()

@@ -32,7 +32,7 @@ from vfm_vae.schema import TOKENIZER
 from vfm_vae.stages import begin, check_optimizers, freeze_all_but, read_stage
 from vfm_vae.two_players import TwoPlayers
 from vfm_vae.types import Batch, Decoded, Posterior, VFMFeatures
-from vfm_vae.vfm import check_vfm, vfm_identity
+from vfm_vae.vfm import check_source, check_vfm, vfm_identity
 
 OPPONENTS = ("discriminator.", "patchgan.")
 
@@ -268,6 +268,8 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         """Checks that the images fit; starts from the previous stage, unless a run of this stage is resumed."""
         check_trainer(self.trainer)
         if stage == "fit":
+            if self.vfm is not None:
+                check_source(self.vfm)
             self.model.described()  # what can't be described must not fail only when the first checkpoint is written
         image_size = getattr(undeclared(self.trainer).datamodule, "image_size", None)
         if image_size is not None:

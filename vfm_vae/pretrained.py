@@ -56,7 +56,7 @@ def build(base: type, description: Mapping[str, Any], place: str = "description:
     parser.add_subclass_arguments(base, "model", required=True)
     model = upgrade(json.loads(json.dumps(description)))
     # The parser checks the outermost class, which has to be of `base`.
-    check_classes(place, model.get("init_args"), _class_at(str(model.get("class_path")), place))
+    check_classes(place, model.get("init_args"), class_at(str(model.get("class_path")), place))
     return parser.instantiate_classes(parser.parse_object({"model": complete(model)})).model
 
 
@@ -78,7 +78,7 @@ def check_classes(
     for path in named_classes(description, hint):
         package, module = path.partition(".")[0], path.rpartition(".")[0]
         if imports or package in packages or module in sys.modules:
-            cls = _class_at(path, place)
+            cls: Any = class_at(path, place)
             # A module also has names of classes that it has imported from elsewhere.
             if isinstance(cls, type) and (cls.__module__.partition(".")[0] in packages or issubclass(cls, Described)):
                 continue
@@ -87,16 +87,10 @@ def check_classes(
             + (
                 "that derive from vfm_vae.description.Described"
                 if imports
-                else "from modules that were imported before"
+                else "from modules that were imported before; give a tokenizer of others by its class "
+                "(model.tokenizer.tokenizer_class)"
             )
         )
-
-
-def _class_at(path: str, place: str) -> Any:
-    try:
-        return class_at(path)
-    except ValueError as error:
-        raise ValueError(f"{place} {error}") from error
 
 
 class Pretrained(Described):
@@ -322,7 +316,7 @@ def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> Non
             f"name: {str(name)!r} was trained on a {vfm_class}, which is not of this project: import its module "
             "first, or give the checkpoint of its training"
         )
-    hint: Any = _class_at(vfm_class, f"name: the VFM of {str(name)!r}:") if vfm_class else Any
+    hint: Any = class_at(vfm_class, f"name: the VFM of {str(name)!r}:") if vfm_class else Any
     arguments = {name: value for name, value in vfm.items() if name != "class_path"}
     check_classes(f"name: the VFM of {str(name)!r}", arguments, hint, packages, imports=False)
     path = config["model"]["class_path"]

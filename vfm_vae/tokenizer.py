@@ -21,7 +21,7 @@ from vfm_vae.modules.quantizer import QuantizedPosterior, VectorQuantizer
 from vfm_vae.options import named_as
 from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
 from vfm_vae.types import Decoded, Posterior, VFMFeatures
-from vfm_vae.vfm import FORMERLY, check_frozen, check_vfm, vfm_from
+from vfm_vae.vfm import FORMERLY, check_frozen, check_source, check_vfm, vfm_from
 
 CARD = """# VFM-VAE: latents of {channels} channels, {compression} times smaller than the image
 
@@ -93,6 +93,7 @@ class VFMVAE(PretrainedTokenizer):
         if self.absent_vfm is None:
             raise ValueError("vfm: the model does not say which VFM it was trained on; pass one to VFMVAE(…)")
         vfm = vfm_from(self.absent_vfm, weights)
+        check_source(vfm)
         check_vfm(vfm, {"vfm": self.absent_vfm})
         self._check_fit(vfm)
         self.vfm = vfm

@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfm_vae.compilation import compile_regions
 from vfm_vae.contracts import VFM
-from vfm_vae.description import Described, class_at, class_path
+from vfm_vae.description import Described, check_place, class_at, class_path, is_plain
 from vfm_vae.frozen import Frozen
 from vfm_vae.hooks import run_and_keep
 from vfm_vae.images import Interpolation
@@ -150,8 +151,10 @@ class FrozenVFM(Frozen, Described, VFM):
         A subclass names itself as well, under `class_path`. This class does not, and of arguments in `FORMERLY` it
         names those alone that differ, so that older caches say the same of the same VFM.
         """
-        now = {"layers": list(self.layers), "antialias_positions": self.antialias_positions}
-        source = self.arguments | {name: value for name, value in now.items() if name in self.arguments}
+        now: dict[str, Any] = {"name": self.name, "layers": list(self.layers)}
+        if "antialias_positions" in self.arguments:
+            now["antialias_positions"] = self.antialias_positions
+        source = self.arguments | now
         if type(self) is FrozenVFM:
             source = {name: value for name, value in source.items() if name not in FORMERLY or value != FORMERLY[name]}
         else:
@@ -298,10 +301,14 @@ def vfm_from(source: Mapping[str, Any], weights: str | None = None) -> VFM:
     given = dict(source) if "class_path" in source else {**FORMERLY, **source}
     if weights is not None:
         given["weights"] = weights
-    cls: Any = class_at(path)
-    takes = inspect.signature(cls.__init__).parameters
-    arguments = {name: value for name, value in given.items() if name in takes}
+    cls: Any = class_at(path, f"the VFM {source.get('name')!r}")
+    arguments = {name: value for name, value in given.items() if name in _arguments_of(cls)}
     return build(VFM, {"class_path": path, "init_args": arguments}, f"the VFM {source.get('name')!r}")
+
+
+def _arguments_of(cls: type) -> set[str]:
+    """The names of the arguments that a class takes, also of those that it hands on to its bases."""
+    return set(ArgumentParser().add_class_arguments(cls, fail_untyped=False))
 
 
 def check_frozen(vfm: VFM) -> None:
@@ -314,6 +321,29 @@ def check_frozen(vfm: VFM) -> None:
         raise ValueError(
             f"{type(vfm).__name__} would be trained and saved with the model, as it has weights in its state_dict: "
             "derive it from vfm_vae.frozen.Frozen, which hides its network"
+        )
+
+
+def check_source(vfm: VFM) -> None:
+    """Checks that a VFM can be made again by what checkpoints will say of it.
+
+    Raises:
+        ValueError: if its `source` lacks something, or says what is no use.
+    """
+    cls, source, known = type(vfm), vfm.source(), {"name", "layers", "fingerprint"}
+    check_place(cls)
+    takes = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    needed = {p.name for p in takes if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    faults = {
+        "lacks": (known | needed) - source.keys(),
+        "has what its __init__ does not take:": source.keys() - _arguments_of(cls) - known - {"class_path"},
+        "has what is no plain data:": {name for name, value in source.items() if not is_plain(value)},
+        "needs the class_path": {class_path(cls)} - {str(source.get("class_path", class_path(FrozenVFM)))},
+    }
+    if found := [f"{fault} {sorted(names)}" for fault, names in faults.items() if names]:
+        raise ValueError(
+            f"{class_path(cls)}: no checkpoint could make it again, as what its source() returns {', '.join(found)}; "
+            "see vfm_vae.contracts.VFM.source"
         )
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vfm_vae.description import class_path
 from vfm_vae.discriminators import projected
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.losses.objective import Objective
@@ -58,8 +59,9 @@ class GivenFeatures(nn.Module):
     def forward(self, images: Tensor) -> VFMFeatures:
         return next(self._features)
 
-    def source(self) -> dict[str, str]:
-        return {"name": "given"}
+    def source(self) -> dict[str, object]:
+        named = {"class_path": class_path(type(self)), "name": "given", "layers": [], "fingerprint": ""}
+        return named | {"features": []}
 
 
 def features_of(step: int) -> VFMFeatures:
