@@ -4,6 +4,7 @@ A `Condition` moves along with a batch, from the data to the denoiser. Only the 
 makes conditions. A new kind of condition is a subclass of each, and a denoiser that understands it.
 """
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -171,7 +172,14 @@ class ClassLabels(Conditioning):
 
     def of_values(self, values: Sequence[Any] | Tensor) -> Labels:
         """Classes by their numbers."""
-        labels = torch.as_tensor(values, dtype=torch.int64)
+        try:
+            given = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError):
+            given = torch.empty(0)  # words, say, or lists of several lengths
+        labels = given.to(torch.int64)
+        if given.ndim != 1 or not len(given) or (labels != given).any():
+            told = reprlib.repr(values.tolist() if isinstance(values, Tensor) else values)
+            raise ValueError(f"labels: give at least one class, each by its number, a whole one; given {told}")
         if others := labels[(labels < 0) | (labels >= self.num_classes)].unique().tolist():
             raise ValueError(f"labels: the classes are 0 to {self.num_classes - 1}, given {others}")
         return Labels(labels, self.num_classes)

@@ -104,6 +104,6 @@ def test_a_class_of_a_script_is_warned_of():
 
 def test_a_module_that_is_not_there_is_asked_for():
     with pytest.raises(ValueError) as raised:
-        class_at("mixer.parts.Mixer")
-    advice = "put the folder of module 'mixer' on PYTHONPATH, or install its package"
-    assert str(raised.value) == f"there is no class 'mixer.parts.Mixer': {advice}"
+        class_at("not_there.parts.Mixer")
+    advice = "put the folder of module 'not_there' on PYTHONPATH, or install its package"
+    assert str(raised.value) == f"there is no class 'not_there.parts.Mixer': {advice}"

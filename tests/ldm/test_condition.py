@@ -83,6 +83,20 @@ def test_values_that_are_no_class_are_named():
         ClassLabels(5).of_values(torch.tensor([5, 2, -1, 5]))
 
 
+@pytest.mark.parametrize(
+    "values", [[0.7], torch.tensor([1.0, float("nan")]), [], 3, [[1]], ["cat"], [None], [[1], [2, 3]]]
+)
+def test_what_numbers_no_classes_is_refused(values):
+    with pytest.raises(ValueError, match=r"^labels: give at least one class, each by its number, .*; given ") as raised:
+        ClassLabels(5).of_values(values)
+    assert "\n" not in str(raised.value)
+
+
+def test_whole_numbers_are_classes():
+    for values in ([1, 4], (1.0, 4.0), torch.tensor([1, 4], dtype=torch.int32), [torch.tensor(1), torch.tensor(4)]):
+        assert ClassLabels(5).of_values(values).plain() == [1, 4]
+
+
 def test_a_denoiser_of_classes_takes_nothing_else():
     assert torch.equal(labels_of(labels(2, 1)), torch.tensor([2, 1]))
     with pytest.raises(ValueError, match=r"model\.conditioning: gives Text, but the denoiser takes class labels"):

@@ -177,7 +177,7 @@ class Adapter(nn.Module, Described):
         if feature_channels is None or unshuffle is None or alignment_channels is None:
             raise ValueError(
                 "feature_channels, unshuffle, alignment_channels: all three are needed where no config describes the "
-                "VFM that they follow from"
+                "VFM that they follow from, or its class has no shape_of"
             )
         at_least(1, feature_channels=feature_channels, layer_channels=layer_channels, latent_channels=latent_channels)
         at_least(1, unshuffle=unshuffle, decoded_channels=decoded_channels, alignment_channels=alignment_channels)
