@@ -33,6 +33,17 @@ MISTAKES = [
     (f"{ADAPTER}.layer_channels=[7,7,7]", "layer_channels, latent_channels, decoded_channels: an attention projection"),
     (f"{DISCRIMINATOR}.kernel_size=4", "kernel_size: must be odd, so that tokens stay as many, given 4"),
     (f"{DISCRIMINATOR}.backbone=nothing", "backbone: timm knows no model 'nothing'"),
+    ("--model.model=VFMVEA", "model.model: there is no class 'VFMVEA' for it; did you mean VFMVAE? Other people's"),
+    ("--trainer.callbacks+=Reprot", "trainer.callbacks: there is no class 'Reprot' for it; did you mean Report"),
+    ("--model.optimizer=Adamm", "model.optimizer: there is no class 'Adamm' for it; did you mean Adam"),
+    (
+        "--model.objective.perceptual_loss=LPIPS",
+        "model.objective.perceptual_loss: there is no class 'LPIPS' for it; did you mean LPIPSLoss",
+    ),
+    (
+        "--model.discriminator=Qqqq",
+        "model.discriminator: there is no class 'Qqqq' for it; give the full path, package.module.Class",
+    ),
     ("--model.discriminator=null", 'Parser key "model.discriminator": '),
 ]
 

@@ -1,5 +1,6 @@
 """What the command lines share: LightningCLI with short errors and our defaults."""
 
+import difflib
 import importlib
 import os
 import re
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_loader
@@ -311,7 +313,7 @@ def short_errors() -> Iterator[None]:
     except (ArgumentError, MisconfigurationException, ValueError) as error:
         if os.environ.get(DEBUG):
             raise
-        message = _one_line(_named_by_us(error))
+        message = _without_class(_one_line(_named_by_us(error)))
         print(f"error: {message}{_lacking(message)}\n({DEBUG}=1 shows the traceback)", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before Lightning is at work, which ends by itself
@@ -340,6 +342,21 @@ def _lacking(message: str) -> str:
     lacking = ", ".join(name for name in methods if not hasattr(given, name))
     mistake = f"lacks {lacking}" if lacking else f"has other arguments or annotations than {class_path(contract)}"
     return f"; {found[2]} {mistake}"
+
+
+def _without_class(message: str) -> str:
+    """The parser's message about a class's name that it does not know, in fewer words; any other as it is."""
+    unknown = re.match(r"(.*?)Expected a dot import path string: (\w+)(?!\S)", message)
+    if unknown is None:
+        return message
+    before, name = unknown.groups()
+    option = ".".join(re.findall(r'Parser key "([^"]+)"', before)) or "config"
+    modules = [sys.modules[place] for place in list(sys.modules) if place.partition(".")[0] in PACKAGES]
+    modules += [lightning.pytorch.callbacks, lightning.pytorch.loggers, torch.optim, torch.optim.lr_scheduler]
+    known = {found for module in modules for found, value in vars(module).items() if isinstance(value, type)}
+    close = " or ".join(difflib.get_close_matches(name, sorted(known - {name}), n=2, cutoff=0.7))
+    meant = f"did you mean {close}? Other people's classes take" if close else "give"
+    return f"{option}: there is no class {name!r} for it; {meant} the full path, package.module.Class"
 
 
 def _named_by_us(error: BaseException) -> BaseException:
