@@ -7,7 +7,7 @@ import pytest
 import torch
 from training import repeat
 
-from vfm_vae.description import Described, class_at, class_path, describe
+from vfm_vae.description import Described, class_at, class_path, describe, is_imported
 from vfm_vae.pretrained import build
 from vfm_vae.vfm import FrozenVFM, check_source, vfm_from
 
@@ -32,6 +32,12 @@ class Outer:
 
         def __init__(self, size: int = 1) -> None:
             self.size = size
+
+
+class Deep:
+    class Within:
+        class Part(Described):
+            """A class that the parser does not find."""
 
 
 def local() -> type[Described]:
@@ -78,13 +84,15 @@ def test_a_class_inside_another_comes_back():
     description = describe(Outer.Inner(3))
     assert class_at(class_path(Outer.Inner)) is Outer.Inner
     assert build(Described, description).size == 3
+    assert is_imported(class_path(Outer.Inner)) and not is_imported(f"{__name__}.Other.Inner")
     with pytest.raises(ValueError, match=r"^there is no class '\S*\.Outer\.Other': "):
         class_at(f"{__name__}.Outer.Other")
 
 
-def test_a_class_inside_a_function_is_refused():
-    with pytest.raises(ValueError, match=r"local\.<locals>\.Local: a class that is defined inside a function can't"):
-        describe(local()())
+@pytest.mark.parametrize("kind", [local(), Deep.Within.Part])
+def test_a_class_that_is_not_found_again_is_refused(kind):
+    with pytest.raises(ValueError, match=r"\.(Local|Part): a class that is defined inside a function, or deep inside"):
+        describe(kind())
 
 
 def test_a_class_that_was_replaced_is_refused(monkeypatch):

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -80,6 +81,13 @@ def _found(path: str) -> Any:
     return getattr(found, name)
 
 
+def is_imported(path: str) -> bool:
+    """Whether the module was imported that has a class, or the class around it."""
+    owner = path.rpartition(".")[0]
+    module, _, outer = owner.rpartition(".")
+    return owner in sys.modules or isinstance(getattr(sys.modules.get(module), "__dict__", {}).get(outer), type)
+
+
 def check_place(cls: type) -> None:
     """Checks that a class is found again by its `class_path`, as whoever reads a checkpoint will have to.
 
@@ -87,10 +95,10 @@ def check_place(cls: type) -> None:
         ValueError: if it is not.
     """
     path = class_path(cls)
-    if "<locals>" in path:
+    if "<locals>" in path or cls.__qualname__.count(".") > 1:
         raise ValueError(
-            f"{path}: a class that is defined inside a function can't be found again, so no checkpoint of it could be "
-            "read: define it at the top level of a module"
+            f"{path}: a class that is defined inside a function, or deep inside others, can't be found again, so no "
+            "checkpoint of it could be read: define it at the top level of a module"
         )
     if cls.__module__ == "__main__":
         _warn_of(path)

@@ -13,7 +13,6 @@ offers of the hub (`cache_dir`, `local_files_only`, `create_pr`, …) is passed 
 import inspect
 import json
 import re
-import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from vfm_vae.checkpoints import fill, read_json, read_weights
 from vfm_vae.derived import complete
-from vfm_vae.description import Described, class_at, class_path, describe, named_classes
+from vfm_vae.description import Described, class_at, class_path, describe, is_imported, named_classes
 from vfm_vae.former import upgrade
 from vfm_vae.schema import TOKENIZER, Kind, read
 from vfm_vae.writing import put_tensors, whole_file
@@ -76,8 +75,7 @@ def check_classes(
         ValueError: if it names another class, or one that does not exist.
     """
     for path in named_classes(description, hint):
-        package, module = path.partition(".")[0], path.rpartition(".")[0]
-        if imports or package in packages or module in sys.modules:
+        if imports or path.partition(".")[0] in packages or is_imported(path):
             cls: Any = class_at(path, place)
             # A module also has names of classes that it has imported from elsewhere.
             if isinstance(cls, type) and (cls.__module__.partition(".")[0] in packages or issubclass(cls, Described)):
@@ -311,7 +309,7 @@ def check_config(name: str | Path, config: Mapping[str, Any], base: type) -> Non
     check_classes(f"name: {str(name)!r}", upgrade(others), packages=packages, imports=False)
     vfm = config.get("vfm") or {}
     vfm_class = str(vfm.get("class_path", ""))
-    if vfm_class and vfm_class.partition(".")[0] not in packages and vfm_class.rpartition(".")[0] not in sys.modules:
+    if vfm_class and vfm_class.partition(".")[0] not in packages and not is_imported(vfm_class):
         raise ValueError(
             f"name: {str(name)!r} was trained on a {vfm_class}, which is not of this project: import its module "
             "first, or give the checkpoint of its training"

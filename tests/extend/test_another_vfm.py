@@ -90,6 +90,7 @@ def test_validation_compares_with_the_modules_own(folder):
 def test_a_cache_holds_its_features_and_says_whose(folder):
     features = '{"class_path": "patch_vfm.PatchVFM", "init_args": {"width": 20}}'
     options = ["--model.predict=moments", f"--model.features={features}", "--data.predict=[val]"]
+    options += ["--run.output=latents"]
     options += ['--trainer.callbacks=[{"class_path": "LatentWriter", "init_args": {"directory": "latents"}}]']
     ended = run(folder, "vfm_vae", "predict", *CONFIGS, *options, "--ckpt_path", CHECKPOINT)
     assert ended.code == 0, ended.err

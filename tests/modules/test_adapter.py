@@ -69,6 +69,10 @@ def test_it_computes_in_the_precision_of_its_weights():
 
 
 def test_options_that_do_not_fit():
+    with pytest.raises(
+        ValueError, match="no config describes the VFM that they follow from, or its class has no shape_of"
+    ):
+        Adapter()
     with pytest.raises(ValueError, match="from 32 to 12 channels"):
         adapter(layer_channels=[12, 8])
     with pytest.raises(ValueError, match="projection 'mlp' is unknown"):
