@@ -34,7 +34,7 @@ class Report(Output):
 
     Args:
         path: The metrics file; null for `<log_dir>/metrics.json`.
-        name: Name of this run's entry; the default is `--run.entry`, or the run's name, or `run`.
+        name: Name of this run's entry, unless `--run.entry` gives it; the default is the run's name, or `run`.
 
     Raises:
         ValueError: when a run starts, if something else lies at `path`, or nothing can be written there.

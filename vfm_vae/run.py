@@ -20,7 +20,7 @@ class Run:
 
     Args:
         name: Name of the run. Checkpoints, config and TensorBoard logs go to `<folder>/<name>`. Without a name,
-            `trainer.logger` decides.
+            or where a config has a logger of its own, `trainer.logger` decides.
         folder: Folder of all runs.
         entry: Name of the run's entry in `metrics.json`; the default is the run's name. Wins over `Report`'s own name.
         output: Folder that `predict` writes to. Wins over the writers' own `directory`.
