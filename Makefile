@@ -68,7 +68,7 @@ DEMO_NAME = $(if $(REG),reg,ldm)
 DEMO_GUIDED = $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
 
 # A process for each core, each with its own files of tests; ARGS="-n 0" runs them one after the other.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo study test test-all lint format bench bench-gpu tensorboard embedded-vfm strong weak ssim patchgan latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean

@@ -26,12 +26,18 @@ from vfm_vae.types import Batch
 from vfm_vae.vfm import FrozenVFM
 
 VFM = "vit_photos_patch8_64"
+LONG = {"test_ddp", "test_resume", "test_recipe", "test_preemption", "test_rank_failure", "test_cli", "test_ldm_cli"}
 
 
 def pytest_configure() -> None:
     """One thread each, where several processes share the cores."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first, so that at the end no core waits for one of them."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(autouse=True, scope="session")

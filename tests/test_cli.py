@@ -84,7 +84,7 @@ def test_fit_validate_predict(folder: Path):
     assert len(list((folder / "reconstructions").glob("*.png"))) == 26
 
 
-@pytest.mark.parametrize(("percent", "expected"), [(1, 0), (10, 2)])
+@pytest.mark.parametrize(("percent", "expected"), [pytest.param(1, 0, marks=pytest.mark.slow), (10, 2)])
 def test_a_little_damage_is_borne_and_much_stops_with_its_place(
     folder: Path, photos: Path, percent: int, expected: int
 ):

@@ -262,6 +262,7 @@ trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(60, 2)))
 """
 
 
+@pytest.mark.slow
 def test_all_ranks_hear_of_a_save_that_fails(tmp_path: Path):
     (tmp_path / "ranks.py").write_text(RANKS)
     environment = os.environ | {

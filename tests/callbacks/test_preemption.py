@@ -176,10 +176,8 @@ trainer.fit(Module(), torch.utils.data.DataLoader(torch.randn(1000, 2)))
 
 
 # Told in step 5, they ask each other after steps 3, 6 and 9, and on GPUs read the answer when they next ask.
-@pytest.mark.parametrize(
-    ("name", "when_read", "last_step"),
-    [("SIGINT", "soon", "6"), pytest.param("SIGTERM", "late", "9", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "when_read", "last_step"), [("SIGINT", "soon", "6"), ("SIGTERM", "late", "9")])
 def test_a_signal_to_one_rank_or_to_all_stops_both(tmp_path: Path, name: str, when_read: str, last_step: str):
     (tmp_path / "ranks.py").write_text(RANKS)
     command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path), name, when_read]
