@@ -131,6 +131,7 @@ def folder(tmp_path: Path, photos: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["photos", pytest.param("photos/shards", marks=pytest.mark.slow)])
 def test_the_whole_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str):
     monkeypatch.chdir(folder)

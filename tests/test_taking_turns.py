@@ -145,6 +145,7 @@ def test_a_refused_discriminator_keeps_the_generator_from_stepping(tiny_module, 
     assert module.guard.num_skipped == 1
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_in_the_published_order(tiny_module, trainer, data, tmp_path):
     build = partial(tiny_module, order="published", accumulate_grad_batches=2)
     checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True)

@@ -95,6 +95,7 @@ def same(ours: object, theirs: object) -> bool:
 PARTS = ("state_dict", "ema", "optimizer_states", "images_seen", "global_step", "epoch", "guard")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_the_command_line_saves_ends_and_goes_on(tmp_path: Path, photos: Path, name: str):
     (tmp_path / "photos").symlink_to(photos)

@@ -38,6 +38,7 @@ def test_a_conditioning_chooses_by_itself(diffusion):
         diffusion(conditioning=conditioning, label_mode="balanced")
 
 
+@pytest.mark.slow
 def test_samples_show_their_class_after_training(diffusion, latents, trainer):
     module = diffusion(guidance=Guidance(2.0))
     trainer(max_steps=300).fit(module, datamodule=latents(batch_size=16))

@@ -240,6 +240,7 @@ def test_what_is_missing_is_named(vfm, folder, inception, tmp_path):
         ReferenceImages(str(folder), 64, str(file / "here.npz")).load(vfm, with_features=False)
 
 
+@pytest.mark.slow
 def test_suite_names_its_numbers_by_what_is_compared(vfm, folder, inception):
     images = images_of(folder)
     index = torch.arange(8)

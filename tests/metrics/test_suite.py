@@ -63,6 +63,7 @@ def expected(inception, images):
     return values
 
 
+@pytest.mark.slow
 def test_reconstructions_are_compared_with_the_images_given_along(inception, images, expected):
     suite = DistributionSuite(inception, NUM, precision_recall=True)
     real, generated = images

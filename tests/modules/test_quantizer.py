@@ -301,6 +301,7 @@ def discrete_module(tiny_module: Callable) -> Callable:
     return build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_one_batch_overfits(discrete_module, trainer, batch, precision):
     batch = Batch(*(part[:3] for part in batch))
