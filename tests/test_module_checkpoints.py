@@ -32,6 +32,7 @@ def test_resumed_equals_uninterrupted(tiny_module, trainer, data, interrupted):
     assert resumed.images_seen == whole.images_seen == 64
 
 
+@pytest.mark.slow
 def test_a_kept_alignment_weight_goes_on_where_it_was(tiny_module, trainer, data, tmp_path):
     every = {"objective": {"alignment_every": 3}}
     checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_last=True)

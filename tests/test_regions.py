@@ -112,6 +112,7 @@ def test_compiled_equals_eager_and_equal_layers_share_their_graphs(decoder, grap
     assert graphs["Blur.on_pixels"] <= 2 + 1 and graphs["PixelShuffle.on_pixels"] <= 2 + 1
 
 
+@pytest.mark.slow
 def test_other_sizes_and_batches_need_no_new_graphs(decoder, graphs, accelerator):
     eager = copy.deepcopy(decoder)
     decoder.compile_regions()

@@ -199,6 +199,7 @@ def test_a_stage_that_goes_on_keeps_its_own_averages(tiny_module, trainer, batch
     assert any(not torch.equal(stored[name], others[name]) for name in stored)
 
 
+@pytest.mark.slow
 def test_a_stage_that_goes_on_needs_the_former_no_more(tmp_path, photos, monkeypatch):
     (tmp_path / "small.yaml").write_text(SMALL)
     (tmp_path / "photos").symlink_to(photos)

@@ -27,6 +27,7 @@ def test_weights_are_small_and_become_float32(vit):
     assert timm.create_model(NAME).patch_embed.proj.weight.ne(vit.patch_embed.proj.weight).any()
 
 
+@pytest.mark.slow
 def test_features_say_class_place_and_scale(features):
     numbers = evaluate.measure(*features)
     assert numbers["probe_top1"] >= 0.9

@@ -75,6 +75,7 @@ def test_reconstructions_are_compared_with_the_images_given_along(inception, ima
     assert values == pytest.approx({names.get(name, name): value for name, value in expected.items()}, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_samples_are_compared_with_a_reference(inception, images, expected):
     pool, spatial, _ = features_of(inception, images[0])
     known = Reference(*(Gaussian(x.mean(0), x.T.cov()) for x in (pool, spatial)), pool.float())
