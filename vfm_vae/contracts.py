@@ -144,6 +144,25 @@ class Aligned(Protocol):
 
 
 @runtime_checkable
+class MeasuresLatents(Protocol):
+    """A tokenizer that normalises its latents by statistics of training images, measured before its first step.
+
+    Attributes:
+        statistics_images: How many images they are measured on; 0 measures nothing.
+        latent_shape: Channels, rows and columns of the latent.
+    """
+
+    statistics_images: int
+    latent_shape: tuple[int, int, int]
+
+    def raw_latents(self, images: Tensor) -> Tensor:
+        """Latents `[B, C, h, w]` of images `[B, 3, H, W]` in [-1, 1], before they are normalised."""
+
+    def take_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Normalises latents from now on by their mean and standard deviation over images, each `[C, h, w]`."""
+
+
+@runtime_checkable
 class HasVFM(Protocol):
     """A module with a VFM of its own, which callbacks may use."""
 

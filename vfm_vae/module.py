@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vfm_vae import schema
 from vfm_vae.checkpoints import check_state
 from vfm_vae.compilation import Compile, should_compile
-from vfm_vae.contracts import VFM, Aligned, Tokenizer, WeightAverage
+from vfm_vae.contracts import VFM, Aligned, MeasuresLatents, Tokenizer, WeightAverage
 from vfm_vae.data.sampling import seed_of
 from vfm_vae.derived import fill, options_of, shape_of
 from vfm_vae.discriminators.patchgan import PatchGAN
@@ -29,7 +29,7 @@ from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least
 from vfm_vae.reconstructing import Reconstructing
 from vfm_vae.schema import TOKENIZER
-from vfm_vae.stages import begin, check_optimizers, freeze_all_but, read_stage
+from vfm_vae.stages import begin, check_optimizers, freeze_all_but, measure_latents, read_stage
 from vfm_vae.two_players import TwoPlayers
 from vfm_vae.types import Batch, Decoded, Posterior, VFMFeatures
 from vfm_vae.vfm import check_source, check_vfm, vfm_identity
@@ -300,6 +300,8 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         for callback in undeclared(self.trainer).callbacks:
             if average is not None and isinstance(callback, WeightAverage):
                 callback.load_average(average)
+        if self.images_seen == 0 and isinstance(self.model, MeasuresLatents) and self.model.statistics_images:
+            measure_latents(self.model, self.trainer)
         self._stop_when_done()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -223,7 +223,7 @@ def read_pretrained(name: str | Path, base: type, **hub: Any) -> tuple[dict[str,
         TypeError: if an option is unknown.
         ValueError: if there is no such model, it is of another kind, or of a format that is not this version's.
     """
-    folder = _folder(name, hub)
+    folder = model_folder(name, hub)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"name: {str(name)!r} holds no {CONFIG}; give a folder that save_pretrained wrote")
     config = read_json(folder / CONFIG, "name")
@@ -261,7 +261,17 @@ def load(
     return model.eval()
 
 
-def _folder(name: str | Path, hub: Mapping[str, Any]) -> Path:
+def model_folder(name: str | Path, hub: Mapping[str, Any]) -> Path:
+    """The folder of a model, which is downloaded if it is one of the Hugging Face hub.
+
+    Args:
+        name: The folder, or the hub's `owner/model`.
+        hub: Options of `huggingface_hub.snapshot_download`; by default it fetches the files of a folder of ours.
+
+    Raises:
+        TypeError: if an option is unknown.
+        ValueError: if there is no such folder, and it can't be downloaded.
+    """
     if unknown := sorted(set(hub) - HUB_OPTIONS):
         raise TypeError(
             f"from_pretrained got {unknown}, which are neither its own options nor those of "

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from vfm_vae.frozen import sha256_of
 from vfm_vae.images import Interpolation
 from vfm_vae.pretrained import Pretrained
 from vfm_vae.types import Posterior, VFMFeatures
+from vfm_vae.vfm import check_source, check_vfm, vfm_from
 
 CARD = """# {name}: latents of {channels} channels, {compression} times smaller than the image
 
@@ -37,7 +38,10 @@ class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
 
     Attributes:
         absent_vfm: The VFM that the weights belong to, as `VFM.source` says it, where it is known by name alone.
+        decoding_arguments: Names of arguments that latents do not depend on, beside `vfm` and `decoder`.
     """
+
+    decoding_arguments: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,6 +104,23 @@ class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
             raise ValueError(f"vfm_weights: {type(self).__name__} does not encode with a VFM; leave them out")
         return self
 
+    def load_named_vfm(self, weights: str | None = None) -> VFM:
+        """Loads the VFM that is known by name, for `attach_vfm`.
+
+        Args:
+            weights: File with its weights, to take instead of those that training read or of a download.
+
+        Raises:
+            ValueError: if none is known, or its weights can't be had, or they are others.
+        """
+        if self.absent_vfm is None:
+            name = type(self).__name__
+            raise ValueError(f"vfm: the model does not say which VFM it was trained on; pass one to {name}(…)")
+        vfm = vfm_from(self.absent_vfm, weights)
+        check_source(vfm)
+        check_vfm(vfm, {"vfm": self.absent_vfm})
+        return vfm
+
     @property
     def encodes_with_vfm(self) -> bool:
         """Whether the latents depend on the VFM: so they do where `attach_vfm` is written."""
@@ -152,7 +173,8 @@ class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
         source = (self.vfm_source() or {}) if self.encodes_with_vfm else None
         vfm = None if source is None else {name: value for name, value in source.items() if name != "weights"}
         known = vfm is None or vfm.get("fingerprint") is not None
-        settings = [_as_text(describe(self, without={"vfm", "decoder"})), _as_text(vfm)]
+        without = {"vfm", "decoder", *self.decoding_arguments}
+        settings = [_as_text(describe(self, without=without)), _as_text(vfm)]
         return {
             "tokenizer": type(self).__name__,
             "fingerprint": sha256_of(encoding, *settings) if known else None,

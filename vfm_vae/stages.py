@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 
 from vfm_vae.checkpoints import fill
-from vfm_vae.contracts import VFM
+from vfm_vae.contracts import VFM, MeasuresLatents
+from vfm_vae.finite import not_finite
+from vfm_vae.images import from_uint8
+from vfm_vae.lightning_private import undeclared
 from vfm_vae.schema import TOKENIZER, Stored, read
 from vfm_vae.vfm import check_vfm
 
@@ -54,6 +58,38 @@ def begin(module: nn.Module, stored: Stored, fresh: Sequence[str]) -> None:
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad and name in averages:
             parameter.copy_(averages[name])
+
+
+@torch.no_grad()
+def measure_latents(tokenizer: MeasuresLatents, trainer: Trainer) -> None:
+    """Has a tokenizer normalise its latents by statistics of training images, spread over the data set and all ranks.
+
+    Args:
+        tokenizer: Is about to be trained for the first time; where it asks for more images than there are, it gets all.
+        trainer: Its trainer, whose data module has the images.
+
+    Raises:
+        ValueError: if there is no such data module, or latents hold nan or inf.
+    """
+    images_of = getattr(undeclared(trainer).datamodule, "spread_dataloader", None)
+    if images_of is None:
+        raise ValueError(
+            f"model.statistics_images: {tokenizer.statistics_images} images are to be measured, but training has no "
+            "ImageNetDataModule to take them from; give one, or set 0"
+        )
+    strategy = trainer.strategy
+    # Number of images, sum and sum of squares at each position.
+    sums = torch.zeros(3, *tokenizer.latent_shape, dtype=torch.float64, device=strategy.root_device)
+    for batch in images_of(tokenizer.statistics_images):
+        images = from_uint8(strategy.batch_to_device(batch, strategy.root_device).images)
+        z = tokenizer.raw_latents(images).double()  # [B, C, h, w]
+        sums += torch.stack([torch.full_like(z[0], len(z)), z.sum(0), z.square().sum(0)])
+    count, total, squares = strategy.reduce(sums, reduce_op="sum")
+    mean = total / count
+    variance = squares / count - mean.square()
+    if not variance.isfinite().all():
+        raise not_finite("model.statistics_images: latents of training images hold nan or inf")
+    tokenizer.take_statistics(mean.float(), variance.clamp(min=0).sqrt().float())
 
 
 def check_optimizers(trained: Sequence[Sequence[nn.Parameter]], checkpoint: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vfm_vae.compilation import compile_regions
 from vfm_vae.contracts import VFM
+from vfm_vae.conv_vae import ConvVAE
 from vfm_vae.derived import fill, options_of, shape_of
 from vfm_vae.frozen import Frozen, sha256_of
 from vfm_vae.images import Interpolation
@@ -21,7 +22,7 @@ from vfm_vae.modules.quantizer import QuantizedPosterior, VectorQuantizer
 from vfm_vae.options import named_as
 from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
 from vfm_vae.types import Decoded, Posterior, VFMFeatures
-from vfm_vae.vfm import FORMERLY, check_frozen, check_source, check_vfm, vfm_from
+from vfm_vae.vfm import FORMERLY, check_frozen
 
 CARD = """# VFM-VAE: latents of {channels} channels, {compression} times smaller than the image
 
@@ -90,11 +91,7 @@ class VFMVAE(PretrainedTokenizer):
         Raises:
             ValueError: if its weights can't be had, or they are others.
         """
-        if self.absent_vfm is None:
-            raise ValueError("vfm: the model does not say which VFM it was trained on; pass one to VFMVAE(…)")
-        vfm = vfm_from(self.absent_vfm, weights)
-        check_source(vfm)
-        check_vfm(vfm, {"vfm": self.absent_vfm})
+        vfm = self.load_named_vfm(weights)
         self._check_fit(vfm)
         self.vfm = vfm
         return self

@@ -1,4 +1,4 @@
-"""The Gaussian posterior of the continuous tokenizer."""
+"""Posteriors of continuous tokenizers: a Gaussian, or a single point."""
 
 import torch
 from torch import Tensor
@@ -37,3 +37,29 @@ class DiagonalGaussian:
     def kl(self) -> Tensor:
         """Divergence from N(0, I) in nats, summed over latent dimensions (Kingma & Welling 2014, appendix B), `[B]`."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class PointPosterior:
+    """The posterior of an encoder that knows its latent for certain; it has no prior, and no divergence from one.
+
+    Args:
+        z: The latent, `[B, C, h, w]`.
+
+    Attributes:
+        mean: The latent in float32.
+    """
+
+    def __init__(self, z: Tensor):
+        self.mean = z.float()
+
+    def mode(self) -> Tensor:
+        """The latent, `[B, C, h, w]`."""
+        return self.mean
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """The latent, whatever the noise."""
+        return self.mean
+
+    def moments(self) -> Tensor:
+        """The latent, then standard deviations of 0, `[B, 2C, h, w]`."""
+        return torch.cat([self.mean, torch.zeros_like(self.mean)], dim=1)
