@@ -1,30 +1,26 @@
 """Frozen vision foundation models (VFMs): any timm vision transformer, by name."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar
 
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vfm_vae.compilation import compile_regions
 from vfm_vae.contracts import VFM
-from vfm_vae.description import Described, check_place, class_at, class_path, is_plain
-from vfm_vae.frozen import Frozen
+from vfm_vae.description import check_place, class_at, class_path, is_plain
+from vfm_vae.frozen_vfm import FrozenTransformer, Precision
 from vfm_vae.hooks import run_and_keep
 from vfm_vae.images import Interpolation
-from vfm_vae.options import one_of, positive
 from vfm_vae.positions import Positions, has_positions
 from vfm_vae.pretrained import build
-from vfm_vae.types import VFMFeatures, VFMShape
+from vfm_vae.types import VFMShape
 from vfm_vae.vit import create_vit, family_of
-
-Precision = Literal["bfloat16", "float32"]
 
 FORMERLY: Mapping[str, Any] = {
     "antialias_positions": True,
@@ -35,7 +31,7 @@ FORMERLY: Mapping[str, Any] = {
 """What VFMs did before these arguments came: so mean checkpoints and caches that do not name them."""
 
 
-class FrozenVFM(Frozen, Described, VFM):
+class FrozenVFM(FrozenTransformer):
     """A frozen vision foundation model of timm's, which maps images to the tokens of some of its layers, in float32.
 
     Layers are counted as the tokens see them: 0 is what enters the first block (after patch and position embedding),
@@ -66,8 +62,7 @@ class FrozenVFM(Frozen, Described, VFM):
         ValueError: if the model is unknown or its weights can't be had, or it has no such layer or precision.
     """
 
-    mean: Tensor
-    std: Tensor
+    views: ClassVar[tuple[str, ...]] = ("input_scale", "antialias", "antialias_positions", "precision")
 
     def __init__(
         self,
@@ -83,32 +78,29 @@ class FrozenVFM(Frozen, Described, VFM):
         interpolation: Interpolation | None = None,
         target_interpolation: Interpolation | None = None,
     ) -> None:
-        one_of("precision", precision, *get_args(Precision))
-        positive(input_scale=input_scale)
+        self.check_options(precision, input_scale)
         network = create_vit(name, weights=weights, pretrained=pretrained, **(model_args or {}))
-        super().__init__(network)
-        self.name = name
-        self.layers = tuple(layers)
-        self.input_scale = input_scale
-        # Enlarging needs none: antialiasing would change nothing but the speed of a bilinear one.
-        self.antialias = input_scale < 1 if antialias is None else antialias
         family = family_of(name, network)
+        super().__init__(
+            network,
+            name,
+            layers,
+            depth=len(network.blocks),
+            patch_size=network.patch_embed.patch_size[0],
+            mean=network.pretrained_cfg["mean"],
+            std=network.pretrained_cfg["std"],
+            interpolation=interpolation or family.interpolation,
+            target_interpolation=target_interpolation or family.target_interpolation,
+            input_scale=input_scale,
+            antialias=antialias,
+            precision=precision,
+        )
         self._positions = Positions(network, family.positions) if has_positions(network) else None
         if antialias_positions is None:
             antialias_positions = family.antialias_positions
         self.antialias_positions = antialias_positions or self._positions is None
-        self.precision = precision
-        self.interpolation = interpolation or family.interpolation
-        self.target_interpolation = target_interpolation or family.target_interpolation
         self.width: int = network.embed_dim
         self.widths = (self.width,) * len(self.layers)
-        self.depth = len(network.blocks)
-        self.patch_size: int = network.patch_embed.patch_size[0]
-        self.stride = self.patch_size / input_scale
-        self._blocks_before = [self._num_blocks_before(layer) for layer in self.layers]
-        for statistic in ("mean", "std"):
-            values = torch.tensor(network.pretrained_cfg[statistic]).view(3, 1, 1)
-            self.register_buffer(statistic, values, persistent=False)
 
     @classmethod
     def arguments_of(cls, description: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,11 +153,15 @@ class FrozenVFM(Frozen, Described, VFM):
             source["class_path"] = class_path(type(self))
         return source | {"fingerprint": self.fingerprint()}
 
-    def view(self) -> dict[str, Any]:
-        """How it sees images and computes; an interpolation only where it is not the family's."""
-        view = {name: getattr(self, name) for name in ("input_scale", "antialias", "antialias_positions", "precision")}
-        usual = family_of(self.name, self.network).interpolation
-        return view if self.interpolation == usual else view | {"interpolation": self.interpolation}
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the network has a class token."""
+        return getattr(self.network, "cls_token", None) is not None
+
+    @property
+    def usual_interpolation(self) -> Interpolation:
+        """How images are resized before networks of this family."""
+        return family_of(self.name, self.network).interpolation
 
     def go_on_as(self, stored: Mapping[str, Any], option: str) -> None:
         """Resamples positions as the VFM did that a checkpoint names.
@@ -177,12 +173,7 @@ class FrozenVFM(Frozen, Described, VFM):
         Raises:
             ValueError: if the checkpoint says that images were resized in another way.
         """
-        resized = stored.get("interpolation")
-        if resized not in (None, self.interpolation):
-            raise ValueError(
-                f"{option}.interpolation: the checkpoint was trained with {resized!r}, but it is "
-                f"{self.interpolation!r}; give {resized!r}"
-            )
+        super().go_on_as(stored, option)
         former = stored.get("antialias_positions", FORMERLY["antialias_positions"])
         if self.antialias_positions == former or self._positions is None:
             return
@@ -198,93 +189,18 @@ class FrozenVFM(Frozen, Described, VFM):
         """Compiles block by block, in place."""
         compile_regions(self.network.blocks, dynamic=True)
 
-    def forward(self, images: Tensor) -> VFMFeatures:
-        """Features of `images: [B, 3, H, W] in [-1, 1]`, without gradients."""
-        with torch.no_grad():
-            return self.differentiable(images)
-
-    def differentiable(self, images: Tensor) -> VFMFeatures:
-        """The same features, with gradients that reach the images (the weights take none)."""
-        in_bfloat16 = self.precision == "bfloat16" and images.device.type == "cuda"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=in_bfloat16):
-            inputs = self.prepare(images)  # [B, 3, H·scale, W·scale]
-            grid = self._token_grid(*inputs.shape[-2:])
-            with nullcontext() if self.antialias_positions or self._positions is None else self._positions.at(grid):
-                inputs = inputs.to(next(self.network.parameters()).dtype)
-                wanted = [number for number in self._blocks_before if number is not None]
-                run = partial(self.network.forward_features, inputs)
-                final, before = run_and_keep(run, self.network.blocks, wanted)
-        num_prefix = self.network.num_prefix_tokens
-        final = final.float()  # [B, prefix + N, C]
-        tokens = final[:, num_prefix:]  # [B, N, C]
-        has_class_token = getattr(self.network, "cls_token", None) is not None
-        return VFMFeatures(
-            layers=tuple(tokens if k is None else before[k][:, num_prefix:].float() for k in self._blocks_before),
-            tokens=tokens,
-            pooled=final[:, 0] if has_class_token else tokens.mean(1),  # [B, C]
-            grid=grid,
-        )
-
-    def hold_products_in(self, dtype: torch.dtype) -> None:
-        """As `Frozen.hold_products_in`, but a VFM that computes in float32 keeps its weights in float32."""
-        if self.precision != "float32":
-            super().hold_products_in(dtype)
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """Brings images to the model's input: [-1, 1] → [0, 1], resize by `input_scale`, the model's mean and std.
-
-        Args:
-            images: `[B, 3, H, W]` in [-1, 1].
-
-        Returns:
-            float32 `[B, 3, H * input_scale, W * input_scale]`.
-        """
-        if not images.is_floating_point():
-            raise ValueError(f"images: {self.name} takes float images in [-1, 1], given {images.dtype}")
-        images = (images.float() + 1) / 2
-        if self.input_scale != 1:
-            size = [round(side * self.input_scale) for side in images.shape[-2:]]
-            images = F.interpolate(images, size=size, mode=self.interpolation, antialias=self.antialias)
-        return (images - self.mean.float()) / self.std.float()
-
-    def extra_repr(self) -> str:
-        """What the printed model says of it."""
-        return f"{self.name}, layers={list(self.layers)}, input_scale={self.input_scale}"
-
-    def _num_blocks_before(self, layer: int) -> int | None:
-        """How many blocks a layer's tokens have passed; None for the result of the final norm."""
-        if layer == -1:
-            return None
-        num_blocks = layer if layer >= 0 else self.depth + 2 + layer
-        if not 0 <= num_blocks <= self.depth:
-            raise ValueError(
-                f"layers: {self.name} has no layer {layer}; its {self.depth} blocks give layers 0 to {self.depth} and "
-                f"{-self.depth - 2} to -1"
-            )
-        return num_blocks
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the tokens of images `[B, 3, height, width]`.
-
-        Raises:
-            ValueError: if the model takes no images of this size.
-        """
-        return self._token_grid(*(round(side * self.input_scale) for side in (height, width)))
+    def _run(self, inputs: Tensor, grid: tuple[int, int], layers: Iterable[int]) -> tuple[Tensor, Mapping[int, Tensor]]:
+        with nullcontext() if self.antialias_positions or self._positions is None else self._positions.at(grid):
+            return run_and_keep(partial(self.network.forward_features, inputs), self.network.blocks, layers)
 
     def _token_grid(self, height: int, width: int) -> tuple[int, int]:
         embed = self.network.patch_embed
-        resized = f" (images resized by input_scale = {self.input_scale})" if self.input_scale != 1 else ""
         if embed.strict_img_size and embed.img_size is not None and (height, width) != tuple(embed.img_size):
             raise ValueError(
                 f"images: {self.name} takes {embed.img_size[0]}x{embed.img_size[1]} pixels only, given "
-                f"{height}x{width}{resized}; change the image size or input_scale, or give model_args: img_size"
+                f"{height}x{width}{self._resized()}; change the image size or input_scale, or give model_args: img_size"
             )
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"images: {self.name} has patches of {self.patch_size} pixels, which don't divide {height}x{width}"
-                f"{resized}; height and width times input_scale must be multiples of {self.patch_size}"
-            )
-        return height // self.patch_size, width // self.patch_size
+        return super()._token_grid(height, width)
 
 
 def vfm_from(source: Mapping[str, Any], weights: str | None = None) -> VFM:

@@ -1,0 +1,375 @@
+"""Makes the vision towers of Hugging Face's transformers, and knows how their families treat images.
+
+The library takes seconds to import, so that is left until a tower or its config is asked for.
+"""
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from torch import Tensor, nn
+
+from vfm_vae.checkpoints import few, open_tensors, read_json, read_weights
+from vfm_vae.hooks import run_and_keep
+from vfm_vae.images import Interpolation
+from vfm_vae.pretrained import CONFIG, WEIGHTS, model_folder
+
+PROCESSOR, INDEX = "preprocessor_config.json", f"{WEIGHTS}.index.json"
+
+
+class Family(NamedTuple):
+    """What the towers of a family want.
+
+    Attributes:
+        interpolation: How images are resized in front of the tower, and training targets beside it.
+        mean: Of the images that it takes, where no file says it, for values in [0, 1].
+        std: Their standard deviation, likewise.
+        settings: Options of its config that differ from the published ones: here nothing is masked, and heads that
+            pool the tokens are not built.
+        final_norm: Name of the norm that the tower itself applies to the class token alone.
+    """
+
+    interpolation: Interpolation = "bilinear"
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+    std: Sequence[float] = IMAGENET_DEFAULT_STD
+    settings: Mapping[str, Any] = {}
+    final_norm: str | None = None
+
+
+FAMILIES: Mapping[str, Family] = {
+    "siglip_vision_model": Family(
+        mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD, settings={"vision_use_head": False}
+    ),
+    "clip_vision_model": Family(mean=OPENAI_CLIP_MEAN, std=OPENAI_CLIP_STD, final_norm="post_layernorm"),
+    "vit_mae": Family(settings={"mask_ratio": 0.0}),
+    "dinov2": Family("bicubic"),
+    "dinov2_with_registers": Family("bicubic"),
+    "dinov3_vit": Family("bicubic"),
+    "qwen2_5_vl_vision": Family("bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+}
+"""Families by the `model_type` of their config. Others are a plain `Family()`, and tried out before they are taken."""
+
+REFUSED: Mapping[str, str] = {
+    "siglip2_vision_model": "a NaFlex tower, which takes lists of patches instead of images; take SigLIP2 of a fixed "
+    "resolution, such as 'google/siglip2-large-patch16-512'",
+    "dinov3_convnext": "a convolutional network, which has no tokens; take DINOv3 as a vision transformer, such as "
+    "'facebook/dinov3-vitl16-pretrain-lvd1689m'",
+}
+
+FINAL_NORMS = ("post_layernorm", "layernorm", "norm")
+
+UNUSED = ("head.", "pooler.", "embeddings.position_ids")
+"""Beginnings of tensors that files may have and lack: of heads on top of the tokens, and numbers of positions."""
+
+
+def family_of(config: Any) -> Family:
+    """The family of a tower's config."""
+    return FAMILIES.get(config.model_type, Family())
+
+
+def config_of(name: str, model_args: Mapping[str, Any] | None = None) -> Any:
+    """The config of a vision tower; of a model with several towers, that of the one for images.
+
+    Args:
+        name: Folder, or `owner/model` on the Hugging Face hub.
+        model_args: Options of the config that take the place of those there. With `model_type` among them nothing is
+            looked up, and the others are the library's defaults for that type.
+
+    Raises:
+        ValueError: if there is no such model, or it is no vision transformer that can be used here.
+    """
+    model_args = dict(model_args or {})
+    place = "model_args" if "model_type" in model_args else "name"
+    found = model_args if "model_type" in model_args else _read_config(name)
+    config = _made(found, place, name)
+    config = getattr(config, "vision_config", config)
+    if unknown := sorted(option for option in model_args if not hasattr(config, option)):
+        raise ValueError(
+            f"model_args: {unknown} are no options of {config.model_type!r}; see transformers for its names"
+        )
+    config = _made(config.to_dict() | model_args | {"model_type": config.model_type}, "model_args", name)
+    for option, value in family_of(config).settings.items():
+        setattr(config, option, value)
+    if config.model_type in REFUSED:
+        raise ValueError(f"{place}: {name!r} is {REFUSED[config.model_type]}")
+    sizes = [getattr(config, option, None) for option in ("hidden_size", "num_hidden_layers", "patch_size")]
+    if not all(isinstance(size, int) for size in sizes):
+        raise ValueError(
+            f"{place}: {name!r} is a {config.model_type!r}, and no plain vision transformer; choose one with square "
+            "patches and blocks of one width, for instance 'facebook/dinov2-with-registers-large'"
+        )
+    return config
+
+
+def merged(config: Any) -> int:
+    """How many patches become one token, along a side."""
+    return int(getattr(config, "spatial_merge_size", 1))
+
+
+def width_of(config: Any, layer: int = -1) -> int:
+    """Channels of a layer's tokens, as `run_tower` returns them."""
+    side = merged(config)
+    return int(config.out_hidden_size if side > 1 and layer == -1 else config.hidden_size * side**2)
+
+
+def statistics_of(name: str, config: Any, is_local: bool) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the images that a tower takes: what its image processor's file says.
+
+    Args:
+        name: Folder, or `owner/model` on the Hugging Face hub.
+        config: Of the tower.
+        is_local: Whether nothing is looked up, so that they are the family's.
+    """
+    file = None if is_local else _folder(name) / PROCESSOR
+    said = read_json(file, "name") if file is not None and file.is_file() else {}
+    family = family_of(config)
+    return said.get("image_mean") or family.mean, said.get("image_std") or family.std
+
+
+def create_tower(
+    name: str, config: Any, *, weights: str | Path | None = None, pretrained: bool = True, norm_affine: bool = True
+) -> Any:
+    """Makes a vision tower in float32.
+
+    Args:
+        name: Folder, or `owner/model` on the Hugging Face hub, with its weights as safetensors.
+        config: As `config_of` returns it.
+        weights: File with the weights (safetensors or a torch checkpoint, in transformers' layout) to take instead. It
+            has to hold every tensor of the tower, perhaps behind a prefix and beside other parts of a model.
+        pretrained: False leaves the weights random.
+        norm_affine: False takes gain and bias away from the final norm; the file may do without them.
+
+    Raises:
+        ValueError: if the network is no vision tower, or its weights can't be had, or are not whole.
+    """
+    from transformers import AutoModel
+
+    with _quiet():
+        with torch.device("meta"):
+            empty = AutoModel.from_config(config)
+        if config.model_type not in FAMILIES:
+            _try_out(empty, name, config)
+        if pretrained:
+            tower = _loaded(empty, name, config, weights, norm_affine)
+        else:
+            tower = AutoModel.from_config(config, dtype=torch.float32)
+    if hasattr(tower, "pooler"):
+        tower.pooler = None
+    if not norm_affine:
+        norm = tower.get_submodule(_final_norm(tower, name))
+        nn.init.ones_(norm.weight)
+        nn.init.zeros_(norm.bias)
+    return tower
+
+
+def blocks_of(tower: Any) -> nn.ModuleList:
+    """The blocks of a vision tower, in order.
+
+    Raises:
+        ValueError: if it has no such sequence.
+    """
+    depth = tower.config.num_hidden_layers
+    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    if not lists:
+        raise ValueError(f"name: a {tower.config.model_type!r} has no sequence of its {depth} blocks")
+    return lists[0]
+
+
+def run_tower(
+    tower: Any, inputs: Tensor, grid: tuple[int, int], layers: Iterable[int]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Runs a tower on images of one size.
+
+    Args:
+        tower: The tower.
+        inputs: Normalised images `[B, 3, H, W]`.
+        grid: Rows and columns of their final tokens.
+        layers: Layers to keep: 0 is what enters the first block, k the output of block k.
+
+    Returns:
+        The tokens after the final norm, `[B, P + N, C]`, and those of each layer that is kept, by its number.
+    """
+    if tower.config.model_type == "qwen2_5_vl_vision":
+        return _run_qwen(tower, inputs, grid, layers)
+    takes, options = inspect.signature(tower.forward).parameters, {}
+    if "interpolate_pos_encoding" in takes:
+        options["interpolate_pos_encoding"] = True
+    if "noise" in takes:  # by which MAE shuffles patches: so they stay in order
+        options["noise"] = torch.arange(math.prod(grid), device=inputs.device).expand(len(inputs), -1)
+    result, kept = run_and_keep(partial(tower, inputs, **options), blocks_of(tower), layers)
+    norm = family_of(tower.config).final_norm
+    return result.last_hidden_state if norm is None else tower.get_submodule(norm)(result.last_hidden_state), kept
+
+
+def _run_qwen(
+    tower: Any, inputs: Tensor, grid: tuple[int, int], layers: Iterable[int]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Runs Qwen2.5-VL's visual tower, which takes patches one after the other, those of one token together.
+
+    Its merger makes one token of 2x2 patches, and these tokens are the grid. Blocks see the patches, four times as
+    many, in an order of windows. Here the four patches of a token are put together along channels, as the merger does:
+    so all layers have one grid, and none loses detail, as it would by averaging.
+    """
+    from transformers.vision_utils import get_vision_window_index
+
+    config, side = tower.config, merged(tower.config)
+    rows, columns = grid
+    frames, patch = config.temporal_patch_size, config.patch_size
+    patches = inputs.unflatten(3, (columns, side, patch)).unflatten(2, (rows, side, patch))
+    patches = patches.permute(0, 2, 5, 3, 6, 1, 4, 7)  # [B, rows, columns, side, side, 3, patch, patch]
+    patches = patches.flatten(0, 4).unsqueeze(2).expand(-1, -1, frames, -1, -1)  # a still image, frame by frame
+    sizes = torch.tensor([[1, rows * side, columns * side]] * len(inputs), device=inputs.device)
+    result, kept = run_and_keep(partial(tower, patches.flatten(1), grid_thw=sizes), tower.blocks, layers)
+    order, _ = get_vision_window_index(sizes, side, tower.window_size, patch)
+    in_place = order.argsort().to(inputs.device)
+
+    def in_raster(tokens: Tensor) -> Tensor:
+        return tokens.view(len(order), -1)[in_place].view(len(inputs), rows * columns, -1)
+
+    return result.pooler_output.view(len(inputs), rows * columns, -1), {k: in_raster(x) for k, x in kept.items()}
+
+
+def _folder(name: str) -> Path:
+    return model_folder(name, {"allow_patterns": [CONFIG, PROCESSOR, INDEX]})
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    file = _folder(name) / CONFIG
+    said = read_json(file, "name") if file.is_file() else None
+    if not isinstance(said, dict) or "model_type" not in said:
+        raise ValueError(f"name: {name!r} has no {CONFIG} of transformers', which names a model_type")
+    return said
+
+
+def _made(options: Mapping[str, Any], place: str, name: str) -> Any:
+    """A config of the library's."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**options)
+    except Exception as error:  # the library's checks raise many kinds
+        cause = " ".join(str(error).split())
+        raise ValueError(
+            f"{place}: transformers makes no config of {options['model_type']!r} for {name!r} "
+            f"({type(error).__name__}: {cause})"
+        ) from error
+
+
+def _try_out(empty: Any, name: str, config: Any) -> None:
+    """Checks that a tower of a family that is not known here gives tokens of patches in all layers."""
+    grid = (config.image_size // config.patch_size,) * 2 if isinstance(getattr(config, "image_size", None), int) else ()
+    try:
+        images = torch.empty(1, 3, *(side * config.patch_size for side in grid), device="meta")
+        final, kept = run_tower(empty, images, grid, range(config.num_hidden_layers + 1))
+        shapes = {tuple(tokens.shape) for tokens in (final, *kept.values())}
+        ((_, length, width),) = shapes
+        fits = length >= math.prod(grid) and width == config.hidden_size and len(kept) == config.num_hidden_layers + 1
+    except Exception:  # whatever a network that is no tower does with images
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"name: {name!r} ({type(empty).__name__}) is no plain vision transformer; choose one with patch tokens and "
+            "a sequence of blocks, for instance 'facebook/dinov2-with-registers-large'"
+        )
+
+
+def _final_norm(tower: Any, name: str) -> str:
+    norm = next((norm for norm in FINAL_NORMS if hasattr(tower, norm)), None)
+    if norm is None:
+        raise ValueError(f"norm_affine: {name!r} has no final norm to take gain and bias from")
+    return norm
+
+
+def _loaded(empty: Any, name: str, config: Any, weights: str | Path | None, norm_affine: bool) -> Any:
+    """A tower with all of its weights; the library brings names of former versions to its own."""
+    own = empty.state_dict()
+    anchor = next(tensor for tensor in own if "patch_embed" in tensor and tensor.endswith("weight"))
+    tensors = _read_file(weights, anchor) if weights is not None else _read_folder(name, anchor)
+    place = f"weights: {str(name if weights is None else weights)!r} does not hold the weights of {name!r}"
+    if not norm_affine:
+        norm = _final_norm(empty, name)
+        tensors |= {part: torch.empty(own[part].shape) for part in (f"{norm}.weight", f"{norm}.bias")}
+    try:
+        tower, found = type(empty).from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{place}: {' '.join(str(error).split())}") from error
+    differ = {how: [part for part in found[f"{how}_keys"] if not str(part).startswith(UNUSED)] for how in DIFFERENCES}
+    if any(differ.values()):
+        told = ", ".join(f"{len(parts)} {DIFFERENCES[how]} {few(parts)}" for how, parts in differ.items() if parts)
+        raise ValueError(f"{place}: of {len(own)} tensors {told}")
+    return tower
+
+
+DIFFERENCES = {"missing": "missing", "unexpected": "left over", "mismatched": "of another shape"}
+
+
+def _read_file(file: str | Path, anchor: str) -> dict[str, Tensor]:
+    content = read_weights(file, "weights")
+    if not isinstance(content, Mapping):
+        raise ValueError(f"weights: {str(file)!r} holds a {type(content).__name__}, and no tensors by name")
+    prefix = _prefix(content, anchor, f"weights: {str(file)!r}")
+    return {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
+
+
+def _read_folder(name: str, anchor: str) -> dict[str, Tensor]:
+    """The tower's tensors, from the files that hold any."""
+    index = _folder(name) / INDEX
+    if index.is_file():
+        files = read_json(index, "name")["weight_map"]
+    else:
+        with open_tensors(_weights_file(name, WEIGHTS), "name") as opened:
+            files = dict.fromkeys(opened.keys(), WEIGHTS)
+    prefix = _prefix(files, anchor, f"name: {name!r}")
+    tensors = {}
+    for file in sorted({file for tensor, file in files.items() if tensor.startswith(prefix)}):
+        with open_tensors(_weights_file(name, file), "name") as opened:
+            wanted = [tensor for tensor in opened.keys() if tensor.startswith(prefix)]  # noqa: SIM118  it is no dict
+            tensors |= {tensor.removeprefix(prefix): opened.get_tensor(tensor) for tensor in wanted}
+    return tensors
+
+
+def _weights_file(name: str, file: str) -> Path:
+    found = model_folder(name, {"allow_patterns": [file]}) / file
+    if not found.is_file():
+        raise ValueError(f"name: {name!r} holds no {file}; give a file with its weights as `weights`")
+    return found
+
+
+def _prefix(names: Iterable[str], anchor: str, place: str) -> str:
+    """What stands before the names of the tower's tensors."""
+    prefixes = {name.removesuffix(anchor) for name in names if name == anchor or name.endswith(f".{anchor}")}
+    if len(prefixes) != 1:
+        what = f"several vision towers {few(prefixes)}; save one alone" if prefixes else f"no tensor {anchor!r}"
+        raise ValueError(f"{place} holds {what}")
+    return prefixes.pop()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the library from reporting what is checked here, and from drawing bars."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
