@@ -40,7 +40,8 @@ MATMUL_PRECISION = "matmul_precision"
 UNTRAINED = "untrained"
 MAX_SEED = 2**32 - 1  # NumPy's
 CONFIGS = Path(__file__).parent / "configs"
-NAMED = ("callbacks", "vfm_vae.tokenizer", "vfm_vae.transformers_vfm")  # once these are imported, configs name their classes without modules
+# Once these are imported, configs name their classes without modules.
+NAMED = ("callbacks", "vfm_vae.tokenizer", "vfm_vae.transformers_vfm")
 LOADER = "vfm_vae"
 set_loader(LOADER, lambda text: upgrade(get_loader("yaml")(text)), (yaml.YAMLError,))
 
