@@ -300,7 +300,8 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         for callback in undeclared(self.trainer).callbacks:
             if average is not None and isinstance(callback, WeightAverage):
                 callback.load_average(average)
-        if self.images_seen == 0 and isinstance(self.model, MeasuresLatents) and self.model.statistics_images:
+        begins = self.images_seen == 0 and self.init_from is None
+        if begins and isinstance(self.model, MeasuresLatents) and self.model.statistics_images:
             measure_latents(self.model, self.trainer)
         self._stop_when_done()
 

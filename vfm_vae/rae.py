@@ -27,6 +27,7 @@ STD_FLOOR = 1e-5
 """Added to standard deviations by which latents are divided, as in published RAEs."""
 
 DIFFUSERS_CLASS, DIFFUSERS_WEIGHTS = "AutoencoderRAE", "diffusion_pytorch_model.safetensors"
+DIFFUSERS_STATISTICS = ("encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
 
 ENCODERS: Mapping[str, Mapping[str, Any]] = {
     "dinov2": {"model_type": "dinov2_with_registers", "image_size": 518},
@@ -101,10 +102,15 @@ class RAE(PretrainedTokenizer):
             raise ValueError("latent_channels, compression: a RAE without a VFM needs both")
         at_least(1, latent_channels=latent_channels, compression=compression, image_size=image_size)
         at_least(1, decoder_width=decoder_width, decoder_depth=decoder_depth, decoder_heads=decoder_heads)
+        at_least(1, decoder_mlp_width=decoder_mlp_width)
         at_least(0, statistics_images=statistics_images)
         positive(norm_eps=norm_eps, pixel_std=pixel_std)
         if image_size % compression:
             raise ValueError(f"image_size: must be a multiple of {compression}, the compression, given {image_size}")
+        if decoder_width % (step := math.lcm(4, decoder_heads)):  # 4 for sine and cosine of rows and columns
+            raise ValueError(
+                f"decoder_width: must be a multiple of {step} with decoder_heads={decoder_heads}, given {decoder_width}"
+            )
         self.vfm, self.norm_eps, self.statistics_images = vfm, norm_eps, statistics_images
         # A checkpoint describes the model without the VFM that these follow from.
         self.arguments |= {"latent_channels": latent_channels, "compression": compression}
@@ -152,12 +158,7 @@ class RAE(PretrainedTokenizer):
         Raises:
             ValueError: if there is no such model, or its files do not fit each other.
         """
-        folder = model_folder(name, {"allow_patterns": [CONFIG, DIFFUSERS_WEIGHTS]} | hub)
-        config = read_json(folder / CONFIG, "name")
-        if config.get("_class_name") != DIFFUSERS_CLASS or config.get("encoder_type") not in ENCODERS:
-            raise ValueError(f"name: {str(name)!r} holds no {DIFFUSERS_CLASS} of {', '.join(ENCODERS)}")
-        file = folder / DIFFUSERS_WEIGHTS
-        tensors = read_weights(file, "name")
+        config, tensors, file = _read_diffusers(name, hub)
         encoder = _diffusers_encoder(config, tensors, str(vfm_weights or file))
         model = cls(
             encoder,
@@ -320,6 +321,20 @@ class RAE(PretrainedTokenizer):
         patches = self.decoder(z.flatten(2).mT.contiguous()).logits  # [B, N, 3 · compression²]
         images = self.decoder.unpatchify(patches) * self.pixel_std + self.pixel_mean  # in [0, 1]
         return Decoded(2 * images - 1, ())
+
+
+def _read_diffusers(name: str | Path, hub: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+    """What the `config.json` of a RAE in diffusers' format says, its tensors by name, and the file that holds them."""
+    folder = model_folder(name, {"allow_patterns": [CONFIG, DIFFUSERS_WEIGHTS], **hub})
+    config = read_json(folder / CONFIG, "name") if (folder / CONFIG).is_file() else {}
+    if config.get("_class_name") != DIFFUSERS_CLASS or config.get("encoder_type") not in ENCODERS:
+        raise ValueError(f"name: {str(name)!r} holds no {DIFFUSERS_CLASS} of diffusers, of {', '.join(ENCODERS)}")
+    if not config.get("reshape_to_2d", True):
+        raise ValueError(f"name: {str(name)!r} has reshape_to_2d=false; only latents with rows and columns are known")
+    tensors = dict(read_weights(folder / DIFFUSERS_WEIGHTS, "name"))
+    if missing := [statistic for statistic in DIFFUSERS_STATISTICS if statistic not in tensors]:
+        raise ValueError(f"name: the weights in {str(name)!r} lack {missing}; they are no {DIFFUSERS_CLASS}'s")
+    return config, tensors, folder / DIFFUSERS_WEIGHTS
 
 
 def _diffusers_encoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: str) -> TransformersVFM:
