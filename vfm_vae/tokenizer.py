@@ -8,6 +8,7 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor, nn
 
+from vfm_vae.checkpoints import read_json
 from vfm_vae.compilation import compile_regions
 from vfm_vae.contracts import VFM
 from vfm_vae.conv_vae import ConvVAE
@@ -20,6 +21,7 @@ from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.modules.quantizer import QuantizedPosterior, VectorQuantizer
 from vfm_vae.options import named_as
+from vfm_vae.pretrained import CONFIG, model_folder
 from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
 from vfm_vae.types import Decoded, Posterior, VFMFeatures
 from vfm_vae.vfm import FORMERLY, check_frozen
@@ -37,6 +39,9 @@ z = model.encode(images).mode()  # images [B, 3, H, W] in [-1, 1]
 images = model.decode(z).image
 ```
 """
+
+DIFFUSERS = {"AutoencoderKL": ConvVAE}
+"""Tokenizers by their classes in diffusers, whose folders they read by `from_diffusers`."""
 
 
 class VFMVAE(PretrainedTokenizer):
@@ -282,7 +287,8 @@ class FrozenTokenizer(Frozen):
 
     Args:
         checkpoint: A checkpoint that `python -m vfm_vae fit` wrote, whose averaged weights are used if it has them; or
-            a folder that `save_pretrained` or `python -m vfm_vae.convert` wrote; or `owner/model` on the hub.
+            a folder that `save_pretrained` or `python -m vfm_vae.convert` wrote, or that diffusers wrote of an
+            `AutoencoderKL`; or `owner/model` on the hub.
         vfm_weights: File with the VFM's weights, if the one that training read is not available.
         tokenizer_class: Class of the tokenizer, such as `my_package.MyVAE`. It must be given if a folder holds a
             tokenizer that is not one of this project's; otherwise it is found automatically.
@@ -334,11 +340,26 @@ def read_tokenizer(
     """Loads a tokenizer.
 
     Args:
-        source: A checkpoint of training, a folder that `save_pretrained` wrote, or `owner/model` on the hub.
+        source: A checkpoint of training; or a folder that `save_pretrained` wrote, or one in the format of diffusers
+            (see `DIFFUSERS`), or such a model's `owner/model` on the hub.
         kind: What it has to be; classes from outside of this project are built from a folder only if they are given.
         **options: Options of both `from_pretrained` and `from_checkpoint`: `vfm`, `vfm_weights`.
 
     Raises:
         ValueError: if there is no such tokenizer, or its VFM can't be had.
     """
-    return (kind.from_checkpoint if Path(source).is_file() else kind.from_pretrained)(source, **options)
+    if Path(source).is_file():
+        return kind.from_checkpoint(source, **options)
+    published = DIFFUSERS.get(_class_in_diffusers(source))
+    if published is None:
+        return kind.from_pretrained(source, **options)
+    if not issubclass(published, kind):
+        raise ValueError(f"name: {str(source)!r} holds a {published.__name__}, and no {kind.__name__}")
+    return published.from_diffusers(source, **options)
+
+
+def _class_in_diffusers(source: str | Path) -> Any:
+    """The class that the config of a folder or of a model on the hub names, if that is in the format of diffusers."""
+    file = model_folder(source, {"allow_patterns": [CONFIG]}) / CONFIG
+    config = read_json(file, "name") if file.is_file() else None
+    return config.get("_class_name") if isinstance(config, Mapping) else None
