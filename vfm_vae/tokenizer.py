@@ -23,6 +23,7 @@ from vfm_vae.modules.quantizer import QuantizedPosterior, VectorQuantizer
 from vfm_vae.options import named_as
 from vfm_vae.pretrained import CONFIG, model_folder
 from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
+from vfm_vae.rae import RAE
 from vfm_vae.types import Decoded, Posterior, VFMFeatures
 from vfm_vae.vfm import FORMERLY, check_frozen
 
@@ -40,7 +41,7 @@ images = model.decode(z).image
 ```
 """
 
-DIFFUSERS = {"AutoencoderKL": ConvVAE}
+DIFFUSERS: Mapping[Any, type[ConvVAE | RAE]] = {"AutoencoderKL": ConvVAE, "AutoencoderRAE": RAE}
 """Tokenizers by their classes in diffusers, whose folders they read by `from_diffusers`."""
 
 
@@ -288,7 +289,7 @@ class FrozenTokenizer(Frozen):
     Args:
         checkpoint: A checkpoint that `python -m vfm_vae fit` wrote, whose averaged weights are used if it has them; or
             a folder that `save_pretrained` or `python -m vfm_vae.convert` wrote, or that diffusers wrote of an
-            `AutoencoderKL`; or `owner/model` on the hub.
+            `AutoencoderKL` or `AutoencoderRAE`; or `owner/model` on the hub.
         vfm_weights: File with the VFM's weights, if the one that training read is not available.
         tokenizer_class: Class of the tokenizer, such as `my_package.MyVAE`. It must be given if a folder holds a
             tokenizer that is not one of this project's; otherwise it is found automatically.
