@@ -1,4 +1,4 @@
-"""ConvVAE: the convolutional VAE of latent diffusion (arXiv 2112.10752), alone or aligned to a VFM (arXiv 2501.01423)."""
+"""ConvVAE: the convolutional VAE of latent diffusion (arXiv 2112.10752), alone or aligned to a VFM (2501.01423)."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -113,7 +113,7 @@ class ConvVAE(PretrainedTokenizer):
         model = cls(**from_diffusers_config(config, place))
         fill(
             model,
-            renamed(read_weights(weights, "name")),
+            with_present_names(read_weights(weights, "name")),
             f"{place}: the weights are of another model than its {CONFIG}",
         )
         return model.eval().attach_vfm(vfm_weights)
@@ -146,7 +146,8 @@ class ConvVAE(PretrainedTokenizer):
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """The posterior of latents `[B, C, H / compression, W / compression]`, of images `[B, 3, H, W]` in [-1, 1]."""
         moments = self.encoder(images)
-        return DiagonalGaussian(moments if self.quant_conv is None else self.quant_conv(moments))
+        moments = moments if self.quant_conv is None else self.quant_conv(moments)
+        return DiagonalGaussian(moments.contiguous())  # noise is drawn in the order of memory
 
     def decode(self, z: Tensor) -> Decoded:
         """Images `[B, 3, h · compression, w · compression]` of latents `[B, C, h, w]`; of one resolution alone."""
@@ -228,7 +229,7 @@ def to_diffusers_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def renamed(tensors: Any) -> Any:
+def with_present_names(tensors: Any) -> Any:
     """Tensors by the names that diffusers gives them today, of folders that it wrote before it renamed some."""
     if not isinstance(tensors, Mapping):
         return tensors

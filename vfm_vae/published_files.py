@@ -29,6 +29,7 @@ DIMENSIONS = [
     (r"\.(pwconv1|torgb)\.bias$", 1, 2),
     (r"\.(pwconv1|torgb|to_[qkv]|to_out|ff\.\d)\.weight$", 0, 2),
     (r"\.(attn\.norm|ff\.0)\.gamma$", 0, 2),
+    (r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", 0, 2),
 ]
 
 

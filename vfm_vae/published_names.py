@@ -60,7 +60,7 @@ def tokenizer_names(ours: str, first_scale: int = -2) -> tuple[str, ...]:
         last = first + (2 if scale > 0 else 1)
         stage, layer = (first, layer - 1) if layer < 6 else (last, layer - 6)
         return (f"synthesis.z_convs.{block}.{stage}.{layer}.{route[3]}",)
-    name = _renamed(ours, TOKENIZER)
+    name = renamed(ours, TOKENIZER)
     if name.startswith("synthesis.") and name.endswith(".qkv.weight"):
         return tuple(name.replace(".qkv.", f".to_{part}.") for part in "qkv")
     return (name,)
@@ -95,7 +95,8 @@ def patchgan_names(num_scales: int, features: bool) -> Names:
     return names
 
 
-def _renamed(name: str, rules: list[tuple[str, Any]]) -> str:
+def renamed(name: str, rules: list[tuple[str, Any]]) -> str:
+    """A name after rules, each a pattern and its replacement, were applied in their order."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name

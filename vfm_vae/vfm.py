@@ -213,13 +213,16 @@ def vfm_from(source: Mapping[str, Any], weights: str | None = None) -> VFM:
     Raises:
         ValueError: if its weights can't be had, or its arguments ask for a class that is no part of a model.
     """
+    given = source if weights is None else {**source, "weights": weights}
+    return build(VFM, description_from(given), f"the VFM {source.get('name')!r}")
+
+
+def description_from(source: Mapping[str, Any]) -> dict[str, Any]:
+    """The VFM that a cache, a folder or a checkpoint speaks of, as configs have it; `source` as for `vfm_from`."""
     path = source.get("class_path", class_path(FrozenVFM))
-    given = dict(source) if "class_path" in source else {**FORMERLY, **source}
-    if weights is not None:
-        given["weights"] = weights
-    cls: Any = class_at(path, f"the VFM {source.get('name')!r}")
-    arguments = {name: value for name, value in given.items() if name in _arguments_of(cls)}
-    return build(VFM, {"class_path": path, "init_args": arguments}, f"the VFM {source.get('name')!r}")
+    given = source if "class_path" in source else {**FORMERLY, **source}
+    names = _arguments_of(class_at(path, f"the VFM {source.get('name')!r}"))
+    return {"class_path": path, "init_args": {name: value for name, value in given.items() if name in names}}
 
 
 def _arguments_of(cls: type) -> set[str]:
