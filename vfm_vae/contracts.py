@@ -144,16 +144,27 @@ class Aligned(Protocol):
 
 
 @runtime_checkable
+class HasLastDecodingWeight(Protocol):
+    """A tokenizer whose adversarial losses can be weighed against its reconstruction."""
+
+    @property
+    def last_decoding_weight(self) -> Tensor:
+        """The decoder's last weight, where the adaptive weight of an adversarial loss compares gradients."""
+
+
+@runtime_checkable
 class MeasuresLatents(Protocol):
     """A tokenizer that normalises its latents by statistics of training images, measured before its first step.
 
     Attributes:
         statistics_images: How many images they are measured on; 0 measures nothing.
-        latent_shape: Channels, rows and columns of the latent.
     """
 
     statistics_images: int
-    latent_shape: tuple[int, int, int]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of the latent."""
 
     def raw_latents(self, images: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` of images `[B, 3, H, W]` in [-1, 1], before they are normalised."""

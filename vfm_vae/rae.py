@@ -20,7 +20,7 @@ from vfm_vae.options import at_least, positive
 from vfm_vae.pretrained import CONFIG, model_folder
 from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
 from vfm_vae.transformers_vfm import TransformersVFM
-from vfm_vae.types import Decoded, VFMFeatures
+from vfm_vae.types import Decoded, Posterior, VFMFeatures
 from vfm_vae.vfm import check_frozen
 
 STD_FLOOR = 1e-5
@@ -271,7 +271,7 @@ class RAE(PretrainedTokenizer):
         if self.vfm is not None:
             self.vfm.compile_regions()
 
-    def encode(self, images: Tensor) -> PointPosterior:
+    def encode(self, images: Tensor) -> Posterior:
         """Encodes images `[B, 3, H, W]` in [-1, 1] of the one size that the decoder takes; nothing is random.
 
         Raises:
@@ -279,7 +279,7 @@ class RAE(PretrainedTokenizer):
         """
         return self.encode_with_features(images)[0]
 
-    def encode_with_features(self, images: Tensor) -> tuple[PointPosterior, VFMFeatures | None]:
+    def encode_with_features(self, images: Tensor) -> tuple[Posterior, VFMFeatures | None]:
         """Encodes images, and returns the VFM's features, of which the latents are made, too."""
         features = self._encoder()(images)
         return PointPosterior((self._raw(features) - self.mean) / (self.std + STD_FLOOR)), features
