@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from vfm_vae.contracts import VFM, HasVFM
 from vfm_vae.lightning_private import undeclared
+from vfm_vae.metrics.reference import short_name
 from vfm_vae.options import at_least
 from vfm_vae.types import Batch, LatentBatch
 
@@ -194,8 +195,8 @@ def by_name(vfms: Sequence[VFM]) -> dict[str, VFM]:
 
 
 def by_short_name(vfms: Sequence[VFM]) -> dict[str, VFM]:
-    """VFMs by their names without the tag of their weights, but where it alone tells two apart; raises as `by_name`."""
-    short = [vfm.name.split(".")[0] for vfm in vfms]
+    """VFMs by their short names, but where the rest tells two apart; raises as `by_name`."""
+    short = [short_name(vfm.name) for vfm in vfms]
     named = zip(by_name(vfms).items(), short, strict=True)
     return {name if short.count(start) > 1 else start: vfm for (name, vfm), start in named}
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from timm.data.constants import (
     OPENAI_CLIP_STD,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vfm_vae.checkpoints import few, open_tensors, read_json, read_weights
 from vfm_vae.hooks import run_and_keep
@@ -98,7 +100,7 @@ def config_of(name: str, model_args: Mapping[str, Any] | None = None) -> Any:
     config = getattr(config, "vision_config", config)
     if unknown := sorted(option for option in model_args if not hasattr(config, option)):
         raise ValueError(
-            f"model_args: {unknown} are no options of {config.model_type!r}; see transformers for its names"
+            f"model_args: a {config.model_type!r} has no options {unknown}; see its config in transformers"
         )
     config = _made(config.to_dict() | model_args | {"model_type": config.model_type}, "model_args", name)
     for option, value in family_of(config).settings.items():
@@ -166,6 +168,9 @@ def create_tower(
             tower = _loaded(empty, name, config, weights, norm_affine)
         else:
             tower = AutoModel.from_config(config, dtype=torch.float32)
+    if config.model_type == "qwen2_5_vl_vision":
+        for block in tower.blocks:
+            block.attn.forward = MethodType(_attend, block.attn)
     if hasattr(tower, "pooler"):
         tower.pooler = None
     if not norm_affine:
@@ -232,14 +237,44 @@ def _run_qwen(
     patches = patches.permute(0, 2, 5, 3, 6, 1, 4, 7)  # [B, rows, columns, side, side, 3, patch, patch]
     patches = patches.flatten(0, 4).unsqueeze(2).expand(-1, -1, frames, -1, -1)  # a still image, frame by frame
     sizes = torch.tensor([[1, rows * side, columns * side]] * len(inputs), device=inputs.device)
-    result, kept = run_and_keep(partial(tower, patches.flatten(1), grid_thw=sizes), tower.blocks, layers)
-    order, _ = get_vision_window_index(sizes, side, tower.window_size, patch)
-    in_place = order.argsort().to(inputs.device)
+    order, bounds = get_vision_window_index(sizes[:1].cpu(), side, tower.window_size, patch)
+    run = partial(tower, patches.flatten(1), grid_thw=sizes, window_lengths=bounds.diff().tolist())
+    result, kept = run_and_keep(run, tower.blocks, layers)
+    in_raster = order.argsort().to(inputs.device)
+    each = (len(inputs), rows * columns, -1)
+    return result.pooler_output.view(each), {k: tokens.view(each)[:, in_raster] for k, tokens in kept.items()}
 
-    def in_raster(tokens: Tensor) -> Tensor:
-        return tokens.view(len(order), -1)[in_place].view(len(inputs), rows * columns, -1)
 
-    return result.pooler_output.view(len(inputs), rows * columns, -1), {k: in_raster(x) for k, x in kept.items()}
+def _attend(
+    attention: Any,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    window_lengths: Sequence[int],
+    **_: Any,
+) -> Tensor:
+    """Takes the place of the attention of Qwen2.5-VL's blocks: window by window, for all images at once.
+
+    The library's own way asks the device where each image's windows end, and attends to them one by one.
+
+    Args:
+        attention: The module whose `forward` this is.
+        hidden_states: Patches of all images, one after the other, `[B · N, C]`.
+        cu_seqlens: Where the windows end, or the images in blocks without windows.
+        position_embeddings: Cosines and sines of rotary positions, each `[B · N, C / heads]`.
+        window_lengths: Patches in each of an image's windows.
+    """
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+    length = sum(window_lengths)
+    num_images = len(hidden_states) // length
+    has_windows = len(cu_seqlens) - 1 == num_images * len(window_lengths)
+    query, key, value = attention.qkv(hidden_states).unflatten(1, (3, attention.num_heads, -1)).unbind(1)
+    query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+    by_image = [part.unflatten(0, (num_images, length)).transpose(1, 2) for part in (query, key, value)]
+    windows = zip(*(part.split(window_lengths if has_windows else [length], 2) for part in by_image), strict=True)
+    attended = torch.cat([F.scaled_dot_product_attention(*parts) for parts in windows], 2)  # [B, heads, N, C / heads]
+    return attention.proj(attended.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
 def _folder(name: str) -> Path:
@@ -302,12 +337,15 @@ def _loaded(empty: Any, name: str, config: Any, weights: str | Path | None, norm
     if not norm_affine:
         norm = _final_norm(empty, name)
         tensors |= {part: torch.empty(own[part].shape) for part in (f"{norm}.weight", f"{norm}.bias")}
-    try:
-        tower, found = type(empty).from_pretrained(
-            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
-        )
-    except RuntimeError as error:
-        raise ValueError(f"{place}: {' '.join(str(error).split())}") from error
+    tower, found = type(empty).from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are named below, among others
+    )
+    found["mismatched_keys"] = {part for part, *_ in found["mismatched_keys"]}
     differ = {how: [part for part in found[f"{how}_keys"] if not str(part).startswith(UNUSED)] for how in DIFFERENCES}
     if any(differ.values()):
         told = ", ".join(f"{len(parts)} {DIFFERENCES[how]} {few(parts)}" for how, parts in differ.items() if parts)

@@ -59,8 +59,13 @@ class Reference(NamedTuple):
 
 
 def name_of(network: Network) -> str:
-    """What numbers measured on a network's features are named after: `inception`, or the VFM without its tag."""
-    return "inception" if isinstance(network, Inception) else network.name.split(".")[0]
+    """What numbers measured on a network's features are named after: `inception`, or the VFM's short name."""
+    return "inception" if isinstance(network, Inception) else short_name(network.name)
+
+
+def short_name(name: str) -> str:
+    """A VFM's name without its tag; of a folder or a model of the hub, the last part, with its dots replaced."""
+    return Path(name).name.replace(".", "_") if "/" in name and ":" not in name else name.split(".")[0]
 
 
 def network_settings(network: Network) -> dict[str, Any]:
