@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from vfm_vae import schema
 from vfm_vae.checkpoints import check_state
 from vfm_vae.compilation import Compile, should_compile
-from vfm_vae.contracts import VFM, Aligned, MeasuresLatents, Tokenizer, WeightAverage
+from vfm_vae.contracts import VFM, MeasuresLatents, Tokenizer, WeightAverage
 from vfm_vae.data.sampling import seed_of
 from vfm_vae.derived import fill, options_of, shape_of
 from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
-from vfm_vae.gan_losses import GANLosses
+from vfm_vae.gan_losses import GANLosses, check_opponents
 from vfm_vae.images import Rounding, from_uint8
 from vfm_vae.lightning_private import has_trainer, logs_now, undeclared
 from vfm_vae.losses.alignment import settle
@@ -25,6 +25,7 @@ from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.losses.objective import Objective
 from vfm_vae.metrics.reconstruction import PSNR, ReconstructionMetrics
 from vfm_vae.modules.equivariance import EquivarianceRegularizer, Transform
+from vfm_vae.modules.latent_noise import noised
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least
 from vfm_vae.reconstructing import Reconstructing
@@ -56,15 +57,15 @@ class Reconstruction(NamedTuple):
 
 
 class TokenizerModule(TwoPlayers, Reconstructing):
-    """Trains a tokenizer against one discriminator or two.
+    """Trains a tokenizer against one discriminator or two, or against none.
 
     Args:
         model: The tokenizer to train.
-        discriminator: The discriminator that it is trained against.
+        discriminator: The discriminator that it is trained against; null for none, or for a PatchGAN alone.
         objective: The tokenizer's losses.
         optimizer: Optimizer of the tokenizer; in a VFMVAE, adapter and decoder are trained.
-        discriminator_optimizer: Optimizer of the discriminator.
-        patchgan: A second discriminator, for the last stage. The same optimizer trains both.
+        discriminator_optimizer: Optimizer of the discriminators; null where there are none.
+        patchgan: A discriminator of patches, beside the other one or alone. The same optimizer trains both.
         equivariance: Transforms latents or input images in training; null for no transforms.
         guard: Skips training steps that would ruin the weights; null takes every step.
         max_images: Training stops after so many images, counted over all stages; -1 for no limit.
@@ -88,6 +89,10 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         order: How tokenizer and discriminators take turns. `simultaneous`: both learn from the same forward pass, first
             the tokenizer. `published`: the discriminators learn first, from a forward pass and random draws of their
             own; the tokenizer then learns from a second one.
+        latent_noise: In training, the decoder sees latents with normal noise, whose standard deviation is drawn for
+            each image between 0 and this, in the latents' own units. Losses on latents see them without it.
+        discriminate_from: The discriminators learn once so many images were trained on, over all stages; null lets them
+            begin together with the tokenizer's adversarial losses, at `objective.adversarial_from`.
 
     Raises:
         ValueError: if an option lies outside its range, or does not fit another.
@@ -101,10 +106,10 @@ class TokenizerModule(TwoPlayers, Reconstructing):
     def __init__(
         self,
         model: Tokenizer,
-        discriminator: ProjectedDiscriminator,
+        discriminator: ProjectedDiscriminator | None,
         objective: Objective,
         optimizer: OptimizerCallable,
-        discriminator_optimizer: OptimizerCallable,
+        discriminator_optimizer: OptimizerCallable | None,
         patchgan: PatchGAN | None = None,
         equivariance: EquivarianceRegularizer | None = None,
         guard: NonFiniteGuard | None = None,
@@ -120,32 +125,27 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         gradient_clip_val: float | None = None,
         features: VFM | None = None,
         order: Literal["simultaneous", "published"] = "simultaneous",
+        latent_noise: float = 0.0,
+        discriminate_from: int | None = None,
     ):
         super().__init__(guard, accumulate_grad_batches, gradient_clip_val)
         at_least(-1, max_images=max_images)
-        at_least(0, seed=seed)
+        at_least(0, seed=seed, latent_noise=latent_noise, discriminate_from=discriminate_from)
         try_optimizers(optimizer=optimizer, discriminator_optimizer=discriminator_optimizer)
-        for name in ("adversarial_patch", "feature_matching"):
-            if objective.weights[name] and patchgan is None:
-                raise ValueError(
-                    f"objective.{name}: {objective.weights[name]:g} needs a PatchGAN; give model.patchgan, or set 0"
-                )
-        if objective.weights["alignment"] and not (isinstance(model, Aligned) and model.vfm is not None):
-            raise ValueError(
-                f"objective.alignment: {objective.weights['alignment']:g} aligns latents to a VFM, but this "
-                f"{type(model).__name__} has none; set it to 0"
-            )
+        check_opponents(objective, discriminator, patchgan, discriminator_optimizer is not None, discriminate_from)
         if order not in ("simultaneous", "published"):
             raise ValueError(f"order: 'simultaneous' or 'published', given {order!r}")
         if features is not None and predict != "moments":
             raise ValueError(f"model.predict: features are cached only with 'moments', given {predict!r}")
         self.model = model
         freeze_all_but(self.model, train_only)
+        objective.check_tokenizer(model)
         self.discriminator, self.patchgan = discriminator, patchgan
         self.objective = objective
         self.optimizer, self.discriminator_optimizer = optimizer, discriminator_optimizer
         self.equivariance = equivariance or EquivarianceRegularizer(probability=0.0, prior_probability=0.0)
-        self.order = order
+        self.order, self.latent_noise = order, latent_noise
+        self.discriminate_from = objective.adversarial_from if discriminate_from is None else discriminate_from
         self.max_images = max_images
         self.init_from = init_from
         self.torch_compile = torch_compile
@@ -163,7 +163,7 @@ class TokenizerModule(TwoPlayers, Reconstructing):
     @classmethod
     def complete(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
         """Lets the discriminator resize images as the tokenizer's VFM has its targets, see `vfm_vae.derived`."""
-        opponent = init_args["discriminator"]
+        opponent = init_args.get("discriminator")
         shape = None
         if options_of(opponent).get("interpolation", "its own") is None:
             shape = shape_of(options_of(init_args["model"]).get("vfm"))
@@ -182,7 +182,8 @@ class TokenizerModule(TwoPlayers, Reconstructing):
             made = self._reconstruct(batch.images, self._draw(batch.images, self.images_seen))
             gan = GANLosses(self.discriminator, self.patchgan, made.target)
             self._train_generator(made, gan, step_ends)
-            self._train_discriminators(made, gan, step_ends)
+            if self._opponents_learn():
+                self._train_discriminators(made, gan, step_ends)
         else:
             self._take_turns(batch.images, step_ends)
         self.finish_batch(len(batch.images), step_ends)
@@ -190,14 +191,19 @@ class TokenizerModule(TwoPlayers, Reconstructing):
 
     def _take_turns(self, images: Tensor, step_ends: bool) -> None:
         """The published order: the generator waits until the discriminators have learnt from all batches of a step."""
-        with torch.no_grad():
-            made = self._reconstruct(images, self._draw(images, self.images_seen, "discriminator"))
-        self._train_discriminators(made, GANLosses(self.discriminator, self.patchgan, made.target), step_ends)
+        if self._opponents_learn():
+            with torch.no_grad():
+                made = self._reconstruct(images, self._draw(images, self.images_seen, "discriminator"))
+            self._train_discriminators(made, GANLosses(self.discriminator, self.patchgan, made.target), step_ends)
         self._waiting.append((images, self.images_seen))
         while step_ends and self._waiting:
             images, images_seen = self._waiting.pop(0)
             made = self._reconstruct(images, self._draw(images, images_seen, "generator"))
             self._train_generator(made, GANLosses(self.discriminator, self.patchgan, made.target), not self._waiting)
+
+    def _opponents_learn(self) -> bool:
+        """Whether there are discriminators, and they learn by now."""
+        return bool(self._trained()[1]) and self.images_seen >= self.discriminate_from
 
     def _draw(self, images: Tensor, images_seen: int, phase: str = "") -> Transform:
         """This rank's transform of a batch."""
@@ -210,7 +216,8 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         images = transform.shrink(from_uint8(images), self.interpolation)
         posterior, features = self.model.encode_with_features(images)
         z = posterior.sample()  # [B, C, h, w]
-        decoded = self.model.decode(transform.latent(z))
+        # Noised when transformed: so it is as strong, and as white, whatever the transform.
+        decoded = self.model.decode(noised(transform.latent(z), self.latent_noise))
         return Reconstruction(features, posterior, z, decoded, transform.image(images, self.interpolation))
 
     def _train_generator(self, made: Reconstruction, gan: GANLosses, step_ends: bool) -> None:
@@ -219,10 +226,12 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         rec = self.objective.reconstruction(decoded, made.target, self.interpolation, self.images_seen)
         total = settle(self.objective.total(rec), [decoded.image, *decoded.multiscale])  # two passes follow
         latent, scalars = self.objective.latent(made.posterior, made.z, made.features, self.model, total)
-        against = gan.generator_terms(decoded.image, alone=self.order == "published")
-        self.judge(reconstruction=rec, adversarial=against, others=latent)
-        self.learn(self.GENERATOR, total + self.objective.total(latent | against), step_ends)
-        self._remember("generator", rec | latent | against, scalars)
+        plays = self.images_seen >= self.objective.adversarial_from
+        against = gan.generator_terms(decoded.image, alone=self.order == "published") if plays else {}
+        balanced, ratios = self.objective.balanced(against, decoded.image, self.model, total)
+        self.judge(reconstruction=rec, adversarial=against, others=latent | ratios)
+        self.learn(self.GENERATOR, total + self.objective.total(latent | balanced), step_ends)
+        self._remember("generator", rec | latent | against, scalars | ratios)
 
     def _train_discriminators(self, made: Reconstruction, gan: GANLosses, step_ends: bool) -> None:
         """Telling reconstructions, through which no gradient goes, from their targets."""
@@ -237,7 +246,7 @@ class TokenizerModule(TwoPlayers, Reconstructing):
 
     def _log_step(self) -> None:
         numbers: dict[str, Tensor | float] = {"train/loss_l1": 0.0}
-        numbers |= self._terms.get("generator", {}) | self._terms["discriminators"]
+        numbers |= self._terms.get("generator", {}) | self._terms.get("discriminators", {})
         numbers |= {f"train/{name}": value for name, value in self.grad_norms.items()}
         numbers |= {"train/skipped_steps": self.guard.skipped, "images_seen": float(self.images_seen)}
         log_where_due(self, numbers, shown="train/loss_l1")
@@ -255,14 +264,18 @@ class TokenizerModule(TwoPlayers, Reconstructing):
     # Optimisers, stages, checkpoints
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The generator's optimiser, then the discriminators'."""
+        """The generator's optimiser, then the discriminators' where there are any."""
         generator, opponents = self._trained()
+        if not opponents:
+            return [self.optimizer(generator)]
+        assert self.discriminator_optimizer is not None  # `check_opponents` was asked
         return [self.optimizer(generator), self.discriminator_optimizer(opponents)]
 
     def _trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """What trains of the generator, and the discriminators' parameters."""
         generator = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return generator, [*self.discriminator.parameters(), *(self.patchgan.parameters() if self.patchgan else ())]
+        opponents = [part for part in (self.discriminator, self.patchgan) if part is not None]
+        return generator, [parameter for part in opponents for parameter in part.parameters()]
 
     def setup(self, stage: str) -> None:
         """Checks that the images fit; starts from the previous stage, unless a run of this stage is resumed."""
@@ -279,10 +292,10 @@ class TokenizerModule(TwoPlayers, Reconstructing):
             self.vfm.hold_products_in(torch.bfloat16)  # in which it runs there
         if should_compile(self.torch_compile, device, self.model):
             self.model.compile_regions()
-            if stage == "fit":
+            if stage == "fit" and self.discriminator is not None:
                 self.discriminator.compile_regions()
         if stage == "fit":
-            if self.trainer.precision == "bf16-mixed":
+            if self.trainer.precision == "bf16-mixed" and self.discriminator is not None:
                 self.discriminator.backbone.hold_products_in(torch.bfloat16)
             if self.init_from is not None and self.trainer.ckpt_path is None:
                 self._begin_from(self.init_from)

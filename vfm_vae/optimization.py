@@ -36,16 +36,18 @@ def check_trainer(trainer: Trainer) -> None:
     positive(**{"trainer.val_check_interval": getattr(trainer, "val_check_interval", None)})  # unless by the clock
 
 
-def try_optimizers(**options: OptimizerCallable) -> None:
+def try_optimizers(**options: OptimizerCallable | None) -> None:
     """Checks that optimizers can be made from their options, before there is anything to optimize.
 
     Args:
-        **options: What makes them, by name.
+        **options: What makes them, by name; None where there is none.
 
     Raises:
         ValueError: if one can't be made, or has a number that is not finite.
     """
     for name, make in options.items():
+        if make is None:
+            continue
         try:
             (group,) = make([nn.Parameter(torch.zeros(1))]).param_groups
         except ValueError as error:

@@ -261,6 +261,11 @@ class VFMVAE(PretrainedTokenizer):
         """The last weight before the posterior, where the adaptive alignment weight compares gradients."""
         return self.adapter.last_encoding_weight
 
+    @property
+    def last_decoding_weight(self) -> Tensor:
+        """The last block's weight of images, where an adaptive adversarial weight compares gradients."""
+        return self.decoder.blocks[-1].to_rgb.weight
+
     def align(self, z: Tensor) -> Tensor:
         """Projects latents `[B, C, h, w]` to the VFM's width, `[B, D, h, w]`."""
         return self.adapter.align(z)

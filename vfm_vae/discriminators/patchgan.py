@@ -1,7 +1,7 @@
 """Multi-scale PatchGAN (pix2pixHD, arXiv 1711.11585, section 3.2) with local batch norm."""
 
 from collections import OrderedDict
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from vfm_vae.discriminators.layers import LocalBatchNorm
 from vfm_vae.modules.maps import in_fast_layout
-from vfm_vae.options import at_least
+from vfm_vae.options import at_least, one_of
 
 
 class PatchDiscriminator(nn.Module):
@@ -79,9 +79,10 @@ class PatchGAN(nn.Module):
         max_channels: Largest width.
         kernel_size: Kernel of every convolution.
         virtual_batch_size: Largest group of the local batch norm.
+        loss: What it is trained by, and the generator against it: `least_squares`, or `hinge` as in latent diffusion.
 
     Raises:
-        ValueError: if a number of scales, layers or channels is below 1.
+        ValueError: if a number of scales, layers or channels is below 1, or the loss is unknown.
     """
 
     def __init__(
@@ -92,8 +93,11 @@ class PatchGAN(nn.Module):
         max_channels: int = 512,
         kernel_size: int = 4,
         virtual_batch_size: int = 8,
+        loss: Literal["least_squares", "hinge"] = "least_squares",
     ) -> None:
         super().__init__()
+        one_of("loss", loss, "least_squares", "hinge")
+        self.loss = loss
         options = {
             "num_layers": num_layers,
             "base_channels": base_channels,

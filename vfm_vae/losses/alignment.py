@@ -82,7 +82,7 @@ def pool_tokens(tokens: Tensor, grid: Sequence[int], latent_grid: Sequence[int])
     return F.avg_pool2d(maps, (rows // latent_grid[0], columns // latent_grid[1]))
 
 
-def settle(loss: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+def settle(loss: Tensor, inputs: Sequence[Tensor], retain_graph: bool = False) -> Tensor:
     """The same loss, whose gradient at `inputs` is computed here, once, and not in each backward pass that follows.
 
     What lies between the two, such as a perceptual network, is then freed.
@@ -90,12 +90,13 @@ def settle(loss: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     Args:
         loss: A scalar.
         inputs: Tensors that it depends on, or not.
+        retain_graph: Whether it is not freed, as another loss shares it.
     """
     if not loss.requires_grad:  # nothing was weighed
         return loss
     inputs = [x for x in inputs if x.requires_grad]
     with without_autocast(loss):
-        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+        gradients = torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True)
     used = [(x, gradient) for x, gradient in zip(inputs, gradients, strict=True) if gradient is not None]
     return _Settled.apply(loss.detach(), [gradient for _, gradient in used], *(x for x, _ in used))
 
@@ -121,7 +122,7 @@ def adaptive_weight(
     `||grad L_rec|| / (||grad L_vf|| + 1e-4)`, both gradients taken at the last weight that the two losses share. The
     graph is kept for the backward pass that follows; no gradient is accumulated. Costs a backward pass through the
     decoder, without its weights' gradients; give a `settle`d loss, so that what lies behind the decoder isn't passed
-    twice.
+    twice. An adversarial loss is balanced alike, at the decoder's last weight, which costs next to nothing.
 
     Args:
         reconstruction_loss: Sum of the weighted reconstruction terms, a scalar.

@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vfm_vae.contracts import Aligned, Tokenizer
+from vfm_vae.contracts import Aligned, HasLastDecodingWeight, Tokenizer
 from vfm_vae.images import Interpolation
-from vfm_vae.losses.alignment import adaptive_weight, vf_loss
+from vfm_vae.losses.alignment import adaptive_weight, settle, vf_loss
 from vfm_vae.losses.reconstruction import (
     LPIPSLoss,
     SSIMLoss,
@@ -47,9 +47,12 @@ class Objective(nn.Module):
         adversarial: Weight of the projected discriminator's adversarial loss.
         adversarial_patch: Weight of the PatchGAN's adversarial loss.
         feature_matching: Weight of the distance between the PatchGAN's features of real and of generated images.
+        adversarial_from: The three of them are weighed once so many images were trained on, over all stages.
+        adaptive_adversarial: Whether to multiply the weights of the two adversarial losses by the ratio of gradient
+            norms between reconstruction and adversarial loss, as in VQGAN.
 
     Raises:
-        ValueError: if an option lies outside its range, or a perceptual weight has no loss to weigh.
+        ValueError: if an option lies outside its range, or a weight has no loss to weigh.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class Objective(nn.Module):
         adversarial: float = 1.0,
         adversarial_patch: float = 0.0,
         feature_matching: float = 0.0,
+        adversarial_from: int = 0,
+        adaptive_adversarial: bool = False,
     ):
         super().__init__()
         self.margins = {"distmat_margin": distmat_margin, "cos_margin": cos_margin}
@@ -89,16 +94,45 @@ class Objective(nn.Module):
             "adversarial_patch": adversarial_patch,
             "feature_matching": feature_matching,
         }
-        at_least(0, multi_resolution_images=multi_resolution_images, **self.weights, **self.margins)
+        starts = {"multi_resolution_images": multi_resolution_images, "adversarial_from": adversarial_from}
+        at_least(0, **starts, **self.weights, **self.margins)
         at_least(1, alignment_every=alignment_every)
         if perceptual and perceptual_loss is None:
             raise ValueError(f"perceptual={perceptual:g} needs a perceptual_loss; give one, or set perceptual to 0")
+        if adaptive_adversarial and not (l1 or l2 or perceptual or ssim):
+            raise ValueError("adaptive_adversarial: there is no reconstruction loss to compare with; set it to false")
         self.perceptual_loss = perceptual_loss
         self.ssim_loss = SSIMLoss()
         self.multi_resolution_images = multi_resolution_images
         self.adaptive_alignment, self.alignment_every = adaptive_alignment, alignment_every
+        self.adversarial_from, self.adaptive_adversarial = adversarial_from, adaptive_adversarial
         self._kept_weight: Tensor | None = None
         self._kept_for = 0.0  # more batches
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Checks that a tokenizer has what its losses look at.
+
+        Raises:
+            ValueError: if not.
+        """
+        kind = type(tokenizer).__name__
+        if self.weights["alignment"] and not (isinstance(tokenizer, Aligned) and tokenizer.vfm is not None):
+            raise ValueError(
+                f"objective.alignment: {self.weights['alignment']:g} aligns latents to a VFM, but this "
+                f"{kind} has none; set it to 0"
+            )
+        if not self.adaptive_adversarial:
+            return
+        if not isinstance(tokenizer, HasLastDecodingWeight):
+            raise ValueError(
+                f"objective.adaptive_adversarial: it compares gradients at the decoder's last weight, but this {kind} "
+                "has no last_decoding_weight; set it to false"
+            )
+        if not tokenizer.last_decoding_weight.requires_grad:
+            raise ValueError(
+                "objective.adaptive_adversarial: it compares gradients at the decoder's last weight, which "
+                "model.train_only leaves out; set it to false"
+            )
 
     def reconstruction(
         self, decoded: Decoded, target: Tensor, interpolation: Interpolation, images_seen: int
@@ -169,6 +203,29 @@ class Objective(nn.Module):
                 extra |= {"alignment": loss.loss.detach(), "alignment_weight": weight}
                 terms["alignment"] = weight * loss.loss
         return terms, extra
+
+    def balanced(
+        self, terms: Mapping[str, Tensor], image: Tensor, tokenizer: Tokenizer, reconstruction: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Adversarial terms that include their adaptive weights (VQGAN, arXiv 2012.09841, equation 7).
+
+        Args:
+            terms: The generator's adversarial terms by name.
+            image: What they are of, `[B, 3, H, W]`.
+            tokenizer: Decoded it; where weights are adaptive, it `HasLastDecodingWeight`.
+            reconstruction: Weighted sum of the reconstruction terms.
+
+        Returns:
+            Terms, to be weighted. Then the adaptive weights by name, each in [0, 1e4].
+        """
+        balanced, ratios = dict(terms), {}
+        for name in ("adversarial", "adversarial_patch"):
+            if self.adaptive_adversarial and self.weights[name] and name in terms:
+                assert isinstance(tokenizer, HasLastDecodingWeight)  # `check_tokenizer` was asked
+                term = settle(terms[name], [image], retain_graph=True)  # features are matched on the same graph
+                ratio = adaptive_weight(reconstruction, term, tokenizer.last_decoding_weight, maximum=1e4)
+                balanced[name], ratios[f"{name}_weight"] = ratio * term, ratio
+        return balanced, ratios
 
     def _alignment_weight(self, reconstruction: Tensor, alignment: Tensor, weight: Tensor) -> Tensor:
         """The adaptive weight, computed again if it was kept for `alignment_every` batches."""
