@@ -1,20 +1,16 @@
-"""Latent diffusion as a pipeline of the library diffusers; needs the extra `diffusers`."""
+"""Latent diffusion as a pipeline of the library diffusers."""
 
 from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
-
-try:
-    from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
-    from diffusers.configuration_utils import register_to_config
-    from diffusers.image_processor import VaeImageProcessor
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-    from diffusers.utils.accelerate_utils import apply_forward_hook
-except ImportError as error:
-    raise ImportError(f"the library diffusers is needed ({error}): pip install 'vfm-vae[diffusers]'") from error
 
 from ldm.compatibility import check_tokenizer
 from ldm.condition import Condition, Labels

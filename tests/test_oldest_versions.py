@@ -12,7 +12,7 @@ SETUP = Path(__file__).parents[1] / "setup.cfg"
 
 def test_every_requirement_has_a_lower_bound_that_this_environment_meets():
     bounds = dict(line.split("==") for line in lower_bounds(str(SETUP)))
-    assert {"torch", "lightning", "diffusers", "pytest"} <= bounds.keys()
+    assert {"torch", "lightning", "diffusers", "transformers", "pytest"} <= bounds.keys()
     assert all(Version(version(name)) >= Version(bound) for name, bound in bounds.items())
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from vfm_vae.checkpoints import fill, read_json, read_weights
@@ -117,6 +118,23 @@ class ConvVAE(PretrainedTokenizer):
             f"{place}: the weights are of another model than its {CONFIG}",
         )
         return model.eval().attach_vfm(vfm_weights)
+
+    def to_diffusers(self, folder: str | Path, scaling_factor: float = 1.0, sample_size: int = 256) -> None:
+        """Writes a folder that diffusers' `AutoencoderKL.from_pretrained` reads; the projection for a VFM is left out.
+
+        Args:
+            folder: Is made if it is missing.
+            scaling_factor: What diffusers' pipelines multiply latents by: 1 over their standard deviation.
+            sample_size: Side of the images in pixels that pipelines are to expect.
+        """
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        weights = {name: w for name, w in self.state_dict().items() if not name.startswith("alignment.")}
+        config = to_diffusers_config(self.arguments)
+        with torch.device("meta"):
+            networks = AutoencoderKL(**config, scaling_factor=scaling_factor, sample_size=sample_size)
+        networks.load_state_dict(weights, assign=True)
+        networks.save_pretrained(folder)
 
     @property
     def latent_channels(self) -> int:

@@ -1,4 +1,4 @@
-"""The tokenizer as a VAE of the library diffusers; needs the extra `diffusers`."""
+"""The tokenizer as a VAE of the library diffusers."""
 
 import json
 import os
@@ -7,17 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from jsonargparse import ArgumentError
 from torch import Tensor
-
-try:
-    from diffusers import ConfigMixin, ModelMixin
-    from diffusers.configuration_utils import register_to_config
-    from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
-    from diffusers.models.modeling_outputs import AutoencoderKLOutput
-    from diffusers.utils.accelerate_utils import apply_forward_hook
-except ImportError as error:
-    raise ImportError(f"the library diffusers is needed ({error}): pip install 'vfm-vae[diffusers]'") from error
 
 from vfm_vae.checkpoints import few
 from vfm_vae.modules.posterior import DiagonalGaussian
