@@ -17,7 +17,7 @@ def vit():
 @pytest.fixture(scope="module")
 def features(vit, tmp_path_factory):
     root = photos.write_photos(tmp_path_factory.mktemp("data") / "photos", train_per_class=100)
-    return evaluate.extract(vit, root, "train"), evaluate.extract(vit, root, "val")
+    return tuple(evaluate.extract(vit.forward_features, root, split) for split in ("train", "val"))
 
 
 def test_weights_are_small_and_become_float32(vit):

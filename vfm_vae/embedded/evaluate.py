@@ -1,4 +1,4 @@
-"""Measures what the features of the embedded ViT tell about a crop: its class, place and scale.
+"""Measures what the features of an embedded network tell about a crop: its class, place and scale.
 
 python -m vfm_vae.embedded.evaluate --picture docs/embedded_pca.png
 """
@@ -7,8 +7,9 @@ import argparse
 import json
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vfm_vae.embedded import photos
@@ -28,6 +28,9 @@ from vfm_vae.writing import write_picture
 SHOWN = ("astronaut", "camera", "cat", "china", "coffee", "flower", "motorcycle", "rocket")
 SCATTERED = ("astronaut", "china", "motorcycle", "retina")
 
+TokensOf = Callable[[Tensor], Tensor]
+"""A network: images `[B, 3, H, W]` in [-1, 1] to tokens `[B, N, C]`."""
+
 
 class Features(NamedTuple):
     """Crops of one split and what the network says of them.
@@ -36,7 +39,7 @@ class Features(NamedTuple):
         images: uint8 `[n, 3, H, W]`.
         labels: int64 `[n]`.
         places: `place_of` each crop, `[n, 3]`.
-        tokens: Patch tokens after the final norm, `[n, N, C]`.
+        tokens: The network's final tokens, `[n, N, C]`.
         pooled: Their mean, `[n, C]`.
     """
 
@@ -75,8 +78,8 @@ def place_of(boxes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def extract(vit: VisionTransformer, root: Path, split: photos.Split) -> Features:
-    """Features of every crop of a split of the data set at `root`."""
+def extract(tokens_of: TokensOf, root: Path, split: photos.Split) -> Features:
+    """A network's features of every crop of a split of the data set at `root`."""
     manifest = json.loads((root / photos.MANIFEST).read_text())["boxes"]
     names = list(photos.PHOTOS)
     sizes = {name: photos.load_photo(name).size for name in names}
@@ -88,9 +91,7 @@ def extract(vit: VisionTransformer, root: Path, split: photos.Split) -> Features
             labels.append(names.index(name))
             boxes.append(relative_box(photos.Box(*box), *sizes[name]))
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    config: Any = vit.pretrained_cfg
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
-    tokens = torch.cat([vit.forward_features((chunk / 255 - mean) / std) for chunk in batch.split(256)])  # [n, N, C]
+    tokens = torch.cat([tokens_of(chunk / 127.5 - 1) for chunk in batch.split(256)])  # [n, N, C]
     places = place_of(torch.tensor(boxes)).numpy()
     return Features(batch, np.array(labels), places, tokens.numpy(), tokens.mean(1).numpy())
 
@@ -135,18 +136,22 @@ def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def report(weights: Path = WEIGHTS, picture: Path | None = None) -> dict[str, float]:
+def vit_tokens(weights: Path = WEIGHTS) -> TokensOf:
+    """The embedded ViT with weights from a safetensors file; as its mean and std are 0.5, it takes [-1, 1] as it is."""
+    vit = vit_photos_patch8_64(pretrained=True, pretrained_cfg_overlay={"file": str(weights)}).eval()
+    return vit.forward_features
+
+
+def report(tokens_of: TokensOf, picture: Path | None = None) -> dict[str, float]:
     """Measure a network's features on a fresh copy of the photos, print the numbers and draw the picture.
 
     Args:
-        weights: The network's safetensors file.
+        tokens_of: The network.
         picture: PNG file to write, if any.
     """
-    overlay = {"file": str(weights)}
-    vit = vit_photos_patch8_64(pretrained=True, pretrained_cfg_overlay=overlay).eval()
     with tempfile.TemporaryDirectory() as folder:
         root = photos.write_photos(Path(folder) / "photos")
-        train, val = extract(vit, root, "train"), extract(vit, root, "val")
+        train, val = extract(tokens_of, root, "train"), extract(tokens_of, root, "val")
     numbers = measure(train, val)
     for name, value in numbers.items():
         print(f"{name:20s} {value:.3f}")
@@ -220,7 +225,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="safetensors file (%(default)s)")
     parser.add_argument("--picture", type=Path, help="PNG file to write")
     arguments = parser.parse_args()
-    report(arguments.weights, arguments.picture)
+    report(vit_tokens(arguments.weights), arguments.picture)
 
 
 if __name__ == "__main__":

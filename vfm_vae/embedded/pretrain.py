@@ -15,6 +15,7 @@ Every readout is linear, so what the tasks ask for is in the features themselves
 import argparse
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,7 @@ from vfm_vae.embedded import evaluate, photos
 from vfm_vae.embedded.vit import WEIGHTS, vit_photos_patch8_64
 from vfm_vae.writing import write_tensors
 
-PLACE_WEIGHT = 1.0
-CLASS_WEIGHT = 0.2
+LOSSES = {"pixels": 1.0, "place": 1.0, "class": 0.2}  # and their weights
 
 
 class CropSampler:
@@ -159,6 +159,28 @@ def pretrain(steps: int, batch_size: int, learning_rate: float, seed: int) -> Vi
     print(
         f"{sum(p.numel() for p in model.vit.parameters()) / 1e6:.2f} M parameters, {steps} steps of {batch_size} crops"
     )
+    fit(model, sampler, LOSSES, steps, batch_size, learning_rate)
+    return model.vit.eval()
+
+
+def fit(
+    model: nn.Module,
+    sampler: CropSampler,
+    weights: Mapping[str, float],
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+) -> None:
+    """Train a network together with its readouts; prints the losses as it goes.
+
+    Args:
+        model: Gives losses by name of jittered crops, their labels and their boxes, as `Pretraining` does.
+        sampler: Draws the crops.
+        weights: Weight of each loss by its name.
+        steps: Optimizer steps.
+        batch_size: Crops per step.
+        learning_rate: Peak of the cosine.
+    """
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -176,7 +198,7 @@ def pretrain(steps: int, batch_size: int, learning_rate: float, seed: int) -> Vi
         images, labels, boxes = sampler(batch_size)
         with torch.autocast("cpu", torch.bfloat16):
             losses = model(jitter(images / 127.5 - 1), labels, boxes)
-        loss = losses["pixels"] + PLACE_WEIGHT * losses["place"] + CLASS_WEIGHT * losses["class"]
+        loss = sum((weights[name] * value for name, value in losses.items()), torch.zeros(()))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -185,7 +207,6 @@ def pretrain(steps: int, batch_size: int, learning_rate: float, seed: int) -> Vi
         if step % 100 == 0 or step == steps:
             terms = "  ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
             print(f"{step:5d}/{steps}  {terms}  {time.monotonic() - start:.0f} s", flush=True)
-    return model.vit.eval()
 
 
 def main() -> None:
@@ -200,7 +221,7 @@ def main() -> None:
     arguments = parser.parse_args()
     vit = pretrain(arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.seed)
     write_tensors(arguments.weights, {name: tensor.half() for name, tensor in vit.state_dict().items()})
-    evaluate.report(arguments.weights, arguments.picture)
+    evaluate.report(evaluate.vit_tokens(arguments.weights), arguments.picture)
 
 
 if __name__ == "__main__":
