@@ -235,7 +235,7 @@ def test_the_shape_is_known_without_weights_and_without_drawing(folder, kind):
 
 
 def test_needs_no_hub_where_the_type_is_given(monkeypatch):
-    monkeypatch.setattr("vfm_vae.towers.model_folder", lambda *_: pytest.fail("looked something up"))
+    monkeypatch.setattr("vfm_vae.tower_weights.model_folder", lambda *_: pytest.fail("looked something up"))
     options = {"pretrained": False, "model_args": {"model_type": "dinov3_vit"} | CONFIGS["dinov3_vit"]}
     vfm = TransformersVFM("facebook/dinov3-vits16-pretrain-lvd1689m", layers=[1], **options)
     assert vfm.shape_of(**vfm.arguments).widths == vfm.widths == (WIDTH,)

@@ -5,8 +5,7 @@ The library takes seconds to import, so that is left until a tower or its config
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -24,12 +23,11 @@ from timm.data.constants import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vfm_vae.checkpoints import few, open_tensors, read_json, read_weights
+from vfm_vae.checkpoints import read_json
 from vfm_vae.hooks import run_and_keep
 from vfm_vae.images import Interpolation
-from vfm_vae.pretrained import CONFIG, WEIGHTS, model_folder
-
-PROCESSOR, INDEX = "preprocessor_config.json", f"{WEIGHTS}.index.json"
+from vfm_vae.pretrained import CONFIG
+from vfm_vae.tower_weights import PROCESSOR, files_of, load_tower, quiet
 
 
 class Family(NamedTuple):
@@ -72,9 +70,6 @@ REFUSED: Mapping[str, str] = {
 }
 
 FINAL_NORMS = ("post_layernorm", "layernorm", "norm")
-
-UNUSED = ("head.", "pooler.", "embeddings.position_ids")
-"""Beginnings of tensors that files may have and lack: of heads on top of the tokens, and numbers of positions."""
 
 
 def family_of(config: Any) -> Family:
@@ -135,7 +130,7 @@ def statistics_of(name: str, config: Any, is_local: bool) -> tuple[Sequence[floa
         config: Of the tower.
         is_local: Whether nothing is looked up, so that they are the family's.
     """
-    file = None if is_local else _folder(name) / PROCESSOR
+    file = None if is_local else files_of(name) / PROCESSOR
     said = read_json(file, "name") if file is not None and file.is_file() else {}
     family = family_of(config)
     return said.get("image_mean") or family.mean, said.get("image_std") or family.std
@@ -159,28 +154,27 @@ def create_tower(
     """
     from transformers import AutoModel
 
-    with _quiet():
+    with quiet():
         with torch.device("meta"):
             empty = AutoModel.from_config(config)
         if config.model_type not in FAMILIES:
             _try_out(empty, name, config)
+        norm = [] if norm_affine else [f"{_final_norm(empty, name)}.{part}" for part in ("weight", "bias")]
         if pretrained:
-            tower = _loaded(empty, name, config, weights, norm_affine)
+            tower = load_tower(empty, name, weights, without=norm)
         else:
             tower = AutoModel.from_config(config, dtype=torch.float32)
+    for value, parameter in zip((1.0, 0.0), norm, strict=False):
+        nn.init.constant_(tower.get_parameter(parameter), value)
     if config.model_type == "qwen2_5_vl_vision":
         for block in tower.blocks:
             block.attn.forward = MethodType(_attend, block.attn)
     if hasattr(tower, "pooler"):
         tower.pooler = None
-    if not norm_affine:
-        norm = tower.get_submodule(_final_norm(tower, name))
-        nn.init.ones_(norm.weight)
-        nn.init.zeros_(norm.bias)
     return tower
 
 
-def blocks_of(tower: Any) -> nn.ModuleList:
+def blocks_of(tower: Any) -> Sequence[nn.Module]:
     """The blocks of a vision tower, in order.
 
     Raises:
@@ -190,7 +184,7 @@ def blocks_of(tower: Any) -> nn.ModuleList:
     lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     if not lists:
         raise ValueError(f"name: a {tower.config.model_type!r} has no sequence of its {depth} blocks")
-    return lists[0]
+    return list(lists[0])
 
 
 def run_tower(
@@ -209,7 +203,8 @@ def run_tower(
     """
     if tower.config.model_type == "qwen2_5_vl_vision":
         return _run_qwen(tower, inputs, grid, layers)
-    takes, options = inspect.signature(tower.forward).parameters, {}
+    takes = inspect.signature(tower.forward).parameters
+    options: dict[str, Any] = {}
     if "interpolate_pos_encoding" in takes:
         options["interpolate_pos_encoding"] = True
     if "noise" in takes:  # by which MAE shuffles patches: so they stay in order
@@ -228,8 +223,6 @@ def _run_qwen(
     many, in an order of windows. Here the four patches of a token are put together along channels, as the merger does:
     so all layers have one grid, and none loses detail, as it would by averaging.
     """
-    from transformers.vision_utils import get_vision_window_index
-
     config, side = tower.config, merged(tower.config)
     rows, columns = grid
     frames, patch = config.temporal_patch_size, config.patch_size
@@ -237,10 +230,13 @@ def _run_qwen(
     patches = patches.permute(0, 2, 5, 3, 6, 1, 4, 7)  # [B, rows, columns, side, side, 3, patch, patch]
     patches = patches.flatten(0, 4).unsqueeze(2).expand(-1, -1, frames, -1, -1)  # a still image, frame by frame
     sizes = torch.tensor([[1, rows * side, columns * side]] * len(inputs), device=inputs.device)
-    order, bounds = get_vision_window_index(sizes[:1].cpu(), side, tower.window_size, patch)
-    run = partial(tower, patches.flatten(1), grid_thw=sizes, window_lengths=bounds.diff().tolist())
+    tokens = torch.arange(rows * columns).view(grid)
+    across = config.window_size // patch // side  # tokens in a window, along a side
+    windows = [window.flatten() for band in tokens.split(across) for window in band.split(across, 1)]
+    lengths = [len(window) * side**2 for window in windows]
+    run = partial(tower, patches.flatten(1), grid_thw=sizes, window_lengths=lengths)
     result, kept = run_and_keep(run, tower.blocks, layers)
-    in_raster = order.argsort().to(inputs.device)
+    in_raster = torch.cat(windows).argsort().to(inputs.device)
     each = (len(inputs), rows * columns, -1)
     return result.pooler_output.view(each), {k: tokens.view(each)[:, in_raster] for k, tokens in kept.items()}
 
@@ -277,12 +273,8 @@ def _attend(
     return attention.proj(attended.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
-def _folder(name: str) -> Path:
-    return model_folder(name, {"allow_patterns": [CONFIG, PROCESSOR, INDEX]})
-
-
 def _read_config(name: str) -> dict[str, Any]:
-    file = _folder(name) / CONFIG
+    file = files_of(name) / CONFIG
     said = read_json(file, "name") if file.is_file() else None
     if not isinstance(said, dict) or "model_type" not in said:
         raise ValueError(f"name: {name!r} has no {CONFIG} of transformers', which names a model_type")
@@ -305,8 +297,9 @@ def _made(options: Mapping[str, Any], place: str, name: str) -> Any:
 
 def _try_out(empty: Any, name: str, config: Any) -> None:
     """Checks that a tower of a family that is not known here gives tokens of patches in all layers."""
-    grid = (config.image_size // config.patch_size,) * 2 if isinstance(getattr(config, "image_size", None), int) else ()
     try:
+        side = config.image_size // config.patch_size
+        grid = (side, side)
         images = torch.empty(1, 3, *(side * config.patch_size for side in grid), device="meta")
         final, kept = run_tower(empty, images, grid, range(config.num_hidden_layers + 1))
         shapes = {tuple(tokens.shape) for tokens in (final, *kept.values())}
@@ -326,88 +319,3 @@ def _final_norm(tower: Any, name: str) -> str:
     if norm is None:
         raise ValueError(f"norm_affine: {name!r} has no final norm to take gain and bias from")
     return norm
-
-
-def _loaded(empty: Any, name: str, config: Any, weights: str | Path | None, norm_affine: bool) -> Any:
-    """A tower with all of its weights; the library brings names of former versions to its own."""
-    own = empty.state_dict()
-    anchor = next(tensor for tensor in own if "patch_embed" in tensor and tensor.endswith("weight"))
-    tensors = _read_file(weights, anchor) if weights is not None else _read_folder(name, anchor)
-    place = f"weights: {str(name if weights is None else weights)!r} does not hold the weights of {name!r}"
-    if not norm_affine:
-        norm = _final_norm(empty, name)
-        tensors |= {part: torch.empty(own[part].shape) for part in (f"{norm}.weight", f"{norm}.bias")}
-    tower, found = type(empty).from_pretrained(
-        None,
-        config=config,
-        state_dict=tensors,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are named below, among others
-    )
-    found["mismatched_keys"] = {part for part, *_ in found["mismatched_keys"]}
-    differ = {how: [part for part in found[f"{how}_keys"] if not str(part).startswith(UNUSED)] for how in DIFFERENCES}
-    if any(differ.values()):
-        told = ", ".join(f"{len(parts)} {DIFFERENCES[how]} {few(parts)}" for how, parts in differ.items() if parts)
-        raise ValueError(f"{place}: of {len(own)} tensors {told}")
-    return tower
-
-
-DIFFERENCES = {"missing": "missing", "unexpected": "left over", "mismatched": "of another shape"}
-
-
-def _read_file(file: str | Path, anchor: str) -> dict[str, Tensor]:
-    content = read_weights(file, "weights")
-    if not isinstance(content, Mapping):
-        raise ValueError(f"weights: {str(file)!r} holds a {type(content).__name__}, and no tensors by name")
-    prefix = _prefix(content, anchor, f"weights: {str(file)!r}")
-    return {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
-
-
-def _read_folder(name: str, anchor: str) -> dict[str, Tensor]:
-    """The tower's tensors, from the files that hold any."""
-    index = _folder(name) / INDEX
-    if index.is_file():
-        files = read_json(index, "name")["weight_map"]
-    else:
-        with open_tensors(_weights_file(name, WEIGHTS), "name") as opened:
-            files = dict.fromkeys(opened.keys(), WEIGHTS)
-    prefix = _prefix(files, anchor, f"name: {name!r}")
-    tensors = {}
-    for file in sorted({file for tensor, file in files.items() if tensor.startswith(prefix)}):
-        with open_tensors(_weights_file(name, file), "name") as opened:
-            wanted = [tensor for tensor in opened.keys() if tensor.startswith(prefix)]  # noqa: SIM118  it is no dict
-            tensors |= {tensor.removeprefix(prefix): opened.get_tensor(tensor) for tensor in wanted}
-    return tensors
-
-
-def _weights_file(name: str, file: str) -> Path:
-    found = model_folder(name, {"allow_patterns": [file]}) / file
-    if not found.is_file():
-        raise ValueError(f"name: {name!r} holds no {file}; give a file with its weights as `weights`")
-    return found
-
-
-def _prefix(names: Iterable[str], anchor: str, place: str) -> str:
-    """What stands before the names of the tower's tensors."""
-    prefixes = {name.removesuffix(anchor) for name in names if name == anchor or name.endswith(f".{anchor}")}
-    if len(prefixes) != 1:
-        what = f"several vision towers {few(prefixes)}; save one alone" if prefixes else f"no tensor {anchor!r}"
-        raise ValueError(f"{place} holds {what}")
-    return prefixes.pop()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the library from reporting what is checked here, and from drawing bars."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -175,7 +176,7 @@ class TransformersVFM(FrozenTransformer):
         """
         if self.precision != "float32":
             self.fingerprint()
-            for layer in blocks_of(self.network).modules():
+            for layer in chain.from_iterable(block.modules() for block in blocks_of(self.network)):
                 if isinstance(layer, nn.Linear):
                     layer.to(dtype)
 
