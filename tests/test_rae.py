@@ -21,15 +21,14 @@ from training import repeat, weights
 
 from ldm.models.lightningdit import LightningDiT
 from ldm.pipeline import LatentDiffusion
-from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.latents import LatentDataset
-from vfm_vae.data.transforms import CentreCrop
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.images import from_uint8
 from vfm_vae.losses.objective import Objective
 from vfm_vae.module import TokenizerModule
 from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
 from vfm_vae.rae import RAE
+from vfm_vae.tokenizer import FrozenTokenizer
 from vfm_vae.vfm import FrozenVFM
 
 ROOT = Path(__file__).parents[1]
@@ -93,11 +92,16 @@ def test_it_equals_diffusers_bit_for_bit(published, kind):
     theirs, folder = published(kind)
     images = IMAGES[..., :32, :32]
     z, expected = reconstructed(theirs, images)
-    ours = RAE.from_diffusers(folder)
+    ours = FrozenTokenizer(str(folder)).network
     assert torch.equal(ours.encode(images).mode(), z) and torch.equal(ours.decode(z).image, expected)
     assert z.std() > 0.1 and not ours.training
     decoder = RAE.from_diffusers(folder, vfm=False)
     assert torch.equal(decoder.decode(z).image, expected) and decoder.latent_identity() == ours.latent_identity()
+    decoder.save_pretrained(folder / "ours")
+    again = FrozenTokenizer(str(folder / "ours"), vfm_weights=str(folder / FILE))
+    assert torch.equal(again.encode(images).mode(), z) and again.identity == ours.latent_identity()
+    with pytest.raises(ValueError, match=f"vfm_weights: the encoder 'rae_{kind}_64x2' .* that folder's {FILE}"):
+        FrozenTokenizer(str(folder / "ours"))
 
 
 # How tensors were called when folders were published, by how they are called now.
@@ -319,7 +323,11 @@ def test_a_point_has_no_divergence(batch, trainer):
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(photos, tmp_path):
     (tmp_path / "measure.py").write_text(MEASURE)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
+    }
     for devices in (1, 2):
         command = [sys.executable, "measure.py", str(devices), str(photos)]
         subprocess.run(command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, timeout=120, check=False)
@@ -339,7 +347,8 @@ from vfm_vae.data.datamodule import ImageNetDataModule
 devices = int(sys.argv[1])
 model = build(statistics_images=11)  # the ranks' parts differ
 run = Trainer(
-    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=1, logger=False,
+    accelerator="cpu", devices=devices, max_steps=1, logger=False,
+    strategy="ddp_find_unused_parameters_true" if devices > 1 else "auto",
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
 )
 data = ImageNetDataModule(sys.argv[2], image_size=64, batch_size=8, val_batch_size=4, num_workers=0)
@@ -427,12 +436,13 @@ def test_one_that_is_trained_here_makes_latents_for_diffusion(folder):
 
 
 @pytest.mark.slow
-def test_a_folder_of_diffusers_makes_latents_for_diffusion(folder, published):
+def test_a_folder_of_diffusers_makes_latents_for_diffusion(folder, published, data):
     theirs, source = published(encoder_input_size=56, latents_mean=torch.ones(1), latents_std=torch.ones(1))
     succeed(folder, "vfm_vae.convert", str(source), "--out", "converted")
     files = ["-c", "tokenizer.yaml", "-c", "converted/model.yaml", "--ckpt_path", "converted/training.ckpt"]
     succeed(folder, "vfm_vae", "predict", *files, *CACHE)
     cached = LatentDataset(folder / "latents/val", train=False)
-    image = ImageFolderDataset(folder / "photos/val", CentreCrop(64))[0][0]
-    assert torch.allclose(cached[0][0], reconstructed(theirs, from_uint8(image[None]))[0][0], atol=1e-5)
+    images = from_uint8(next(iter(data().evaluation_dataloader("val"))).images)
+    expected = reconstructed(theirs, images)[0]
+    assert torch.allclose(torch.stack([cached[row][0] for row in range(len(images))]), expected, atol=1e-5)
     diffuses(folder, source, 64)

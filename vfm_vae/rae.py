@@ -186,11 +186,18 @@ class RAE(PretrainedTokenizer):
         """Loads the VFM that is known by name, and returns the model.
 
         Args:
-            weights: What to take its weights from instead of where training read them.
+            weights: File with its weights, to take instead of those that training read or of a download; of a RAE that
+                comes from a folder of diffusers, that folder's file.
 
         Raises:
             ValueError: if its weights can't be had, or they are others.
         """
+        source = self.absent_vfm or {}
+        if weights is None and source.get("norm_affine") is False and source.get("weights") is None:
+            raise ValueError(
+                f"vfm_weights: the encoder {source['name']!r} lies beside its decoder in a folder of diffusers; give "
+                f"that folder's {DIFFUSERS_WEIGHTS}"
+            )
         vfm = self.load_named_vfm(weights)
         self._check_fit(vfm)
         self.vfm = vfm
