@@ -36,6 +36,7 @@ from vfm_vae.types import Batch, Decoded, Posterior, VFMFeatures
 from vfm_vae.vfm import check_source, check_vfm, vfm_identity
 
 OPPONENTS = ("discriminator.", "patchgan.")
+PASSING = (*OPPONENTS, "model.alignment.")  # what one stage may have and another not, by the beginnings of names
 
 
 class Reconstruction(NamedTuple):
@@ -302,9 +303,9 @@ class TokenizerModule(TwoPlayers, Reconstructing):
 
     def _begin_from(self, path: str) -> None:
         """Carries over weights, discriminator, averages and the image counter; optimisers start fresh."""
-        stored = read_stage(path, self.vfm)
-        begin(self, stored, fresh=OPPONENTS)
-        self.images_seen, self._average = stored.images_seen, stored.average
+        stored = read_stage(path, self.vfm, encodes=getattr(self.model, "encodes_with_vfm", True))
+        self._average = begin(self, stored, passing=PASSING)
+        self.images_seen = stored.images_seen
 
     def on_fit_start(self) -> None:
         """Hands the former stage's averages to whoever averages; a finished stage that is resumed ends here."""

@@ -17,12 +17,14 @@ from vfm_vae.schema import TOKENIZER, Stored, read
 from vfm_vae.vfm import check_vfm
 
 
-def read_stage(path: str, vfm: VFM | None) -> Stored:
+def read_stage(path: str, vfm: VFM | None, encodes: bool = True) -> Stored:
     """Reads the checkpoint of a former stage.
 
     Args:
         path: The checkpoint.
         vfm: What it has to be trained with.
+        encodes: Whether latents depend on the VFM. Where they are but aligned to it, one stage may have it and another
+            not.
 
     Returns:
         The checkpoint.
@@ -33,31 +35,42 @@ def read_stage(path: str, vfm: VFM | None) -> Stored:
     if not Path(path).exists():
         raise ValueError(f"init_from: there is no checkpoint '{path}'; train the previous stage first")
     stored = read(path, "init_from", TOKENIZER)
-    check_vfm(vfm, stored.content)
+    if encodes or (vfm is not None and stored.content.get("vfm") is not None):
+        check_vfm(vfm, stored.content)
     return stored
 
 
 @torch.no_grad()
-def begin(module: nn.Module, stored: Stored, fresh: Sequence[str]) -> None:
+def begin(module: nn.Module, stored: Stored, passing: Sequence[str]) -> Mapping[str, Any] | None:
     """Loads the weights of the previous stage; parts that are not trained get its averages.
 
     Args:
         module: What is trained.
         stored: The former stage's checkpoint.
-        fresh: Beginnings of names that the checkpoint may lack, since they come with this stage.
+        passing: Beginnings of the names of parts that come and go with stages: the checkpoint may lack one, and one
+            that the module lacks is left out.
+
+    Returns:
+        The averages that the former stage ended with, of what the module has; None where there are none.
 
     Raises:
         ValueError: if the checkpoint holds another model.
     """
     weights = dict(stored.content["state_dict"])
-    for part in fresh:
-        if not any(name.startswith(part) for name in weights):
-            weights |= {name: tensor for name, tensor in module.state_dict().items() if name.startswith(part)}
+    for part in passing:
+        ours = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(part)}
+        others = {name: tensor for name, tensor in weights.items() if not name.startswith(part)}
+        if not ours or len(others) == len(weights):
+            weights = others | ours
     fill(module, weights, f"{stored.place} holds another model")
-    averages = (stored.average or {}).get("weights", {})
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad and name in averages:
-            parameter.copy_(averages[name])
+    if stored.average is None:
+        return None
+    parameters = dict(module.named_parameters())
+    averages = {name: tensor for name, tensor in stored.average["weights"].items() if name in parameters}
+    for name, average in averages.items():
+        if not parameters[name].requires_grad:
+            parameters[name].copy_(average)
+    return {**stored.average, "weights": averages}
 
 
 @torch.no_grad()
@@ -107,13 +120,14 @@ def check_optimizers(trained: Sequence[Sequence[nn.Parameter]], checkpoint: Mapp
         raise ValueError(
             "ckpt_path: a checkpoint of weights alone can't be resumed; give it to model.init_from instead"
         )
-    before = [sum(len(group["params"]) for group in state["param_groups"]) for state in states]
+    counts = [sum(len(group["params"]) for group in state["param_groups"]) for state in states]
+    before = [*counts, 0][: len(trained)]  # without discriminators there is no optimizer of theirs
     now = [len(parameters) for parameters in trained]
     if before != now:
         raise ValueError(
             f"ckpt_path: the run trained {before[0]} tensors of the generator and {before[1]} of discriminators so "
-            f"far, but would train {now[0]} and {now[1]} from now on; give model.train_only and model.patchgan as its "
-            "config.yaml has them (a PatchGAN stage of former versions: "
+            f"far, but would train {now[0]} and {now[1]} from now on; give model.train_only, model.discriminator and "
+            "model.patchgan as its config.yaml has them (a PatchGAN stage of former versions: "
             "--model.train_only='[decoder.blocks.3,decoder.blocks.4,decoder.blocks.5]')"
         )
 
