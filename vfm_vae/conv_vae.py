@@ -18,7 +18,7 @@ from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.options import at_least, within
 from vfm_vae.pretrained import CONFIG, model_folder
 from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
-from vfm_vae.types import Decoded, VFMFeatures
+from vfm_vae.types import Decoded, Posterior, VFMFeatures
 from vfm_vae.vfm import check_frozen
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -146,7 +146,7 @@ class ConvVAE(PretrainedTokenizer):
         """Sides of the image over sides of the latent."""
         return 2 ** (len(self.arguments["channels"]) - 1)
 
-    def latent_identity(self) -> dict[str, Any]:
+    def latent_identity(self) -> dict[str, Any] | None:
         """What a cache of latents, and a model trained on it, say of where they come from.
 
         The fingerprint is of the encoder's weights and of `norm_groups`, which their shapes do not tell: models that
@@ -161,7 +161,7 @@ class ConvVAE(PretrainedTokenizer):
             "compression": self.compression,
         }
 
-    def encode(self, images: Tensor) -> DiagonalGaussian:
+    def encode(self, images: Tensor) -> Posterior:
         """The posterior of latents `[B, C, H / compression, W / compression]`, of images `[B, 3, H, W]` in [-1, 1]."""
         moments = self.encoder(images)
         moments = moments if self.quant_conv is None else self.quant_conv(moments)
