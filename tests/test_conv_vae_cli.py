@@ -91,46 +91,5 @@ def test_a_published_vae_goes_all_the_way_to_images(tmp_path, photos):
         with np.load(tmp_path / f"{name}.npz") as samples:
             images.append(samples["arr_0"])
     assert images[0].shape == (3, 32, 32, 3) and not np.array_equal(*images)
-    ended = run(folder, program, *arguments)
-    assert ended.code == 0, ended.err
-
-
-@pytest.mark.slow
-def test_a_published_vae_goes_all_the_way_to_images(tmp_path, photos):
-    (tmp_path / "tokenizer.yaml").write_text(TOKENIZER)
-    (tmp_path / "diffusion.yaml").write_text(DIFFUSION)
-    (tmp_path / "photos").symlink_to(photos)
-    for name in ("published", "other"):
-        ConvVAE(channels=[8, 8, 16, 16], num_res_blocks=1, norm_groups=8).to_diffusers(tmp_path / name)
-    published = read_tokenizer(tmp_path / "published")
-
-    succeed(tmp_path, "vfm_vae.convert", "published", "--out", "converted")
-    model = ["-c", "tokenizer.yaml", "-c", "converted/model.yaml"]
-    succeed(tmp_path, "vfm_vae", "fit", *model)
-    tuned = "runs/decoder/checkpoints/last.ckpt"
-    network = read_tokenizer(tmp_path / tuned)
-    assert network.latent_identity() == published.latent_identity()  # it began with these weights
-    assert not torch.equal(network.decoder.conv_in.weight, published.decoder.conv_in.weight)
-
-    writer = "--trainer.callbacks=[{class_path: LatentWriter, init_args: {directory: latents}}]"
-    options = [
-        "--model.predict=moments",
-        "--data.predict=[train,val]",
-        writer,
-        "--ckpt_path",
-        "converted/training.ckpt",
-    ]
-    succeed(tmp_path, "vfm_vae", "predict", *model, *options)
-    cached = LatentDataset(tmp_path / "latents/val", train=False)
-    assert cached.tokenizer == published.latent_identity()
-
-    succeed(tmp_path, "ldm", "fit", "-c", "diffusion.yaml")
-    checkpoint = "runs/diffusion/checkpoints/last.ckpt"
-    drawn = ["--ckpt_path", checkpoint, "--data.num_samples=3"]
-    drawn += ["--trainer.callbacks=[{class_path: SampleWriter, init_args: {npz: true, directory: samples}}]"]
-    for decoder in ("published", tuned):
-        succeed(tmp_path, "ldm", "predict", "-c", "diffusion.yaml", f"--model.tokenizer.checkpoint={decoder}", *drawn)
-    with np.load(tmp_path / "samples.npz") as samples:
-        assert samples["arr_0"].shape == (3, 32, 32, 3)
     ended = run(tmp_path, "ldm", "fit", "-c", "diffusion.yaml", "--model.tokenizer.checkpoint=other")
     assert ended.code == 2 and "data.root: the latents in 'latents/train' are of another tokenizer" in ended.err
