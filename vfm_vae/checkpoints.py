@@ -134,7 +134,7 @@ def read_published_weights(weights: str | Path | None, url: str, owner: str) -> 
     Raises:
         ValueError: if the file can't be had, or can't be read as weights.
     """
-    place = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2] if weights is None else Path(weights)
+    place = published_place(url) if weights is None else Path(weights)
     try:
         if weights is None and not place.exists():
             known = torch.hub.HASH_REGEX.search(place.name)
@@ -150,6 +150,11 @@ def read_published_weights(weights: str | Path | None, url: str, owner: str) -> 
         return read_weights(place, "weights"), str(place)
     except ValueError as error:
         raise ValueError(f"{error}; give the file of {owner}: {url}") from error
+
+
+def published_place(url: str) -> Path:
+    """Where a published file is downloaded to."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
 def seems_to_be(path: str | Path) -> str:

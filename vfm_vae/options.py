@@ -71,6 +71,20 @@ def named_as(**options: str) -> Iterator[None]:
         raise ValueError(message) from error
 
 
+@contextmanager
+def about(what: str, instead_of: str = "") -> Iterator[None]:
+    """Makes errors begin with what they are about.
+
+    Args:
+        what: The beginning.
+        instead_of: The option that they named there, if it is not the user's.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {str(error).removeprefix(f'{instead_of}: ')}") from error
+
+
 def _check(fits: Callable[[float], bool], wanted: str, options: dict[str, Number]) -> None:
     for name, value in options.items():
         numbers = list(value) if isinstance(value, Sequence) else [] if value is None else [value]

@@ -56,7 +56,10 @@ def build(base: type, description: Mapping[str, Any], place: str = "description:
     model = upgrade(json.loads(json.dumps(description)))
     # The parser checks the outermost class, which has to be of `base`.
     check_classes(place, model.get("init_args"), class_at(str(model.get("class_path")), place))
-    return parser.instantiate_classes(parser.parse_object({"model": complete(model)})).model
+    try:
+        return parser.instantiate_classes(parser.parse_object({"model": complete(model)})).model
+    except ValueError as error:  # the parser says of an optional part that it fits no type, and what is wrong last
+        raise error.__cause__ if isinstance(error.__cause__, ValueError) else error
 
 
 def check_classes(
