@@ -89,6 +89,7 @@ def test_the_chain_runs_from_a_wheel(programs: Path, tmp_path: Path):
     load = "from ldm.pipeline import LatentDiffusion; LatentDiffusion.from_pretrained('ldm', 'tokenizer')"
     call(tmp_path, programs / "python", "-c", load)
     assert "--samples" in call(tmp_path, programs / "vfm-vae-evaluate", "--help")
+    assert "name=place" in call(tmp_path, programs / "vfm-vae-compare", "--help")
 
 
 @pytest.mark.slow

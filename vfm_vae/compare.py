@@ -56,21 +56,22 @@ def compare(
     is on the device at a time.
 
     Args:
-        tokenizers: By name, a checkpoint of training, a folder, or `owner/model` on the Hugging Face hub.
+        tokenizers: Each by a name: a checkpoint of training, a folder, or `owner/model` on the Hugging Face hub.
         images: The folder of images, which are found in all folders below it, too.
         out: Folder for `table.md`, `comparison.json` and `comparison.png`.
         overwrite: Whether to replace an earlier comparison in that folder.
         image_size: Height and width in pixels of the images' centre crops.
         num_images: How many images to take, spread evenly over the folder; the default is all.
-        network: The network whose features the Fréchet distance compares: a VFM in timm by its name, `Inception`, or
+        network: The network whose features the Fréchet distance compares: `Inception`, the name of a VFM in timm, or
             another class. The default is the embedded judge for images of 64 px, and none for others.
-        vfm: The vision foundation model that CKNNA compares latents with. The default is the embedded one for images of
-            64 px, and none for others.
+        vfm: The vision foundation model that CKNNA compares latents with, by its name in timm or its class. The default
+            is the embedded one for images of 64 px, and none for others.
         se_cknna: Whether to measure SE-CKNNA beside CKNNA; it encodes every image ten times more.
         lpips: Whether to measure LPIPS. The default is yes where VGG-16's weights are at hand; true downloads them.
         vgg: File with VGG-16's weights in torchvision's layout, for LPIPS.
         rounding: How reconstructions are converted to 8 bits, `round` or `truncate`.
-        vfm_weights: By a tokenizer's name, the file with its VFM's weights, where those that training read are gone.
+        vfm_weights: Files with the weights of tokenizers' VFMs, by the tokenizers' names, where those that training
+            read are gone.
         num_shown: How many images the picture shows.
         batch_size: How many images are processed at a time, also where time is measured.
         device: Device to compute on, such as `cuda:1`; the default is a GPU if there is one.
@@ -120,9 +121,8 @@ def compare(
     found = {"tokenizers": plain, "settings": settings, "versions": versions()}
     write_json(folder / NUMBERS, found)
     write_text(folder / TABLE, f"{title}:\n\n{markdown_table(entries, image_size)}\n{_caption(settings)}\n")
-    write_picture(
-        folder / PICTURE, picture(comparison.originals(), {name: part.shown for name, part in measured.items()})
-    )
+    shown = {name: part.shown for name, part in measured.items()}
+    write_picture(folder / PICTURE, picture(comparison.originals(), shown))
     return found
 
 

@@ -29,10 +29,10 @@ LOWER_IS_BETTER = ("lpips", "fd_", "rfid", "rsfid")
 
 # Sizes in the picture, in pixels.
 DPI = 100
-CELL = 192  # at least, of an image
+CELL = 192  # about the side that small images are enlarged to
 GAP, GROUP_GAP, MARGIN = 6, 24, 10
 TITLE, LABEL, BAR, BAR_LABELS = 36, 20, 14, 60
-LETTER = 8
+LETTER = 8  # about the width of one in a title
 BRIGHTEST = 0.995  # quantile of the errors that takes the brightest colour, with all above it
 
 
@@ -41,8 +41,8 @@ class Row(NamedTuple):
 
     Attributes:
         label: What the numbers are.
-        cells: They, as text, one for each tokenizer.
-        best: Positions of the best ones; none where better and worse mean nothing.
+        cells: The numbers as text, one for each tokenizer.
+        best: Positions of the best numbers; none where nothing is better than another.
     """
 
     label: str
@@ -54,7 +54,8 @@ def sections(entries: Mapping[str, Mapping[str, Any]], image_size: int) -> list[
     """The table's rows: reconstruction, alignment, sizes, times.
 
     Args:
-        entries: By tokenizer, `metrics`, `latent`, `parameters` and `seconds` as `comparing.Measured` has them.
+        entries: What was measured, by the tokenizers' names: `metrics`, `latent`, `parameters` and `seconds` as
+            `vfm_vae.comparing.Measured` has them.
         image_size: Height and width of the images in pixels.
     """
     columns = list(entries.values())
@@ -82,7 +83,7 @@ def sections(entries: Mapping[str, Mapping[str, Any]], image_size: int) -> list[
 def terminal_table(entries: Mapping[str, Mapping[str, Any]], image_size: int, title: str) -> Table:
     """The table for a terminal; arguments as of `sections`. The best numbers are bold."""
     table = Table(title=title)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in entries:
         table.add_column(escape(name), justify="right")
     for rows in sections(entries, image_size):
@@ -127,7 +128,7 @@ def picture(originals: Tensor, reconstructions: Mapping[str, Tensor]) -> np.ndar
 
     Args:
         originals: uint8 `[S, 3, H, W]`.
-        reconstructions: Likewise, by the tokenizers' names.
+        reconstructions: Those of each tokenizer, by its name, of the same shape.
 
     Returns:
         uint8 `[height, width, 3]`; pixels of small images are whole numbers of pixels here.
@@ -196,7 +197,7 @@ class _Layout:
     def write(self, figure: Figure, place: tuple[int, int], below: int, text: str, align: str, size: int) -> None:
         """Writes text in the middle of an image's width, so far below its upper edge."""
         x, y = place[0] + self.cell / 2, place[1] + below
-        figure.text(x / self.width, 1 - y / self.height, text, ha="center", va=align, fontsize=size)
+        figure.text(x / self.width, 1 - y / self.height, text, ha="center", va=align, size=size, parse_math=False)
 
     def bar(self) -> tuple[float, float, float, float]:
         """The colour bar, in fractions of the figure from below: left, bottom, width, height."""

@@ -13,7 +13,7 @@ from rich.table import Table
 from vfm_vae.writing import write_json
 
 _PACKAGES = {"vfm_vae": "vfm-vae", "torch": "torch", "lightning": "lightning", "timm": "timm"}
-_PACKAGES |= {name: name for name in ("torchmetrics", "torch-fidelity")}
+_PACKAGES |= {name: name for name in ("torchmetrics", "torch-fidelity", "diffusers", "transformers")}
 
 
 def json_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
