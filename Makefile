@@ -71,7 +71,7 @@ DEMO_GUIDED = $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test test-all lint format bench bench-gpu tensorboard embedded-vfm strong weak ssim patchgan latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
+.PHONY: help install demo study test test-all lint format bench bench-gpu tensorboard embedded-vfm embedded-judge strong weak ssim patchgan latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -143,6 +143,9 @@ tensorboard: install ## show the runs at http://localhost:6006
 
 embedded-vfm: install ## pretrain the embedded ViT again and draw its features
 	$(BIN)/python -m vfm_vae.embedded.pretrain --picture docs/embedded_pca.png $(ARGS)
+
+embedded-judge: install ## train the judge again, the network that measures and that nothing is trained with
+	$(BIN)/python -m vfm_vae.embedded.train_judge $(ARGS)
 
 strong: install ## stage 1, strong alignment, on ImageNet: make strong DATA=/path GPUS=8 [MICRO=4] [RECIPE=as_published] (GPUS=0: CPU)
 	$(STAGE_FIT)
