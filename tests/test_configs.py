@@ -1,5 +1,6 @@
 """Every config is built by some test, says little twice, and completes what follows from the rest."""
 
+import json
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,11 +14,26 @@ from test_configs_of_tokenizers import STAGES, VFMS
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.module import TokenizerModule
 from vfm_vae.run import Run
+from vfm_vae.transformers_vfm import TransformersVFM
+
+# Of transformers: published sizes, widths of layers, side of the resized image.
+TOWERS = {
+    "vfm_vae/vfm/dinov3_large.yaml": (
+        {"model_type": "dinov3_vit", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+        [1024, 1024, 1024],
+        512,
+    ),
+    "vfm_vae/vfm/qwen2_5_vl.yaml": (
+        {"model_type": "qwen2_5_vl_vision", "hidden_size": 1280, "out_hidden_size": 2048, "depth": 32},
+        [5120, 5120, 2048],
+        448,
+    ),
+}
 
 
 def test_every_config_is_covered_here():
     seen = {"data/imagenet.yaml", "data/photos.yaml", "demo/tokenizer.yaml", "demo/strong.yaml", "demo/weak.yaml"}
-    seen |= {"vfm_vae/base.yaml", *(f"vfm_vae/{stage}.yaml" for stage in STAGES), *VFMS}
+    seen |= {"vfm_vae/base.yaml", *(f"vfm_vae/{stage}.yaml" for stage in STAGES), *VFMS, *TOWERS}
     seen |= {
         "vfm_vae/as_published.yaml",
         "vfm_vae/discrete.yaml",
@@ -64,7 +80,7 @@ def test_trainers_of_gpus_build(names, ranks, strategy):
 
 def test_configs_say_little_twice():
     texts = [path.read_text() for path in CONFIGS.rglob("*.yaml")]
-    assert sum(text.count("class_path") for text in texts) <= 82  # half as many as when each class was named in full
+    assert sum(text.count("class_path") for text in texts) <= 84  # half as many as when each class was named in full
     assert not [text for text in texts if "class_path: vfm_vae." in text or "feature_channels" in text]
 
 
@@ -95,6 +111,21 @@ def test_widths_follow_from_the_vfm_in_one_line():
     assert torch.equal(torch.get_rng_state(), before)
     given = completed(*stage, options=["--model.model.adapter.alignment_channels=7"]).model.model.init_args.adapter
     assert (given.init_args.alignment_channels, given.init_args.feature_channels) == (7, [1024] * 3)
+
+
+@pytest.mark.parametrize("vfm", TOWERS)
+def test_vfms_of_transformers_are_prepared_for(vfm):
+    sizes, widths, side = TOWERS[vfm]
+    options = [f"--model.model.init_args.vfm.init_args.model_args={json.dumps(sizes)}"]
+    module = completed("vfm_vae/base.yaml", "vfm_vae/strong.yaml", "data/imagenet.yaml", vfm, options=options).model
+    model = module.model.init_args
+    adapter = model.adapter.init_args
+    assert (adapter.feature_channels, adapter.alignment_channels) == (widths, widths[-1])
+    assert module.discriminator.init_args.interpolation == "bicubic"
+    with torch.device("meta"):
+        encoder = TransformersVFM(**model.vfm.init_args.as_dict() | {"pretrained": False})
+        assert encoder.prepare(torch.zeros(1, 3, 256, 256)).shape[2:] == (side, side)
+    assert encoder.grid(256, 256) == (16 * adapter.unshuffle,) * 2 and list(encoder.widths) == widths
 
 
 def test_a_run_tells_its_callbacks_and_its_logger_what_it_is_called():
