@@ -214,6 +214,10 @@ def test_it_is_aligned_to_a_vfm_that_it_does_without(tmp_path):
     loaded = read_tokenizer(tmp_path)
     assert loaded.vfm is None and loaded.vfm_source()["name"] == VFM
     assert torch.equal(loaded.align(z), model.align(z)) and torch.equal(loaded.encode(images).mode(), z)
+    model.check_image_size(64)
+    coarse = conv_vae(channels=[32, 32], vfm=FrozenVFM(VFM))
+    with pytest.raises(ValueError, match=f"vfm: {VFM} has 8 tokens along a side of 64 pixels, .* the 32 positions"):
+        coarse.check_image_size(64)
     with pytest.raises(ValueError, match=f"alignment_channels: {VFM} is 128 wide, given 64"):
         conv_vae(vfm=FrozenVFM(VFM), alignment_channels=64)
     with pytest.raises(ValueError, match="alignment_channels: this ConvVAE was made without a VFM"):

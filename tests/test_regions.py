@@ -12,6 +12,7 @@ from torch import nn
 
 from vfm_vae import compilation
 from vfm_vae.compilation import compile_regions, should_compile
+from vfm_vae.conv_vae import ConvVAE
 from vfm_vae.discriminators.layers import LocalBatchNorm
 from vfm_vae.modules import layers, maps, modulated
 from vfm_vae.modules.decoder import Decoder
@@ -221,3 +222,14 @@ def test_more_shapes_than_pytorchs_limit_compile(graphs):
     for batch in range(2, 14):
         region(torch.ones(batch, 4))
     assert graphs["Linear.forward"] == 12
+
+
+@pytest.mark.slow
+def test_a_convolutional_vae_compiles_its_residual_blocks(graphs):
+    torch.manual_seed(0)
+    model, images = ConvVAE(channels=[8, 8], num_res_blocks=1, norm_groups=8), torch.rand(2, 3, 16, 16)
+    expected = model.decode(model.encode(images).mode()).image
+    model.compile_regions()
+    image = model.decode(model.encode(images).mode()).image
+    image.mean().backward()
+    assert torch.equal(image, expected) and graphs["ResnetBlock2D.forward"] == graphs.total() > 0

@@ -146,6 +146,19 @@ class ConvVAE(PretrainedTokenizer):
         """Sides of the image over sides of the latent."""
         return 2 ** (len(self.arguments["channels"]) - 1)
 
+    def check_image_size(self, size: int) -> None:
+        """Checks that images of this size can be tokenized, and aligned to the VFM where there is one.
+
+        Raises:
+            ValueError: if not.
+        """
+        super().check_image_size(size)
+        if self.vfm is not None and (tokens := self.vfm.grid(size, size)[0]) % (cells := size // self.compression):
+            raise ValueError(
+                f"vfm: {self.vfm.name} has {tokens} tokens along a side of {size} pixels, which can't be averaged to "
+                f"the {cells} positions of the latent; change its input_scale, or the number of channels"
+            )
+
     def latent_identity(self) -> dict[str, Any] | None:
         """What a cache of latents, and a model trained on it, say of where they come from.
 
