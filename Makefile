@@ -11,7 +11,13 @@ RUN_REG := $(if $(filter reg%,$(RUN)),_reg)
 RECIPES := as_published discrete
 RECIPE ?=
 $(if $(filter-out $(RECIPES),$(RECIPE)),$(error RECIPE: one of $(RECIPES), or none; given $(RECIPE)))
-RUNS := runs$(if $(RECIPE),/$(RECIPE))
+# Another tokenizer in its place (target baseline), likewise.
+BASELINES := sdvae vavae rae
+BASELINE ?=
+$(if $(filter-out $(BASELINES),$(BASELINE)),$(error BASELINE: one of $(BASELINES), or none; given $(BASELINE)))
+OTHER := $(strip $(RECIPE) $(BASELINE))
+$(if $(word 2,$(OTHER)),$(error RECIPE, BASELINE: one of the two at most; given $(OTHER)))
+RUNS := runs$(if $(OTHER),/$(OTHER))
 PUBLISHED := $(if $(filter as_published,$(RECIPE)),_published)
 
 # Paths may have spaces: a word of the shell, in which a leading ~ is still the home folder, and one of make itself.
@@ -49,14 +55,19 @@ FORMER_weak := strong
 FORMER_ssim := weak
 FORMER_patchgan := ssim
 STAGES := strong weak ssim patchgan
-OF_STAGE = $(call one_of,STAGE,$(STAGES))$(RUNS)/$(STAGE)
+OF_STAGE = $(if $(BASELINE),$(RUNS)/tokenizer,$(call one_of,STAGE,$(STAGES))$(RUNS)/$(STAGE))
 RUN_CONFIGS := $(filter-out cknna lightningdit reg samples test%,$(basename $(notdir $(wildcard configs/ldm/*.yaml))))
 OF_RUN = $(call one_of,RUN,$(RUN_CONFIGS))$(RUNS)/ldm/$(RUN)
 former = $(if $(FORMER_$(1)),--model.init_from=$(RUNS)/$(FORMER_$(1))/checkpoints/last.ckpt)
 VARIANT = $(if $(RECIPE),-c configs/vfm_vae/$(RECIPE).yaml $(call former,$@))
-VARIANT_LATENTS := $(if $(RECIPE),--run.output=$(RUNS)/latents$(RUN_REG))
-VARIANT_LDM = $(if $(RECIPE),--data.root=$(RUNS)/latents$(RUN_REG) --run.folder=$(RUNS)/ldm \
-  --model.tokenizer.checkpoint=$(OF_STAGE)/checkpoints/last.ckpt)
+VARIANT_LATENTS := $(if $(OTHER),--run.output=$(RUNS)/latents$(RUN_REG))
+VARIANT_LDM = $(if $(OTHER),--data.root=$(RUNS)/latents$(RUN_REG) --run.folder=$(RUNS)/ldm \
+  --model.tokenizer.checkpoint=$(OF_STAGE)/checkpoints/last.ckpt $(LATENT_$(BASELINE)))
+LATENT_sdvae := --model.model.in_channels=4 --model.model.input_size=32 --model.model.patch_size=2
+LATENT_rae := --model.model.in_channels=768
+COMPLETED_vavae := sdvae
+BASELINE_CONFIGS = $(call one_of,BASELINE,$(BASELINES))-c configs/vfm_vae/base.yaml \
+  $(foreach name,$(COMPLETED_$(BASELINE)) $(BASELINE),-c configs/vfm_vae/baselines/$(name).yaml)
 STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER) $(AT_A_TIME) $(VARIANT) \
   $(ARGS)
 
@@ -71,7 +82,7 @@ DEMO_GUIDED = $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test test-all lint format bench bench-gpu tensorboard embedded-vfm embedded-judge strong weak ssim patchgan latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
+.PHONY: help install demo study test test-all lint format bench bench-gpu tensorboard embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -158,6 +169,9 @@ ssim: install ## stage 3, SSIM fine-tuning, from the weak stage
 
 patchgan: install ## stage 4, PatchGAN fine-tuning, from the SSIM stage
 	$(STAGE_FIT)
+
+baseline: install ## another tokenizer: make baseline BASELINE=sdvae|vavae|rae DATA=/path GPUS=8; then latents, ldm, … with this BASELINE
+	$(FIT) $(BASELINE_CONFIGS) $(IMAGENET) $(TRAINER) $(AT_A_TIME) $(ARGS)
 
 latents: install ## cache the latents of the data that STAGE was trained on, with features for RUN=reg…: make latents GPUS=8
 	$(TOKENIZER) predict -c $(OF_STAGE)/config.yaml -c configs/vfm_vae/latents$(RUN_REG).yaml $(TRAINER) $(MEASURED) \

@@ -6,7 +6,9 @@ import pytest
 import torch
 from building import OFFLINE, Build, build, count
 
+from vfm_vae.conv_vae import ConvVAE
 from vfm_vae.data.transforms import CentreCrop, ResizeAndCrop
+from vfm_vae.rae import RAE
 from vfm_vae.types import Batch
 
 
@@ -14,9 +16,9 @@ from vfm_vae.types import Batch
 def full_size(vgg: list[str], tmp_path: Path):
     """Builds a full-size stage, its callbacks' VFMs left out: those would be downloaded."""
 
-    def make(*configs: str, options: list[str] = ()) -> Build:
+    def make(*configs: str, options: list[str] = (), offline: list[str] = OFFLINE) -> Build:
         (tmp_path / "no_callbacks.yaml").write_text("trainer: {callbacks: [], logger: false}")
-        return build("vfm_vae/base.yaml", *configs, tmp_path / "no_callbacks.yaml", options=[*OFFLINE, *vgg, *options])
+        return build("vfm_vae/base.yaml", *configs, tmp_path / "no_callbacks.yaml", options=[*offline, *vgg, *options])
 
     return make
 
@@ -117,6 +119,49 @@ def test_discrete_stages_build(full_size, stage, vfm):
     assert tuple(module.model.quantizer.codebooks.shape) == (8, 4096, 8)
     assert module.model.adapter.fuse[-1].mlp.out.out_features == module.model.latent_channels == 64
     assert [module.objective.weights[name] for name in ("kl", "quantization", "entropy")] == [0, 1, 0]
+
+
+# Class, parameters that train, images, batch, rate, when the discriminators learn and are heard, weights.
+BASELINES = {
+    "sdvae": (
+        ConvVAE, 83_653_863, 23_700_000, 96, 4.32e-4, (4_800_000, 4_800_000),
+        {"l1": 3 * 256**2, "perceptual": 3 * 256**2, "kl": 1e-6, "adversarial_patch": 0.5},
+    ),
+    "vavae": (
+        ConvVAE, 69_868_835, 64_000_000, 256, 1e-4, (0, 0),
+        {"l1": 3 * 256**2, "perceptual": 3 * 256**2, "kl": 1e-6, "adversarial_patch": 0.5, "alignment": 0.1},
+    ),
+    "rae": (
+        RAE, 415_056_640, 20_500_000, 512, 2e-4, (7_690_000, 10_250_000),
+        {"l1": 1, "perceptual": 1, "adversarial": 0.75},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_have_the_published_settings(full_size, name):
+    kind, size, images, batch, rate, starts, weights = BASELINES[name]
+    given = [name] if name != "vavae" else ["sdvae", "vavae"]
+    offline = [option for option in OFFLINE if name == "rae" or (name == "vavae" and "vfm" in option)]
+    configs = (f"vfm_vae/baselines/{config}.yaml" for config in given)
+    with torch.device("meta"):
+        cli = full_size(*configs, "data/imagenet.yaml", offline=offline)
+    module, model, objective = cli.model, cli.model.model, cli.model.objective
+    assert type(model) is kind and sum(p.numel() for p in model.parameters() if p.requires_grad) == size
+    assert (module.max_images, cli.datamodule.batch_size * module.accumulate_grad_batches) == (images, batch)
+    assert (module.discriminate_from, objective.adversarial_from) == starts and objective.adaptive_adversarial
+    assert {name: weight for name, weight in objective.weights.items() if weight} == weights
+    assert module.latent_noise == (0.8 if name == "rae" else 0) and module.equivariance.probability == 0
+    assert (module.discriminator is None) == (module.patchgan is not None) == (name != "rae")
+    assert module.patchgan is None or (module.patchgan.loss, len(module.patchgan.scales)) == ("hinge", 1)
+    betas = (0.9, 0.95) if name == "rae" else (0.5, 0.9)
+    for optimizer in module.configure_optimizers():
+        assert (optimizer.defaults["lr"], tuple(optimizer.defaults["betas"])) == (rate, betas)
+    grid = {"sdvae": (4, 8), "vavae": (32, 16), "rae": (768, 16)}[name]
+    assert (model.latent_channels, model.compression) == grid and (model.vfm is None) == (name == "sdvae")
+    if name == "vavae":  # in its 224 px there are as many tokens as positions of the latent
+        assert objective.margins == {"distmat_margin": 0.25, "cos_margin": 0.5} and model.vfm.grid(256, 256) == (16, 16)
+    model.check_image_size(256)
 
 
 @pytest.mark.parametrize("trainer", ["trainer/cpu.yaml"])

@@ -53,6 +53,7 @@ DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
         "max_channels": 512,
         "kernel_size": 4,
         "virtual_batch_size": 8,
+        "loss": "least_squares",
     },
     Objective: {
         "l1": 1.0,
@@ -72,6 +73,8 @@ DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
         "adversarial": 1.0,
         "adversarial_patch": 0.0,
         "feature_matching": 0.0,
+        "adversarial_from": 0,
+        "adaptive_adversarial": False,
     },
     vf_loss: {"distmat_margin": 0.0, "cos_margin": 0.0, "distmat_weight": 1.0, "cos_weight": 1.0},
     adaptive_weight: {"maximum": 1e8},
@@ -97,7 +100,14 @@ DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
         "beta": 0.25,
         "temperature": 0.01,
     },
-    TokenizerModule: {"evaluate": "mode", "rounding": "round", "gradient_clip_val": None, "order": "simultaneous"},
+    TokenizerModule: {
+        "evaluate": "mode",
+        "rounding": "round",
+        "gradient_clip_val": None,
+        "order": "simultaneous",
+        "latent_noise": 0.0,
+        "discriminate_from": None,
+    },
     # LightningDiT (arXiv 2501.01423) and its public code; SiT (arXiv 2401.08740) for the samplers.
     DiffusionModule: {"times": "lognormal", "cosine_weight": 1.0, "label_drop": 0.1, "statistics_images": 10_000},
     Guidance: {"scale": 1.0, "start": 0.0, "end": 1.0, "channels": None, "cls_scale": 0.0},

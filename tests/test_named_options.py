@@ -44,7 +44,7 @@ MISTAKES = [
         "--model.discriminator=Qqqq",
         "model.discriminator: there is no class 'Qqqq' for it; give the full path, package.module.Class",
     ),
-    ("--model.discriminator=null", 'Parser key "model.discriminator": '),
+    ("--model.discriminator=null", "objective.adversarial: 0.02 needs a discriminator; give model.discriminator, or"),
 ]
 
 

@@ -51,8 +51,9 @@ MEANT = {
         ],
         "leaves a part out": [
             "brightness", "saturation", "contrast", "translation", "cutout", "cls_channels", "align_channels",
-            "attention_depths", "num_res_blocks", "multi_resolution_images", "count_batches",
+            "attention_depths", "num_res_blocks", "multi_resolution_images", "count_batches", "latent_noise",
         ],
+        "is from the first image on": ["adversarial_from", "discriminate_from"],
         "is never": ["probability", "prior_probability", "crop_probability", "label_drop"],
         "bears nothing": ["distmat_margin", "cos_margin", "max_bad_fraction"],
         "is noise": ["start", "end", "times", "time"],

@@ -194,7 +194,22 @@ def test_a_recipe_of_its_own_has_runs_of_its_own():
     assert not any("as_published" in word or "_published" in word for word in plain)
 
 
+BASELINES = ("sdvae", "vavae", "rae")
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_a_baseline_has_runs_of_its_own_from_training_to_evaluation(baseline: str):
+    targets = ("baseline", "latents", "ldm", "samples", "evaluate")
+    fit, *others = commands(*targets, BASELINE=baseline, DATA="/data", GPUS="8")
+    assert f"configs/vfm_vae/baselines/{baseline}.yaml" in fit and fit[fit.index("--data.root") + 1] == "/data"
+    for command in others:
+        places = [word for word in command if "runs/" in word]
+        assert places and all(f"runs/{baseline}/" in word for word in places)
+
+
 MISTAKES = [
+    ("baseline", "BASELINE=", "BASELINE: one of sdvae vavae rae; given ''"),
+    ("latents", "BASELINE=vae", "BASELINE: one of sdvae vavae rae, or none; given vae"),
     ("weak", "RECIPE=typo", "RECIPE: one of as_published discrete, or none; given typo"),
     ("weak", "GPUS=eight", "GPUS, MICRO: whole numbers; given 'eight', ''"),
     ("ldm", "MICRO=few", "GPUS, MICRO: whole numbers; given '1', 'few'"),
@@ -288,3 +303,44 @@ def test_the_toy_keeps_the_stages_weights_and_rates():
     toy = yaml.safe_load(TOY)["model"]
     assert toy.keys() == {"model", "discriminator", "objective"}
     assert toy["objective"]["init_args"].keys() == {"perceptual_loss"}
+
+
+# What each baseline's networks, sizes and VFMs become.
+TOY_VFM = {"init_args": {"name": "vit_photos_patch8_64", "input_scale": 1.0}}
+TOY_CONV = {"channels": [8, 8, 8, 8], "num_res_blocks": 1, "norm_groups": 4, "attention": []}
+TOY_DECODER = {"image_size": 64, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "decoder_mlp_width": 32}
+TOY_BASELINES = {
+    "sdvae": TOY_CONV,
+    "vavae": TOY_CONV | {"vfm": TOY_VFM},
+    "rae": TOY_DECODER | {"vfm": TOY_VFM, "statistics_images": 16},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_a_baseline_is_trained_cached_and_generated_with(folder: Path, monkeypatch, baseline: str):
+    monkeypatch.chdir(folder)
+    toy = yaml.safe_load(TOY)
+    toy["model"]["model"] = {"init_args": TOY_BASELINES[baseline]}
+    toy["model"]["objective"]["init_args"]["adversarial_from"] = 8
+    if baseline == "rae":
+        toy["model"]["discriminate_from"] = 0
+    else:
+        del toy["model"]["discriminator"]
+    Path("toy_baseline.yaml").write_text(yaml.safe_dump(toy))
+
+    variables = {"BASELINE": baseline, "DATA": str(folder / "photos"), "GPUS": "0"}
+    fit, predict, train, *tests = commands("baseline", "latents", "ldm", "evaluate", **variables)
+    run(monkeypatch, fit, "-c", "toy_baseline.yaml", "--model.max_images=16")
+    stored = torch.load(f"runs/{baseline}/tokenizer/checkpoints/last.ckpt", weights_only=True)
+    assert stored["images_seen"] == 16 and all(tensor.isfinite().all() for tensor in stored["state_dict"].values())
+    run(monkeypatch, predict, "--trainer.accelerator=cpu")
+    noted = json.loads(Path(f"runs/{baseline}/latents/train/latents.json").read_text())["tokenizer"]
+    channels = {"sdvae": 4, "vavae": 32, "rae": 128}[baseline]
+    assert noted["channels"] == channels
+    sizes = [f"--model.model.init_args.in_channels={channels}", "--model.model.init_args.input_size=8"]
+    run(monkeypatch, train, "-c", "toy_ldm.yaml", *sizes)
+    for test, overlay in zip(tests, ("toy_test.yaml", "toy_ldm_test.yaml"), strict=True):
+        run(monkeypatch, test, "-c", overlay)
+    report = json.loads(Path(f"runs/{baseline}/ldm/epochs64/metrics.json").read_text())
+    assert report["test"]["metrics"]["test/fd_vit_photos_patch8_64/train"] > 0
