@@ -279,17 +279,21 @@ class RAE(PretrainedTokenizer):
             self.vfm.compile_regions()
 
     def encode(self, images: Tensor) -> Posterior:
-        """Encodes images `[B, 3, H, W]` in [-1, 1] of the one size that the decoder takes; nothing is random.
+        """Encodes images `[B, 3, H, W]` in [-1, 1]; nothing is random.
+
+        Those of another size than the decoder takes are normalised by statistics that are averaged over positions, or
+        repeated, as their own ones need.
 
         Raises:
-            ValueError: if the model has no VFM, or the images are of another size.
+            ValueError: if the model has no VFM, or it does not take this size.
         """
         return self.encode_with_features(images)[0]
 
     def encode_with_features(self, images: Tensor) -> tuple[Posterior, VFMFeatures | None]:
         """Encodes images, and returns the VFM's features, of which the latents are made, too."""
         features = self._encoder()(images)
-        return PointPosterior((self._raw(features) - self.mean) / (self.std + STD_FLOOR)), features
+        mean, std = (F.adaptive_avg_pool2d(values, features.grid) for values in (self.mean, self.std))
+        return PointPosterior((self._raw(features) - mean) / (std + STD_FLOOR)), features
 
     def raw_latents(self, images: Tensor) -> Tensor:
         """Latents of images before statistics normalise them, float32 `[B, C, h, w]`."""
@@ -306,9 +310,6 @@ class RAE(PretrainedTokenizer):
         return self.vfm
 
     def _raw(self, features: VFMFeatures) -> Tensor:
-        rows, columns = features.grid
-        if (rows, columns) != (self.grid, self.grid):
-            self.check_image_size(max(rows, columns) * self.compression)
         layers = [F.layer_norm(tokens, tokens.shape[-1:], eps=self.norm_eps) for tokens in features.layers]
         tokens = torch.stack(layers).sum(0) if len(layers) > 1 else layers[0]  # [B, N, C]
         return tokens.mT.unflatten(2, features.grid)  # [B, C, h, w]
