@@ -37,14 +37,17 @@ TRIED = (-1, 0, math.nan, math.inf)
 MEANT = {
     -1: {
         "leaves the end to the trainer": ["max_images"],
-        "counts from the last layer": ["FrozenVFM.layers"],
+        "counts from the last layer": ["FrozenVFM.layers", "TransformersVFM.layers"],
     },
     0: {
         "trains nothing, as trainer.max_steps": ["max_images"],
         "clips nothing, as trainer.gradient_clip_val": ["gradient_clip_val"],
         "is a seed": ["seed", "photos"],
         "is a class": ["classes"],
-        "is what enters the first block": ["FrozenVFM.layers", "ProjectedDiscriminator.layers"],
+        "is what enters the first block": [
+            "FrozenVFM.layers", "TransformersVFM.layers", "ProjectedDiscriminator.layers",
+        ],
+        "is black": ["TransformersVFM.mean"],
         "is a loss that is not wanted": [
             "l1", "l2", "perceptual", "ssim", "multi_resolution", "kl", "quantization", "entropy", "alignment",
             "adversarial", "adversarial_patch", "feature_matching", "cosine_weight", "weight", "cls_weight", "beta",
@@ -108,6 +111,10 @@ REQUIRED: dict[str, Callable[[], dict[str, Any]]] = {
     "TokenizerModule": lambda: {
         "model": tokenizer(), "discriminator": ProjectedDiscriminator(**REQUIRED["ProjectedDiscriminator"]()),
         "objective": Objective(), "optimizer": ADAM, "discriminator_optimizer": ADAM,
+    },
+    "TransformersVFM": lambda: {
+        "name": "owner/model", "pretrained": False, "mean": [0.5] * 3, "std": [0.5] * 3,
+        "model_args": {"model_type": "dinov2", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
     },
 }  # fmt: skip
 

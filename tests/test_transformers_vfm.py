@@ -437,6 +437,8 @@ def test_options_that_do_not_fit_are_refused(folder):
         ValueError, match=r"^model_args: transformers makes no config of 'siglip_vision_model' for .*hidden"
     ):
         TransformersVFM(place, model_args={"hidden_size": "wide"})
+    with pytest.raises(ValueError, match=r"^mean: must be three numbers, for red, green and blue, given \[0.5\]"):
+        TransformersVFM(place, mean=[0.5])
     with pytest.raises(ValueError, match="precision: one of 'bfloat16', 'float32', given 'half'"):
         TransformersVFM(place, precision="half")
     vfm = TransformersVFM(place, input_scale=2.0)

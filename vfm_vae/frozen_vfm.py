@@ -34,7 +34,7 @@ class FrozenTransformer(Frozen, Described, VFM):
         layers: The layers whose tokens are wanted, in this order.
         depth: Number of blocks.
         patch_size: Height and width of what becomes one token, in pixels of the resized image.
-        mean: Of the images that the network takes, for values in [0, 1], by channel.
+        mean: Mean of the images that the network takes, by channel, for values in [0, 1].
         std: Their standard deviation, likewise.
         interpolation: How images are resized before the network.
         target_interpolation: How training targets are resized for it.

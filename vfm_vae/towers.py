@@ -35,7 +35,7 @@ class Family(NamedTuple):
 
     Attributes:
         interpolation: How images are resized in front of the tower, and training targets beside it.
-        mean: Of the images that it takes, where no file says it, for values in [0, 1].
+        mean: Mean of the images that it takes, for values in [0, 1], where no file says it.
         std: Their standard deviation, likewise.
         settings: Options of its config that differ from the published ones: here nothing is masked, and heads that
             pool the tokens are not built.
@@ -127,7 +127,7 @@ def statistics_of(name: str, config: Any, is_local: bool) -> tuple[Sequence[floa
 
     Args:
         name: Folder, or `owner/model` on the Hugging Face hub.
-        config: Of the tower.
+        config: The tower's, as `config_of` returns it.
         is_local: Whether nothing is looked up, so that they are the family's.
     """
     file = None if is_local else files_of(name) / PROCESSOR

@@ -13,6 +13,7 @@ from vfm_vae.description import class_path
 from vfm_vae.frozen import sha256_of
 from vfm_vae.frozen_vfm import FrozenTransformer, Precision
 from vfm_vae.images import Interpolation
+from vfm_vae.options import positive, within
 from vfm_vae.towers import (
     blocks_of,
     config_of,
@@ -57,7 +58,7 @@ class TransformersVFM(FrozenTransformer):
             `towers.FAMILIES`.
         target_interpolation: How training targets are resized for it; the default is that of its family.
         norm_affine: Whether the final norm has gain and bias.
-        mean: Of the images that the tower takes, for values in [0, 1], by channel; the default is what its image
+        mean: Mean of the images that the tower takes, by channel, for values in [0, 1]; the default is what its image
             processor's file says, or else the family's.
         std: Their standard deviation; the default is likewise.
 
@@ -87,6 +88,11 @@ class TransformersVFM(FrozenTransformer):
         std: Sequence[float] | None = None,
     ) -> None:
         self.check_options(precision, input_scale)
+        within(0, 1, mean=mean)
+        positive(std=std)
+        for option, values in {"mean": mean, "std": std}.items():
+            if values is not None and len(values) != 3:
+                raise ValueError(f"{option}: must be three numbers, for red, green and blue, given {list(values)}")
         config = config_of(name, model_args)
         family = family_of(config)
         usual_mean, usual_std = statistics_of(name, config, is_local="model_type" in (model_args or {}))
