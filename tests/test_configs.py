@@ -9,7 +9,7 @@ import torch
 from building import CONFIGS, Build, build, callback
 from jsonargparse import Namespace
 from test_configs_of_diffusion import REG_RUNS, RUNS
-from test_configs_of_tokenizers import STAGES, VFMS
+from test_configs_of_tokenizers import BASELINES, STAGES, VFMS
 
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.module import TokenizerModule
@@ -52,6 +52,7 @@ def test_every_config_is_covered_here():
     seen |= {"ldm/reg.yaml", *(f"ldm/{run}.yaml" for run in REG_RUNS), "vfm_vae/latents_reg.yaml"}
     seen |= {"demo/latents_reg.yaml", "demo/reg.yaml", "demo/reg_guided.yaml", "demo/study.yaml"}
     seen |= {"demo/align_repa.yaml", "demo/align_reg.yaml"}
+    seen |= {f"vfm_vae/baselines/{name}.yaml" for name in BASELINES}
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == seen
 
 
@@ -80,7 +81,7 @@ def test_trainers_of_gpus_build(names, ranks, strategy):
 
 def test_configs_say_little_twice():
     texts = [path.read_text() for path in CONFIGS.rglob("*.yaml")]
-    assert sum(text.count("class_path") for text in texts) <= 84  # half as many as when each class was named in full
+    assert sum(text.count("class_path") for text in texts) <= 94  # half as many as when each class was named in full
     assert not [text for text in texts if "class_path: vfm_vae." in text or "feature_channels" in text]
 
 

@@ -200,7 +200,8 @@ BASELINES = ("sdvae", "vavae", "rae")
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_a_baseline_has_runs_of_its_own_from_training_to_evaluation(baseline: str):
     targets = ("baseline", "latents", "ldm", "samples", "evaluate")
-    fit, *others = commands(*targets, BASELINE=baseline, DATA="/data", GPUS="8")
+    fit, *others = commands(*targets, BASELINE=baseline, DATA="/data", GPUS="8", ARGS="--seed_everything 1")
+    assert all(command[-2:] == ["--seed_everything", "1"] for command in (fit, *others))
     assert f"configs/vfm_vae/baselines/{baseline}.yaml" in fit and fit[fit.index("--data.root") + 1] == "/data"
     for command in others:
         places = [word for word in command if "runs/" in word]
