@@ -19,6 +19,8 @@ FIGURES = {
     "tokenizer": TRAINING | {"shapes", "first_steps_s"},
     "reg": TRAINING,
     "tokenizer_16_eager": TRAINING,
+    "vavae": TRAINING,
+    "rae": TRAINING,
     "sampling": {"compiled_latents_per_s", "guided_speedup", "decoded_images_per_s", "guided_minutes_of_50000"},
     "cknna": {"samples", "seconds"},
     "evaluation": {"images_per_s", "distances_s", "precision_recall_s"},

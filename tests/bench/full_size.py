@@ -48,14 +48,47 @@ def tokenizer(
     folder: str, batch_size: int, more: list[str], device: str = "cpu", toy: bool = False
 ) -> tuple[TokenizerModule, Batch]:
     """The strong stage, which leaves latents alone, and a batch of noise; as a toy, the demo's."""
-    configs = ["demo/tokenizer.yaml", "demo/strong.yaml"]
-    options = [f"--model.{part}.init_args.pretrained=false" for part in ("model.init_args.vfm", "discriminator")]
+    configs = ["demo/tokenizer.yaml", "demo/strong.yaml"] if toy else ["vfm_vae/base.yaml", "vfm_vae/strong.yaml"]
+    return _tokenizer(
+        folder, configs, batch_size, [*_random("model.init_args.vfm", "discriminator"), *more], device, toy
+    )
+
+
+def vavae(
+    folder: str, batch_size: int, more: list[str], device: str = "cpu", toy: bool = False
+) -> tuple[TokenizerModule, Batch]:
+    """VA-VAE's training, the PatchGAN included, and a batch of noise; as a toy, the study's."""
+    configs = [f"vfm_vae/{name}.yaml" for name in ("base", "baselines/sdvae", "baselines/vavae")]
+    options = _random("model.init_args.vfm")
+    if toy:
+        configs = [f"study/{name}.yaml" for name in ("tokenizer", "conv", "aligned")]
+        options += _random("discriminator")
+    return _tokenizer(folder, configs, batch_size, [*options, *more], device, toy)
+
+
+def rae(
+    folder: str, batch_size: int, more: list[str], device: str = "cpu", toy: bool = False
+) -> tuple[TokenizerModule, Batch]:
+    """RAE's training once the discriminator plays, and a batch of noise; as a toy, the study's."""
+    configs = ["study/tokenizer.yaml", "study/rae.yaml"] if toy else ["vfm_vae/base.yaml", "vfm_vae/baselines/rae.yaml"]
+    options = _random("model.init_args.vfm", "discriminator")
+    options += ["--model.model.init_args.statistics_images=0", "--model.objective.init_args.adversarial_from=0"]
+    return _tokenizer(folder, configs, batch_size, [*options, "--model.discriminate_from=0", *more], device, toy)
+
+
+def _random(*parts: str) -> list[str]:
+    return [f"--model.{part}.init_args.pretrained=false" for part in parts]
+
+
+def _tokenizer(
+    folder: str, configs: list[str], batch_size: int, options: list[str], device: str, toy: bool
+) -> tuple[TokenizerModule, Batch]:
     if not toy:
-        configs = ["vfm_vae/base.yaml", "vfm_vae/strong.yaml", "data/imagenet.yaml"]
+        configs = [*configs, "data/imagenet.yaml"]
         vgg16 = make_layers(cfgs["D"], batch_norm=False).state_dict()
         torch.save({f"features.{name}": tensor for name, tensor in vgg16.items()}, f"{folder}/vgg16.pth")
-        options += [f"--model.objective.init_args.perceptual_loss.init_args.weights={folder}/vgg16.pth"]
-    module = build(TokenizerModule, folder, configs, [*options, *more], device)
+        options = [*options, f"--model.objective.init_args.perceptual_loss.init_args.weights={folder}/vgg16.pth"]
+    module = build(TokenizerModule, folder, configs, options, device)
     module.equivariance.probability = module.equivariance.prior_probability = 0.0  # every step at full size
     side = 64 if toy else 256
     images = torch.randint(256, (batch_size, 3, side, side), dtype=torch.uint8, device=device)
@@ -96,7 +129,7 @@ def _diffusion(
     return module, LatentBatch(latents, index % model.num_classes, index, features)
 
 
-MODELS = {"tokenizer": tokenizer, "diffusion": diffusion, "reg": reg}
+MODELS = {"tokenizer": tokenizer, "vavae": vavae, "rae": rae, "diffusion": diffusion, "reg": reg}
 
 
 class FlopCount(Callback):
@@ -150,7 +183,7 @@ def saved_bytes() -> Iterator[Callable[[], int]]:
 def count(what: str, batch_size: int, more: list[str], toy: bool = False) -> tuple[int, int]:
     """FLOPs of a training step on the CPU, and bytes that autograd keeps in it."""
     gc.collect()  # what a former count left
-    optimizers = ("optimizer", *(("discriminator_optimizer",) if what == "tokenizer" else ()))
+    optimizers = ("optimizer", *(() if what in ("diffusion", "reg") else ("discriminator_optimizer",)))
     stateless = [f"--model.{name}={{class_path: torch.optim.SGD, init_args: {{lr: 0.0}}}}" for name in optimizers]
     with tempfile.TemporaryDirectory() as folder:
         module, batch = MODELS[what](folder, batch_size, [*stateless, *more], toy=toy)

@@ -286,6 +286,8 @@ RUNS: dict[str, Callable[[Bench], None]] = {
     "sampling": sampling,
     "cknna": cknna,
     "evaluation": evaluation,
+    "vavae": partial(train, what="vavae", batch_size=16, steps=13),
+    "rae": partial(train, what="rae", batch_size=64, steps=13),
     "tokenizer": partial(train, what="tokenizer", batch_size=64, steps=9, every_shape=True),
     "tokenizer_16": partial(train, what="tokenizer", batch_size=16, steps=13),
 }
