@@ -58,7 +58,7 @@ class GANLosses:
         with torch.set_grad_enabled(not alone):
             real = self._real_patches
         self._train(False)
-        terms = {}
+        terms: dict[str, Tensor] = {}
         if self.discriminator is not None:
             terms["adversarial"] = hinge_generator_loss(self.discriminator(generated))
         if self.patchgan is not None:
@@ -71,7 +71,7 @@ class GANLosses:
     def discriminator_terms(self, generated: Tensor) -> dict[str, Tensor]:
         """The discriminators' terms by name, whose sum they minimise; `generated` takes no gradient."""
         generated = generated.detach()
-        terms = {}
+        terms: dict[str, Tensor] = {}
         if self.discriminator is not None:
             fake = self.discriminator(generated)  # first, as published: each pass moves the spectral norms' vectors on
             real = self.discriminator(self.real)

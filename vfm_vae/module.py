@@ -90,10 +90,10 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         order: How tokenizer and discriminators take turns. `simultaneous`: both learn from the same forward pass, first
             the tokenizer. `published`: the discriminators learn first, from a forward pass and random draws of their
             own; the tokenizer then learns from a second one.
-        latent_noise: In training, the decoder sees latents with normal noise, whose standard deviation is drawn for
-            each image between 0 and this, in the latents' own units. Losses on latents see them without it.
-        discriminate_from: The discriminators learn once so many images were trained on, over all stages; null lets them
-            begin together with the tokenizer's adversarial losses, at `objective.adversarial_from`.
+        latent_noise: Largest standard deviation of the noise on the latents that the decoder sees in training, in their
+            own units; each image's is drawn between 0 and this. Losses on latents see them without noise.
+        discriminate_from: The discriminators learn after so many training images, over all stages; null for
+            `objective.adversarial_from`, so that tokenizer and discriminators begin the game together.
 
     Raises:
         ValueError: if an option lies outside its range, or does not fit another.

@@ -264,7 +264,9 @@ class VFMVAE(PretrainedTokenizer):
     @property
     def last_decoding_weight(self) -> Tensor:
         """The last block's weight of images, where an adaptive adversarial weight compares gradients."""
-        return self.decoder.blocks[-1].to_rgb.weight
+        last: Any = self.decoder.blocks[-1]
+        weight: Tensor = last.to_rgb.weight
+        return weight
 
     def align(self, z: Tensor) -> Tensor:
         """Projects latents `[B, C, h, w]` to the VFM's width, `[B, D, h, w]`."""

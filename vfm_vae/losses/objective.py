@@ -47,7 +47,8 @@ class Objective(nn.Module):
         adversarial: Weight of the projected discriminator's adversarial loss.
         adversarial_patch: Weight of the PatchGAN's adversarial loss.
         feature_matching: Weight of the distance between the PatchGAN's features of real and of generated images.
-        adversarial_from: The three of them are weighed once so many images were trained on, over all stages.
+        adversarial_from: Adversarial losses and feature matching are weighed after so many training images, over all
+            stages.
         adaptive_adversarial: Whether to multiply the weights of the two adversarial losses by the ratio of gradient
             norms between reconstruction and adversarial loss, as in VQGAN.
 
