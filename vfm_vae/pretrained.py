@@ -58,8 +58,11 @@ def build(base: type, description: Mapping[str, Any], place: str = "description:
     check_classes(place, model.get("init_args"), class_at(str(model.get("class_path")), place))
     try:
         return parser.instantiate_classes(parser.parse_object({"model": complete(model)})).model
-    except ValueError as error:  # the parser says of an optional part that it fits no type, and what is wrong last
-        raise error.__cause__ if isinstance(error.__cause__, ValueError) else error
+    except ValueError as error:  # of an optional part the parser says first that it is not None
+        cause = error.__cause__
+        if isinstance(cause, ValueError):
+            raise cause from cause.__cause__
+        raise
 
 
 def check_classes(
