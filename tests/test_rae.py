@@ -263,6 +263,7 @@ def test_mistakes_are_named():
         (lambda: build(image_size=60), "image_size: must be a multiple of 8"),
         (lambda: build(decoder_heads=3), "decoder_width: must be a multiple of 12 with decoder_heads=3"),
         (lambda: build(pixel_std=[0.2, 0.0, 0.2]), "pixel_std: must be above 0"),
+        (lambda: build(pixel_mean=[0.5]), "pixel_mean, pixel_std: 3 numbers each"),
         (lambda: build(statistics_images=-1), "statistics_images: must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -100,17 +100,13 @@ class RAE(PretrainedTokenizer):
             compression = compression or round(vfm.stride)
         if latent_channels is None or compression is None:
             raise ValueError("latent_channels, compression: a RAE without a VFM needs both")
-        at_least(1, latent_channels=latent_channels, compression=compression, image_size=image_size)
-        at_least(1, decoder_width=decoder_width, decoder_depth=decoder_depth, decoder_heads=decoder_heads)
-        at_least(1, decoder_mlp_width=decoder_mlp_width)
+        numbers = {"latent_channels": latent_channels, "decoder_depth": decoder_depth}
+        at_least(1, **numbers, decoder_mlp_width=decoder_mlp_width)
         at_least(0, statistics_images=statistics_images)
         positive(norm_eps=norm_eps, pixel_std=pixel_std)
-        if image_size % compression:
-            raise ValueError(f"image_size: must be a multiple of {compression}, the compression, given {image_size}")
-        if decoder_width % (step := math.lcm(4, decoder_heads)):  # 4 for sine and cosine of rows and columns
-            raise ValueError(
-                f"decoder_width: must be a multiple of {step} with decoder_heads={decoder_heads}, given {decoder_width}"
-            )
+        _check_sizes(image_size, compression, decoder_width, decoder_heads)
+        if len(pixel_mean) != 3 or len(pixel_std) != 3:
+            raise ValueError(f"pixel_mean, pixel_std: 3 numbers each, given {list(pixel_mean)} and {list(pixel_std)}")
         self.vfm, self.norm_eps, self.statistics_images = vfm, norm_eps, statistics_images
         # A checkpoint describes the model without the VFM that these follow from.
         self.arguments |= {"latent_channels": latent_channels, "compression": compression}
@@ -329,6 +325,17 @@ class RAE(PretrainedTokenizer):
         patches = self.decoder(z.flatten(2).mT.contiguous()).logits  # [B, N, 3 · compression²]
         images = self.decoder.unpatchify(patches) * self.pixel_std + self.pixel_mean  # in [0, 1]
         return Decoded(2 * images - 1, ())
+
+
+def _check_sizes(image_size: int, compression: int, decoder_width: int, decoder_heads: int) -> None:
+    at_least(1, image_size=image_size, compression=compression)
+    at_least(1, decoder_width=decoder_width, decoder_heads=decoder_heads)
+    if image_size % compression:
+        raise ValueError(f"image_size: must be a multiple of {compression}, the compression, given {image_size}")
+    if decoder_width % (step := math.lcm(4, decoder_heads)):  # 4 for sine and cosine of rows and columns
+        raise ValueError(
+            f"decoder_width: must be a multiple of {step} with decoder_heads={decoder_heads}, given {decoder_width}"
+        )
 
 
 def _read_diffusers(name: str | Path, hub: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
