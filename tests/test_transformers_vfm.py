@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ CONFIGS = {
 }
 PREFIX = {"siglip_vision_model": 0, "dinov2_with_registers": 5, "dinov3_vit": 5}  # others have the class token alone
 PLAIN = [name for name in CONFIGS if not name.startswith("qwen")]
+slow = partial(pytest.param, marks=pytest.mark.slow)
 TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
 
 
@@ -315,7 +317,24 @@ def test_computes_in_float32_on_cpus_and_products_held_in_bfloat16_change_nothin
     assert {parameter.dtype for parameter in exact.network.parameters()} == {torch.float32}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", CONFIGS)
+def test_runs_on_cuda_in_the_precision_asked_for(folder, kind, precision):
+    torch.backends.cudnn.allow_tf32 = False  # which float32 convolutions would take by default
+    vfm = TransformersVFM(folder(kind), layers=[0, -1], precision=precision)
+    images = images_of(vfm, 3, 5)
+    expected = vfm(images)
+    vfm.cuda().hold_products_in(torch.bfloat16)
+    vfm.compile_regions()
+    with torch.autocast("cuda", torch.bfloat16):
+        features = vfm(images.cuda())
+    assert features.tokens.dtype == torch.float32
+    error = ((features.tokens.cpu() - expected.tokens).norm() / expected.tokens.norm()).item()
+    assert error < 1e-4 if precision == "float32" else 1e-3 < error < 0.1
+
+
+@pytest.mark.parametrize("kind", ["siglip_vision_model", "qwen2_5_vl_vision", *(slow(kind) for kind in PLAIN[1:])])
 def test_compiles_block_by_block(folder, kind, monkeypatch):
     compile_eagerly, graphs = torch.compile, []
 

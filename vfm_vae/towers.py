@@ -102,13 +102,18 @@ def config_of(name: str, model_args: Mapping[str, Any] | None = None) -> Any:
         setattr(config, option, value)
     if config.model_type in REFUSED:
         raise ValueError(f"{place}: {name!r} is {REFUSED[config.model_type]}")
-    sizes = [getattr(config, option, None) for option in ("hidden_size", "num_hidden_layers", "patch_size")]
+    sizes = (getattr(config, "hidden_size", None), getattr(config, "patch_size", None), depth_of(config))
     if not all(isinstance(size, int) for size in sizes):
         raise ValueError(
             f"{place}: {name!r} is a {config.model_type!r}, and no plain vision transformer; choose one with square "
             "patches and blocks of one width, for instance 'facebook/dinov2-with-registers-large'"
         )
     return config
+
+
+def depth_of(config: Any) -> int | None:
+    """Number of a tower's blocks."""
+    return getattr(config, "depth", None) or getattr(config, "num_hidden_layers", None)
 
 
 def merged(config: Any) -> int:
@@ -180,7 +185,7 @@ def blocks_of(tower: Any) -> Sequence[nn.Module]:
     Raises:
         ValueError: if it has no such sequence.
     """
-    depth = tower.config.num_hidden_layers
+    depth = depth_of(tower.config)
     lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     if not lists:
         raise ValueError(f"name: a {tower.config.model_type!r} has no sequence of its {depth} blocks")
@@ -301,10 +306,10 @@ def _try_out(empty: Any, name: str, config: Any) -> None:
         side = config.image_size // config.patch_size
         grid = (side, side)
         images = torch.empty(1, 3, *(side * config.patch_size for side in grid), device="meta")
-        final, kept = run_tower(empty, images, grid, range(config.num_hidden_layers + 1))
+        final, kept = run_tower(empty, images, grid, range(len(blocks_of(empty)) + 1))
         shapes = {tuple(tokens.shape) for tokens in (final, *kept.values())}
         ((_, length, width),) = shapes
-        fits = length >= math.prod(grid) and width == config.hidden_size and len(kept) == config.num_hidden_layers + 1
+        fits = length >= math.prod(grid) and width == config.hidden_size and len(kept) == len(blocks_of(empty)) + 1
     except Exception:  # whatever a network that is no tower does with images
         fits = False
     if not fits:

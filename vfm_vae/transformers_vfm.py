@@ -96,11 +96,12 @@ class TransformersVFM(FrozenTransformer):
         config = config_of(name, model_args)
         family = family_of(config)
         usual_mean, usual_std = statistics_of(name, config, is_local="model_type" in (model_args or {}))
+        tower = create_tower(name, config, weights=weights, pretrained=pretrained, norm_affine=norm_affine)
         super().__init__(
-            create_tower(name, config, weights=weights, pretrained=pretrained, norm_affine=norm_affine),
+            tower,
             name,
             layers,
-            depth=config.num_hidden_layers,
+            depth=len(blocks_of(tower)),
             patch_size=config.patch_size * merged(config),
             mean=mean or usual_mean,
             std=std or usual_std,
