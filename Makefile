@@ -82,7 +82,7 @@ DEMO_GUIDED = $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test test-all lint format bench bench-gpu tensorboard embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
+.PHONY: help install demo tokenizer-study test test-all lint format bench bench-gpu tensorboard embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -112,13 +112,13 @@ demo: install ## train tokenizer and diffusion model on the embedded photographs
 runs/demo/weak/checkpoints/last.ckpt:
 	$(MAKE) demo DENOISER=reg
 
-study: install runs/demo/weak/checkpoints/last.ckpt ## train without alignment, with REPA and with REG, and compare, on the demo's tokenizer
-	$(TOKENIZER) predict -c runs/demo/weak/config.yaml -c configs/demo/latents_reg.yaml \
-	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt $(ARGS)
-	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml --run.name=none $(ARGS)
-	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml -c configs/demo/align_repa.yaml --run.name=repa $(ARGS)
-	$(LDM) fit -c configs/demo/ldm.yaml -c configs/demo/study.yaml -c configs/demo/align_reg.yaml --run.name=reg $(ARGS)
-	$(BIN)/python tests/bench/study.py runs/study/metrics.json
+# On ImageNet, where DATA is given; then one command runs at a time, on all GPUs.
+GIVEN := $(filter-out file,$(origin DATA))
+STUDY = $(if $(GIVEN),study/imagenet/plan.yaml --jobs=1 --tokenizers="$(IMAGENET) $(TRAINER) $(AT_A_TIME)" \
+  --denoisers="$(TRAINER_LDM) $(AT_A_TIME)",study/photos.yaml)
+
+tokenizer-study: install ## train tokenizers, a diffusion model on each, and compare, on the embedded photographs, or: DATA=/path GPUS=8
+	$(TUNED) $(BIN)/python -m ldm.study $(STUDY) $(ARGS)
 
 test: install ## run the fast tests
 	$(BIN)/pytest $(PARALLEL) $(ARGS)

@@ -5,7 +5,7 @@ import torch
 from building import build_ldm, callback, count
 
 from ldm.alignment import REG
-from ldm.models.lightningdit import SIZES, LightningDiT
+from ldm.models.lightningdit import SIZES
 
 RUNS = {"epochs64": (80_000, "lognormal"), "epochs80": (100_000, "lognormal")}
 RUNS |= {"epochs560": (600_000, "lognormal"), "epochs560_uniform": (700_000, "uniform")}
@@ -93,15 +93,3 @@ def test_demo_reg_builds(overlays, photos, tmp_path, monkeypatch):
     assert type(cli.model.alignment) is REG
     assert cli.model.model.grid == (4, 4)
     assert callback(cli, "Report").path.name == "metrics.json"
-
-
-@pytest.mark.parametrize(("overlay", "terms"), [(None, set()), ("repa", {"align"}), ("reg", {"align", "cls"})])
-def test_study_builds(overlay, terms, photos, tmp_path, monkeypatch):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/photos").symlink_to(photos)
-    monkeypatch.chdir(tmp_path)
-    overlays = [] if overlay is None else [f"demo/align_{overlay}.yaml"]
-    cli = build_ldm("demo/ldm.yaml", "demo/study.yaml", *overlays, "trainer/cpu.yaml")
-    assert set(cli.model.weights) == {"mse", "cosine"} | terms
-    assert type(cli.model.model) is LightningDiT
-    assert cli.trainer.max_steps == 1400

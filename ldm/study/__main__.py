@@ -58,14 +58,18 @@ def study(
             return 128 + runner.stopped_by if runner.stopped_by else 1
     from ldm.study.report import write_report  # it takes seconds to import what draws
 
-    console.print(f"The report: {write_report(chosen)}")
+    console.print(f"The report: {write_report(chosen)}", soft_wrap=True)
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = ArgumentParser(exit_on_error=False, prog="python -m ldm.study", description=str(study.__doc__).split("\n")[0])
-    parser.add_argument("plan", nargs="?", default="study/photos.yaml", help="The plan: a YAML file, or the name of one.")
+    parser = ArgumentParser(
+        exit_on_error=False, prog="python -m ldm.study", description=str(study.__doc__).split("\n")[0]
+    )
+    parser.add_argument(
+        "plan", nargs="?", default="study/photos.yaml", help="The plan: a YAML file, or the name of one."
+    )
     parser.add_function_arguments(study, skip={"plan"})
     with short_errors():
         code = study(**parser.parse_args(arguments).as_dict())

@@ -189,17 +189,26 @@ def _tokenizer_parts(plan: Plan, name: str, seed: int, further: tuple[str, ...])
     parts: list[Part] = []
     former: tuple[str, ...] = ()
     for stage, configs in tokenizer.stages.items():
-        begins = (f"--model.init_from={folder / Path(former[0]).name / LAST}",) if former else ("--model.init_from=null",)
+        begins = [f"--model.init_from={folder / Path(name).name / LAST}" for name in former]
         words = ("vfm_vae", "fit", *_of_run(configs, folder / stage, seed), *begins, *further)
         parts.append(Part(f"{title}/{stage}", "tokenizer", words, tuple(configs), folder / stage, former))
         former = (f"{title}/{stage}",)
     run, latents = plan.tokenizer_run(name, seed), _latents(plan, name, seed)
     trained = ("-c", f"{run}/config.yaml")
     checkpoint = (f"--ckpt_path={run / LAST}",)
-    cached = ("vfm_vae", "predict", *trained, *_named(tokenizer.latents), *checkpoint, f"--run.output={latents}")
-    tested = ("vfm_vae", "test", *trained, *_named(tokenizer.test), *checkpoint, "--run.entry=test")
-    caching = Part(f"{title}/latents", "latents", (*cached, *further), tuple(tokenizer.latents), latents, former)
-    return [*parts, caching, Part(f"{title}/test", "test", (*tested, *further), tuple(tokenizer.test), None, former)]
+    exact = (*further, "--trainer.precision=32-true")  # a GPU's trainer file may have another one, for training
+    cached = (
+        "vfm_vae",
+        "predict",
+        *trained,
+        *_named(tokenizer.latents),
+        *checkpoint,
+        f"--run.output={latents}",
+        *exact,
+    )
+    tested = ("vfm_vae", "test", *trained, *_named(tokenizer.test), *checkpoint, "--run.entry=test", *exact)
+    caching = Part(f"{title}/latents", "latents", cached, tuple(tokenizer.latents), latents, former)
+    return [*parts, caching, Part(f"{title}/test", "test", tested, tuple(tokenizer.test), None, former)]
 
 
 def _latents(plan: Plan, tokenizer: str, seed: int) -> Path:

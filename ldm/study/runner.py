@@ -130,12 +130,12 @@ class Runner:
         for part in self.parts:
             mark = self.marks.read(part)
             if mark and mark.get("key") != self.keys[part.name]:
-                self.console.print(f"{part.name}: its command, its configs or what it needs changed: it is done anew")
+                self._say(f"{part.name}: its command, its configs or what it needs changed: it is done anew")
                 self._clear(part)
             elif mark.get("done"):
                 self._seconds[part.name] = mark["seconds"]
         if self._seconds:
-            self.console.print(f"{len(self._seconds)} of {len(self.parts)} parts are done already")
+            self._say(f"{len(self._seconds)} of {len(self.parts)} parts are done already")
 
     def _clear(self, part: Part) -> None:
         """Removes what a part of another command or config left."""
@@ -179,7 +179,7 @@ class Runner:
             self.marks.write(part, self.keys[part.name], seconds, is_done)
             if is_done:
                 self._seconds[part.name] = seconds
-                self.console.print(f"{part.name}: done in {_clock(seconds)}")
+                self._say(f"{part.name}: done in {_clock(seconds)}")
             elif not self.stopped_by:
                 self.failed.append(part)
                 self._tell_failure(part, running.process.returncode)
@@ -187,10 +187,13 @@ class Runner:
     def _tell_failure(self, part: Part, code: int) -> None:
         log = self.marks.file(part, ".log")
         lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-SHOWN_LINES:]
-        self.console.print(f"{part.name}: failed with exit code {code}. The last lines of {log}:", style="bold red")
-        self.console.print("\n".join(lines), markup=False, highlight=False)
+        self._say(f"{part.name}: failed with exit code {code}. The last lines of {log}:", style="bold red")
+        self._say("\n".join(lines), markup=False, highlight=False)
         if self._running:
-            self.console.print(f"waits for {', '.join(running.part.name for running in self._running)}")
+            self._say(f"waits for {', '.join(running.part.name for running in self._running)}")
+
+    def _say(self, text: str, **style: Any) -> None:
+        self.console.print(text, soft_wrap=True, **style)
 
     # Signals
 
