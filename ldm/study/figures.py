@@ -108,7 +108,8 @@ def transformations(results: Results) -> Figure:
 
 def reconstructions(results: Results) -> Figure | None:
     """The same images by each tokenizer, under the images themselves."""
-    plan, rows = results.plan, {}
+    plan = results.plan
+    rows: dict[str, list[Pixels]] = {}
     for name, tokenizer in plan.tokenizers.items():
         file = plan.tokenizer_run(name, plan.seeds[0]) / "images/val.png"
         if file.is_file():
@@ -120,7 +121,8 @@ def reconstructions(results: Results) -> Figure | None:
 
 def samples(results: Results) -> Figure | None:
     """Samples of each diffusion model, of the same classes from the same noise."""
-    plan, rows = results.plan, {}
+    plan = results.plan
+    rows: dict[str, list[Pixels]] = {}
     for name, denoiser in plan.denoisers.items():
         file = plan.denoiser_run(name, plan.seeds[0]) / "images/samples_guidance_1.png"
         if file.is_file():

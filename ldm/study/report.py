@@ -64,7 +64,7 @@ def answer(results: Results) -> str:
     found = [comparison.verdict for each in verdicts.values() for comparison in each.values()]
     others = _listed([plan.denoisers[name].title for name in plan.question.others], "or")
     if len(plan.seeds) < 2:
-        head = f"**Not decided.** One seed says nothing of whether differences between {ours}, {others} are chance."
+        head = f"**Not decided.** One seed can't tell whether differences between {ours} and {others} are chance."
     elif set(found) == {"lower"}:
         head = f"**Yes.** The same diffusion model reaches lower FD on latents of {ours} than on those of {others}"
         head += f" after {last} steps, by every network."
@@ -87,7 +87,7 @@ def _sentence(results: Results, distance: str, comparisons: dict[str, Comparison
         title, value = plan.denoisers[other].title, pm(results.samples(other, distance).values[:, -1], 2)
         points = [comparison_at(results, distance, other, point) for point in range(len(_steps(results)))]
         lower = sum(point.verdict == "lower" for point in points)
-        verdict = {"lower": "lower than", "higher": "higher than"}.get(comparison.verdict, "not told apart from")
+        verdict = f"{comparison.verdict} {'from that' if comparison.verdict == 'not told apart' else 'than'}"
         texts.append(f"{verdict} on {title} ({value}; lower at {lower} of {len(points)} points of training)")
     own = pm(results.samples(plan.question.ours, distance).values[:, -1], 2)
     return f"By the {distance}, FD is {own}: {_listed(texts, 'and')}."
@@ -96,7 +96,7 @@ def _sentence(results: Results, distance: str, comparisons: dict[str, Comparison
 def rule(results: Results) -> str:
     """How the answer is found."""
     return (
-        f"A difference counts if the means over {len(results.plan.seeds)} seeds of the whole chain, tokenizer and "
+        f"A difference counts if the means over all seeds of the whole chain, tokenizer and "
         f"diffusion model, differ by more than {CERTAIN:g} standard deviations of the difference between two single "
         "runs, √(s₁² + s₂²). “Yes” takes a lower FD than each of the others by every network at the last point; “no” "
         "means that it is not lower than any of them by any network. Numbers are mean ± standard deviation over seeds."

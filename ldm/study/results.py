@@ -114,7 +114,7 @@ class Results:
 
 
 def read_curves(run: Path) -> dict[str, dict[int, float]]:
-    """What a run's validations logged, by name and step; where a step was logged twice, what came last.
+    """What a run's validations logged, by name and steps trained; where one was logged twice, what came last.
 
     Raises:
         ValueError: if there is nothing.
@@ -125,7 +125,8 @@ def read_curves(run: Path) -> dict[str, dict[int, float]]:
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("val/")] if events is not None else []
     if events is None or not tags:
         raise ValueError(f"report: {run} has logged no validation; run the study without --report=true")
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
+    # Lightning counts the step at work from 0, and validation follows it.
+    return {tag: {event.step + 1: event.value for event in events.Scalars(tag)} for tag in tags}
 
 
 def facts_of(plan: Plan, name: str) -> dict[str, str]:
@@ -162,10 +163,13 @@ def _architecture(model: Mapping[str, Any]) -> str:
 def _losses(model: Mapping[str, Any]) -> str:
     options = model["objective"].get("init_args", model["objective"])
     after = options.get("adversarial_from") or 0
-    weights = {key: value for key, value in options.items() if type(value) in (int, float) and value}
     left_out = {"alignment_every", "multi_resolution_images", "adversarial_from", "distmat_margin", "cos_margin"}
-    named = [f"{key.replace('_', ' ')} {value:g}" for key, value in weights.items() if key not in left_out]
-    return ", ".join(named) + (f" (from image {after})" if after and options.get("adversarial") else "")
+    named = []
+    for key, weight in options.items():
+        if type(weight) in (int, float) and weight and key not in left_out:
+            since = f" from image {after}" if after and key in ("adversarial", "adversarial_patch") else ""
+            named.append(f"{key.replace('_', ' ')} {weight:g}{since}")
+    return ", ".join(named)
 
 
 def _parameters(checkpoint: Path) -> dict[str, str]:
