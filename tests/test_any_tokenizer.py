@@ -80,7 +80,7 @@ def test_without_noise_nothing_is_drawn():
 
 
 @ORDERS
-def test_the_decoder_alone_sees_the_noise_and_in_training_alone(trainer, batch, order):
+def test_the_decoder_alone_sees_the_noise_and_in_training_alone(trainer, batch, order, monkeypatch):
     turn = Transform(scale=0.5, quarter_turns=1)
 
     class Turn(EquivarianceRegularizer):
@@ -89,13 +89,15 @@ def test_the_decoder_alone_sees_the_noise_and_in_training_alone(trainer, batch, 
 
     tuned = module(latent_noise=0.8, order=order, equivariance=Turn(), objective={"adversarial": 0.1},
                    discriminator=projected())  # fmt: skip
-    seen, clean = [], []
+    seen, clean, before = [], [], []
+    monkeypatch.setattr("vfm_vae.module.noised", lambda z, tau: before.append(z.shape[2:]) or noised(z, tau))
     decode, latent = tuned.model.decode, tuned.objective.latent
     tuned.model.decode = lambda z: seen.append(z.detach()) or decode(z)
     tuned.objective.latent = lambda posterior, z, *rest: clean.append(z.detach()) or latent(posterior, z, *rest)
     trainer(max_steps=1).fit(tuned, repeat(batch))
     noise = seen[-1] - turn.latent(clean[0])
     assert len(seen) == (2 if order == "published" else 1) and seen[-1].shape[2:] == (4, 4)
+    assert before[-1] == (4, 4)  # the noise comes when the latent is transformed
     assert noise.std() > 0.1 and noise.flatten(1).std(1).max() < 0.8 * 1.5  # of 64 numbers
     seen.clear()
     assert torch.equal(tuned.reconstruct(batch).image, decode(tuned.latents(batch)).image)
@@ -211,6 +213,17 @@ def test_features_are_matched_beside_an_adaptive_weight_and_plain_weights_stay()
     objective.total(balanced).backward()
     same, none = Objective(adversarial_patch=1.0).balanced(terms, image, toy, image.mean())
     assert not none and same == terms
+
+
+def test_the_tokenizer_learns_by_the_adaptive_weight(trainer, batch):
+    sgd = partial(torch.optim.SGD, lr=1e-3)
+    plain, adaptive = (
+        module(objective={"adversarial_patch": 0.1, "adaptive_adversarial": wanted}, patchgan=patchgan(), optimizer=sgd)
+        for wanted in (False, True)
+    )
+    for each in (plain, adaptive):
+        trainer(max_steps=1).fit(each, repeat(batch))
+    assert "model.decoder.conv_out.weight" in changed(weights(plain), adaptive.state_dict())
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
