@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -177,13 +176,13 @@ class TransformersVFM(FrozenTransformer):
         compile_regions(blocks_of(self.network), dynamic=True)
 
     def hold_products_in(self, dtype: torch.dtype) -> None:
-        """Keeps weights of the blocks' linear layers in autocast's precision, unless the VFM computes in float32.
+        """Keeps weights of linear layers in the precision of autocast, unless the VFM computes in float32.
 
-        Those before the blocks stay: towers cast images and positions to the precision that they find there.
+        Those of convolutions stay: some towers cast images and positions to the precision that they find there.
         """
         if self.precision != "float32":
             self.fingerprint()
-            for layer in chain.from_iterable(block.modules() for block in blocks_of(self.network)):
+            for layer in self.network.modules():
                 if isinstance(layer, nn.Linear):
                     layer.to(dtype)
 
