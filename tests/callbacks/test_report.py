@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from callbacks.report import Report, summary_table
+from vfm_vae.metrics import summary
 
 
 def test_runs_share_a_file_and_a_table(new_module, data, trainer, tmp_path, capsys):
@@ -63,6 +64,12 @@ def test_numbers_that_json_lacks_become_null(module, trainer, tmp_path):
     run.callback_metrics.update({"val/psnr": torch.tensor(math.inf), "val/loss": torch.tensor(math.nan)})
     entry = Report()._entry(run, module)
     assert entry["metrics"] == {"val/psnr": None, "val/loss": None}
+
+
+def test_a_package_without_metadata_does_not_end_a_run(monkeypatch):
+    monkeypatch.setitem(summary._PACKAGES, "vfm_vae", "copied-but-not-installed")
+    versions = summary.versions()
+    assert versions["vfm_vae"] == "unknown" and versions["torch"].startswith(torch.__version__.split("+")[0])
 
 
 def test_the_table_puts_entries_side_by_side():

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,15 @@ def json_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers were computed with."""
-    return {name: version(package) for name, package in _PACKAGES.items()}
+    """Versions of what the numbers were computed with; `unknown` of a package that is imported without its metadata."""
+    return {name: _version(package) for name, package in _PACKAGES.items()}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a copy on PYTHONPATH that was not installed
+        return "unknown"
 
 
 def read_entries(path: Path) -> dict[str, Any]:
