@@ -12,10 +12,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import building
 import pytest
 import torch
 import yaml
-from building import CONFIGS, build, build_ldm, count
+from building import CONFIGS, Build, build, build_ldm, count
 from rich.console import Console
 
 from ldm.study import runner as runner_module
@@ -165,11 +166,33 @@ def test_config_of_tests_builds(here):
     assert {"fd_vit_photos_patch8_64", "fd_judge_photos"} <= set(names)
 
 
-def test_configs_of_imagenet_exist_and_parse():
-    """Parsed as a whole; what they build is tested where their parts are from."""
-    plan = read_plan(IMAGENET)
-    keys = keys_of(parts_of(plan))
-    assert len(keys) == 3 * (1 + 1 + 4 + 1 + 4 + 4 + 6)
+class Parse(Build):
+    def instantiate_classes(self) -> None:
+        self.trainer = None  # what is built would be downloaded
+
+
+def test_configs_of_imagenet_exist():
+    plan = read_plan(IMAGENET, seeds=[0])
+    assert len(keys_of(parts_of(plan))) == 3 + 3 + 6 + 3 + 6  # three tokenizers of one stage, one of four; denoisers
+
+
+@pytest.mark.slow
+def test_configs_of_imagenet_parse(monkeypatch):
+    """Every command line of one seed, with the files of data and trainer that `make` adds."""
+    monkeypatch.setattr(building, "Build", Parse)
+    plan = read_plan(IMAGENET, seeds=[0])
+    data, trainer = "data/imagenet.yaml", "trainer/ddp8.yaml"
+    for tokenizer in plan.tokenizers.values():
+        *former, last = tokenizer.stages.values()
+        for stage in former:
+            build(*stage, data, trainer)
+        build(*last, data, trainer)
+        for command, configs in (("predict", tokenizer.latents), ("test", tokenizer.test)):
+            found = build(*last, data, trainer, *configs, trainer, command=command).config[command]
+            assert command == "test" or found.model.predict == "moments"
+    for configs in {tuple(denoiser.configs): None for denoiser in plan.denoisers.values()}:
+        cli = build_ldm(*configs, "trainer/ddp8_ldm.yaml")
+        assert cli.config.fit.trainer.max_steps == 80_000
 
 
 # Running
