@@ -51,8 +51,8 @@ class Distance:
     """A Fréchet distance, by the names that runs log it under.
 
     Attributes:
-        samples: Of a diffusion model's samples.
-        reconstructions: Of a tokenizer's reconstructions.
+        samples: Name for a diffusion model's samples.
+        reconstructions: Name for a tokenizer's reconstructions.
     """
 
     samples: str

@@ -309,23 +309,23 @@ def test_the_end_is_expected_by_what_alike_parts_took(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_miniature_study_runs_stops_and_goes_on(here):
-    plan = miniature(here)
+def test_a_miniature_study_runs_stops_and_goes_on(tmp_path):
+    plan = miniature(tmp_path)
     command = [sys.executable, "-m", "ldm.study", str(plan), "--jobs=2"]
     environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent)}
-    first = subprocess.Popen(command, env=environment)
-    mark = here / "runs/parts/seed0.vfm_vae.strong.json"
+    first = subprocess.Popen(command, env=environment, cwd=tmp_path)
+    mark = tmp_path / "runs/parts/seed0.vfm_vae.strong.json"
     while not (mark.is_file() and json.loads(mark.read_text())["done"]):
         assert first.poll() is None
         time.sleep(0.5)
     first.send_signal(signal.SIGTERM)
     assert first.wait(120) == 128 + signal.SIGTERM
     strong = mark.stat().st_mtime
-    subprocess.run(command, env=environment, check=True)
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
     assert mark.stat().st_mtime == strong  # was not done again
-    report = (here / "runs/report.md").read_text()
+    report = (tmp_path / "runs/report.md").read_text()
     assert report.startswith("**Not decided.**") and "By the judge, FD is" in report
-    assert len(list((here / "runs").glob("*.png"))) == 5
+    assert len(list((tmp_path / "runs").glob("*.png"))) == 5
 
 
 def miniature(folder: Path) -> Path:
