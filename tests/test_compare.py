@@ -164,6 +164,8 @@ def test_the_command_line(folders, photos, tmp_path, vgg_file, monkeypatch):
         "other=no.ckpt": "tokenizers: other: there is no tokenizer at 'no.ckpt'; train one first",
         "other=folder": "tokenizers: other: there is no folder 'folder'; on the Hugging Face hub it would be",
         "--image_size=72": "tokenizers: ours: image_size: 72 does not fit this tokenizer",
+        "=conv": "tokenizers: '=conv' lacks a name or a place; give name=place",
+        "--device=abacus": "device: 'abacus' can't be used here (",
         "--vfm=vit_no": "vfm: timm knows no model 'vit_no'",
         "--vfm_weights=other=x": "vfm_weights: no tokenizer is called 'other'; their names are ['conv', 'ours']",
         "--vfm_weights=ours=x": "tokenizers: ours: vfm_weights: no file at 'x'",

@@ -171,8 +171,11 @@ def test_another_kind_of_folder_is_refused(folder, tmp_path):
         read_tokenizer(folder, VFMVAE)
     with pytest.raises(ValueError, match="vfm_weights: ConvVAE does not encode with a VFM"):
         read_tokenizer(folder, vfm_weights="weights.pth")
+    other = change(folder, tmp_path, _class_name="VQModel")
     with pytest.raises(ValueError, match="holds no AutoencoderKL of diffusers"):
-        ConvVAE.from_diffusers(change(folder, tmp_path, _class_name="VQModel"))
+        ConvVAE.from_diffusers(other)
+    with pytest.raises(ValueError, match="holds the class 'VQModel' of diffusers; known are AutoencoderKL and Autoenc"):
+        read_tokenizer(other)
 
 
 def test_diffusers_reads_what_it_is_given_back(tmp_path):

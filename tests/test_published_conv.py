@@ -226,6 +226,7 @@ def test_the_vfm_that_it_was_aligned_to_is_named(small, tmp_path):
         ),
         (lambda t: t, {"vfm": "resnet50"}, "vfm: 'resnet50' does not tell its patch size"),
         (lambda t: t, {"vfm_weights": "w.pth"}, "vfm_weights: ConvVAE does not encode with a VFM"),
+        (lambda t: t, {"config": "vae.yaml"}, "config: given 'vae.yaml', but '.*vae.pt' tells that itself"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(small, tmp_path, change, options, message):
@@ -233,6 +234,15 @@ def test_what_does_not_fit_is_refused_by_name(small, tmp_path, change, options, 
     with pytest.raises(ValueError, match=message):
         convert(str(tmp_path / "vae.pt"), str(tmp_path / "out"), **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["config", "vfm"])
+def test_options_that_would_change_nothing_are_refused(small, tmp_path, option):
+    torch.save(small, tmp_path / "vae.pt")
+    convert(str(tmp_path / "vae.pt"), str(tmp_path / "folder"))
+    for source in ("folder", "folder/training.ckpt"):
+        with pytest.raises(ValueError, match=f"{option}: given 'x', but '.*{source}' tells that itself; leave it out"):
+            convert(str(tmp_path / source), str(tmp_path / "out"), **{option: "x"})
 
 
 def test_averages_come_before_trained_weights(small):

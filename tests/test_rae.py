@@ -95,6 +95,18 @@ def test_a_scaling_factor_becomes_part_of_the_statistics(published):
     assert torch.allclose(ours.decode(z).image, expected, atol=1e-5)
 
 
+def test_options_that_a_folder_leaves_out_are_those_of_diffusers(published):
+    _, folder = published()
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("encoder_type") == "dinov2" and config.pop("reshape_to_2d")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert RAE.from_diffusers(folder).latent_channels == 64
+    del config["decoder_num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"do not fit: of .* missing"):
+        RAE.from_diffusers(folder)
+
+
 def test_folders_of_something_else_are_refused(published, tmp_path):
     _, folder = published()
     config = json.loads((folder / "config.json").read_text())

@@ -80,12 +80,12 @@ def compare(
         What `comparison.json` holds.
 
     Raises:
-        ValueError: if there are no tokenizers or images, one can't be read or does not take images of this size, or
-            files would be lost.
+        ValueError: if there are no tokenizers or images, one can't be read or does not take images of this size, there
+            is no such device, or files would be lost.
     """
     folder = Path(out)
     _check_former(folder, overwrite)
-    at = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    at = _device(device)
     is_small = image_size == EMBEDDED_SIZE
     perceptual = _lpips(lpips, vgg)
     comparison = Comparison(
@@ -133,6 +133,16 @@ def _check_former(folder: Path, overwrite: bool) -> None:
             f"out: {str(folder)!r} holds an earlier comparison ({', '.join(former)}); give another folder, or "
             "--overwrite to replace it"
         )
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        cause = str(error).partition("\n")[0]
+        raise ValueError(f"device: {name!r} can't be used here ({cause}); give another, or leave it out") from error
+    return device
 
 
 def _network(option: str, given: Any, image_size: int) -> Any:
@@ -189,13 +199,15 @@ def pairs(option: str, words: Sequence[str]) -> dict[str, str]:
     """Reads `name=place` words; a place without a name is called what it is.
 
     Raises:
-        ValueError: if two have the same name.
+        ValueError: if two have the same name, or one lacks its name or its place.
     """
     named: dict[str, str] = {}
     for word in words:
         name, equals, place = word.partition("=")
         if not equals or Path(word).exists():
             name = place = word
+        if not name or not place:
+            raise ValueError(f"{option}: {word!r} lacks a name or a place; give name=place")
         if name in named:
             raise ValueError(f"{option}: two are called {name!r}; give each its own name, as name=place")
         named[name] = place

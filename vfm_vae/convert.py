@@ -62,10 +62,12 @@ def convert(
     is_file = Path(source).is_file() or Path(source).suffix in FILES
     content = read_weights(source, "source") if is_file else None
     if content is None or TOKENIZER.describes(content):
+        _leave_out(source, config=config, vfm=vfm, images_seen=images_seen if is_file else None)
         with named_as(name="source"):
             model = read_tokenizer(source, vfm=vfm_weights is not None, vfm_weights=vfm_weights)
         checkpoint = None if is_file else _checkpoint(model, images_seen or 0)
     elif (tensors := find_conv_vae(content)) is not None:
+        _leave_out(source, config=config)
         model = conv_vae_from_published(tensors).attach_vfm(vfm_weights)
         model.absent_vfm = None if vfm is None else aligned_to(vfm, model)
         checkpoint = _checkpoint(model, images_seen or 0)
@@ -79,6 +81,13 @@ def convert(
         kinds = {name.partition(".")[0] for name in checkpoint["state_dict"]} - {"model"}
         opponents = f", with {', '.join(sorted(kinds)) or 'no discriminators'}"
     print(f"{out}: the tokenizer of {source}{opponents}")
+
+
+def _leave_out(source: str, **options: Any) -> None:
+    """Refuses options that `source` itself answers."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}: given {value!r}, but {source!r} tells that itself; leave it out")
 
 
 def _published(
@@ -158,7 +167,11 @@ def _overlay(model: PretrainedTokenizer) -> dict[str, Any]:
 def main() -> None:
     """The command line."""
     parser = ArgumentParser(exit_on_error=False, prog="python -m vfm_vae.convert", description=__doc__)
-    parser.add_argument("source", help="Published weights, or a checkpoint that `python -m vfm_vae fit` wrote.")
+    parser.add_argument(
+        "source",
+        help="Published weights; a folder in the format of diffusers, or such a model's `owner/model` on the hub; or a "
+        "checkpoint that `python -m vfm_vae fit` wrote.",
+    )
     parser.add_function_arguments(convert, skip={"source"})
     with short_errors():
         convert(**parser.parse_args().as_dict())

@@ -1,5 +1,6 @@
 """RAE: a frozen vision foundation model as the encoder, a vision transformer as the decoder (arXiv 2510.11690)."""
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -340,11 +341,15 @@ def _check_sizes(image_size: int, compression: int, decoder_width: int, decoder_
 
 def _read_diffusers(name: str | Path, hub: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
     """What the `config.json` of a RAE in diffusers' format says, its tensors by name, and the file that holds them."""
+    from diffusers.models.autoencoders.autoencoder_rae import AutoencoderRAE
+
     folder = model_folder(name, {"allow_patterns": [CONFIG, DIFFUSERS_WEIGHTS], **hub})
     config = read_json(folder / CONFIG, "name") if (folder / CONFIG).is_file() else {}
-    if config.get("_class_name") != DIFFUSERS_CLASS or config.get("encoder_type") not in ENCODERS:
+    defaults = inspect.signature(AutoencoderRAE.__init__).parameters  # diffusers' own, for what the file leaves out
+    config = {option: parameter.default for option, parameter in defaults.items()} | config
+    if config.get("_class_name") != DIFFUSERS_CLASS or config["encoder_type"] not in ENCODERS:
         raise ValueError(f"name: {str(name)!r} holds no {DIFFUSERS_CLASS} of diffusers, of {', '.join(ENCODERS)}")
-    if not config.get("reshape_to_2d", True):
+    if not config["reshape_to_2d"]:
         raise ValueError(f"name: {str(name)!r} has reshape_to_2d=false; only latents with rows and columns are known")
     tensors = dict(read_weights(folder / DIFFUSERS_WEIGHTS, "name"))
     if missing := [statistic for statistic in DIFFUSERS_STATISTICS if statistic not in tensors]:

@@ -358,9 +358,13 @@ def read_tokenizer(
     """
     if Path(source).is_file():
         return kind.from_checkpoint(source, **options)
-    published = DIFFUSERS.get(_class_in_diffusers(source))
-    if published is None:
+    written_by = _class_in_diffusers(source)
+    if written_by is None:
         return kind.from_pretrained(source, **options)
+    published = DIFFUSERS.get(written_by)
+    if published is None:
+        known = " and ".join(DIFFUSERS)
+        raise ValueError(f"name: {str(source)!r} holds the class {written_by!r} of diffusers; known are {known}")
     if not issubclass(published, kind):
         raise ValueError(f"name: {str(source)!r} holds a {published.__name__}, and no {kind.__name__}")
     return published.from_diffusers(source, **options)
