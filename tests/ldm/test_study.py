@@ -105,7 +105,7 @@ def test_keys_follow_configs_and_former_parts(tmp_path):
     assert before["first"] != after["first"] and before["second"] != after["second"]
     assert before["other"] == after["other"] != after["second"]
     file.unlink()
-    with pytest.raises(ValueError, match="there is no file .*a.yaml"):
+    with pytest.raises(ValueError, match="there is no file"):
         keys_of(parts)
 
 
