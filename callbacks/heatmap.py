@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from vfm_vae.figures import pixels_of
 
 
 def block_heat_map(values: Tensor, images_seen: Sequence[int], title: str) -> Tensor:
@@ -22,7 +23,6 @@ def block_heat_map(values: Tensor, images_seen: Sequence[int], title: str) -> Te
     """
     num_blocks, num_columns = values.shape
     figure = Figure(figsize=(max(4.5, min(12, 2.5 + 0.4 * num_columns)), max(2.5, 1.2 + 0.22 * num_blocks)), dpi=100)
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     picture = axes.imshow(values.numpy(), origin="lower", aspect="auto", interpolation="nearest", cmap="viridis")
     shown = np.unique(np.linspace(0, num_columns - 1, min(num_columns, 6)).round().astype(int))
@@ -34,5 +34,4 @@ def block_heat_map(values: Tensor, images_seen: Sequence[int], title: str) -> Te
     axes.set_title(title, fontsize=9)
     figure.colorbar(picture)
     figure.tight_layout()
-    canvas.draw()
-    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)
+    return torch.from_numpy(pixels_of(figure)).permute(2, 0, 1)

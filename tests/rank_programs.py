@@ -116,12 +116,13 @@ from ldm.module import DiffusionModule
 from ldm.samplers import Euler, EulerMaruyama
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
+from vfm_vae.frozen import Frozen
 from vfm_vae.losses.objective import Objective
 from vfm_vae.module import TokenizerModule
 from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.tokenizer import VFMVAE
-from vfm_vae.vfm import Frozen, FrozenVFM
+from vfm_vae.vfm import FrozenVFM
 
 devices, photos, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 name = "vit_photos_patch8_64"

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import VFM
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -22,6 +21,7 @@ from vfm_vae.modules.latent_noise import noised
 from vfm_vae.types import Batch
 from vfm_vae.vfm import FrozenVFM
 
+VFM = "vit_photos_patch8_64"
 LOSSES = {"multi_resolution": 0.0, "alignment": 0.0, "adversarial": 0.0}
 GAN = {"adversarial": 0.1, "adversarial_patch": 0.1}
 ORDERS = pytest.mark.parametrize("order", ["simultaneous", "published"])

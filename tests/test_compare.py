@@ -37,7 +37,7 @@ def folders(tiny_model, conv_vae, tmp_path):
     """Two tokenizers, one with a VFM and one without, by name."""
     tiny_model().save_pretrained(tmp_path / "ours")
     torch.manual_seed(1)
-    conv_vae.ConvVAE().save_pretrained(tmp_path / "conv")
+    conv_vae.OwnVAE().save_pretrained(tmp_path / "conv")
     return {"ours": str(tmp_path / "ours"), "conv": str(tmp_path / "conv")}
 
 
@@ -66,7 +66,7 @@ def test_numbers_are_those_of_validation(tiny_module, data, trainer, photos, fol
 
 def test_parameters_and_times(tiny_model, conv_vae):
     images = torch.zeros(2, 3, 64, 64)
-    plain = conv_vae.ConvVAE().eval().requires_grad_(False)
+    plain = conv_vae.OwnVAE().eval().requires_grad_(False)
     sizes = {part: sum(p.numel() for p in getattr(plain, part).parameters()) for part in ("encoder", "decoder")}
     assert num_parameters(plain, images) == sizes | {"vfm": 0}
     assert not any(parameter.requires_grad for parameter in plain.parameters())
@@ -83,7 +83,7 @@ def test_parameters_and_times(tiny_model, conv_vae):
 
 
 def test_an_image_is_encoded_once_and_few_at_a_time(conv_vae, photos, monkeypatch):
-    tokenizer, sizes = conv_vae.ConvVAE().eval(), []
+    tokenizer, sizes = conv_vae.OwnVAE().eval(), []
     encode = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda images: sizes.append(images.shape[::2]) or encode(images))
     images = ComparedImages(photos / "val", 64)
@@ -146,7 +146,7 @@ def test_the_command_line(folders, photos, tmp_path, vgg_file, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", EXTEND)
     images = ["--images", str(photos / "train"), "--image_size=64"]
     command = ["ours=ours", "conv", *images, "--num_images=5", "--num_shown=2", "--batch_size=2", "--out=out"]
-    command += ["--tokenizer_class", "conv_vae.ConvVAE", "--network=Inception", f"--network.weights={tmp_path}/no"]
+    command += ["--tokenizer_class", "conv_vae.OwnVAE", "--network=Inception", f"--network.weights={tmp_path}/no"]
     ended = run(tmp_path, "vfm_vae.compare", *command)
     assert ended.code == 2 and f"error: network: weights: there is no file '{tmp_path}/no'; give" in ended.err
     command = [*command[:-2], "--vfm=FrozenVFM", f"--vfm.name={VFM}", "--network=Judge"]

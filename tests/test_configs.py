@@ -32,8 +32,11 @@ TOWERS = {
 
 
 STUDY = ["photos", "tokenizer", "conv", "aligned", "vfm_vae", "vfm_vae_strong", "rae", "latents", "latents_reg", "test"]
-STUDY += ["denoiser", "rae_latents", "repa", "reg", *(f"imagenet/{name}" for name in ("plan", "tokenizer", "unaligned"))]
-STUDY += [f"imagenet/{name}" for name in ("moments", "test", "denoiser", "rae_latents", "repa", "reg")]
+STUDY += ["denoiser", "rae_latents", "repa", "reg"]
+STUDY += [
+    f"imagenet/{name}"
+    for name in ("plan", "tokenizer", "unaligned", "moments", "test", "denoiser", "rae_latents", "repa", "reg")
+]
 
 
 def test_every_config_is_covered_here():

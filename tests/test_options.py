@@ -47,14 +47,16 @@ MEANT = {
         "is what enters the first block": [
             "FrozenVFM.layers", "TransformersVFM.layers", "ProjectedDiscriminator.layers",
         ],
-        "is black": ["TransformersVFM.mean"],
+        "is the finest level": ["ConvVAE.attention"],
+        "is black": ["TransformersVFM.mean", "RAE.pixel_mean"],
         "is a loss that is not wanted": [
             "l1", "l2", "perceptual", "ssim", "multi_resolution", "kl", "quantization", "entropy", "alignment",
             "adversarial", "adversarial_patch", "feature_matching", "cosine_weight", "weight", "cls_weight", "beta",
         ],
         "leaves a part out": [
             "brightness", "saturation", "contrast", "translation", "cutout", "cls_channels", "align_channels",
-            "attention_depths", "num_res_blocks", "multi_resolution_images", "count_batches", "latent_noise",
+            "attention_depths", "Decoder.num_res_blocks", "multi_resolution_images", "count_batches", "latent_noise",
+            "statistics_images",
         ],
         "is from the first image on": ["adversarial_from", "discriminate_from"],
         "is never": ["probability", "prior_probability", "crop_probability", "label_drop"],
@@ -106,6 +108,10 @@ REQUIRED: dict[str, Callable[[], dict[str, Any]]] = {
     "LightningDiT": lambda: SMALL,
     "Objective": lambda: {"perceptual_loss": torch.nn.Identity()},
     "ProjectedDiscriminator": lambda: {"backbone": VFM, "size": 64, "layers": [2]},
+    "RAE": lambda: {
+        "latent_channels": 8, "compression": 8, "image_size": 16, "decoder_width": 8, "decoder_depth": 1,
+        "decoder_heads": 2, "decoder_mlp_width": 8, "pixel_mean": [0.5] * 3, "pixel_std": [0.5] * 3,
+    },
     "SampleImages": lambda: {"classes": [0]},
     "SiT": lambda: SMALL | {"cls_channels": 0, "align_channels": 0},
     "TokenizerModule": lambda: {

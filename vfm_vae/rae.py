@@ -17,7 +17,7 @@ from vfm_vae.contracts import VFM
 from vfm_vae.derived import fill, shape_of
 from vfm_vae.images import Interpolation
 from vfm_vae.modules.posterior import PointPosterior
-from vfm_vae.options import at_least, positive
+from vfm_vae.options import at_least, positive, within
 from vfm_vae.pretrained import CONFIG, model_folder
 from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
 from vfm_vae.transformers_vfm import TransformersVFM
@@ -105,6 +105,7 @@ class RAE(PretrainedTokenizer):
         at_least(1, **numbers, decoder_mlp_width=decoder_mlp_width)
         at_least(0, statistics_images=statistics_images)
         positive(norm_eps=norm_eps, pixel_std=pixel_std)
+        within(0, 1, pixel_mean=pixel_mean)
         _check_sizes(image_size, compression, decoder_width, decoder_heads)
         if len(pixel_mean) != 3 or len(pixel_std) != 3:
             raise ValueError(f"pixel_mean, pixel_std: 3 numbers each, given {list(pixel_mean)} and {list(pixel_std)}")

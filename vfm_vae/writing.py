@@ -110,8 +110,13 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_picture(path: str | Path, pixels: np.ndarray) -> None:
-    """Writes a picture, uint8 `[H, W, 3]`, in the format that its name ends with, as `whole_file` does.
+def write_picture(path: str | Path, pixels: np.ndarray, colours: int | None = None) -> None:
+    """Writes a picture in the format that its name ends with, as `whole_file` does.
+
+    Args:
+        path: The file.
+        pixels: uint8 `[H, W, 3]`.
+        colours: Reduces the picture to so many colours, which makes the file smaller.
 
     Raises:
         ValueError: if no format has that ending.
@@ -119,8 +124,9 @@ def write_picture(path: str | Path, pixels: np.ndarray) -> None:
     ending = Path(path).suffix.lower()
     if (kind := Image.registered_extensions().get(ending)) is None:
         raise ValueError(f"path: {str(path)!r} has no image format's ending; use .png, for instance")
+    picture = Image.fromarray(pixels) if colours is None else Image.fromarray(pixels).quantize(colours)
     with whole_file(path) as file:
-        Image.fromarray(pixels).save(file, format=kind)
+        picture.save(file, format=kind)
 
 
 def write_torch(path: str | Path, content: Any) -> None:

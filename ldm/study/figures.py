@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm.study.results import Curve, Results, deviation
+from vfm_vae.figures import pixels_of
+from vfm_vae.writing import write_picture
 
 Pixels = NDArray[np.uint8]
 PADDING = 2  # between the images of the grids that runs draw
@@ -37,10 +39,7 @@ def draw_figures(results: Results, folder: Path) -> dict[str, Path]:
         if figure is None:
             continue
         files[title] = folder / name
-        figure.savefig(files[title])
-        with Image.open(files[title]) as picture:
-            reduced = picture.convert("RGB").quantize(COLOURS)
-        reduced.save(files[title], optimize=True)
+        write_picture(files[title], pixels_of(figure), COLOURS)
     return files
 
 

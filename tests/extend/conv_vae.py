@@ -9,7 +9,7 @@ from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
 from vfm_vae.types import Decoded, Posterior, VFMFeatures
 
 
-class ConvVAE(PretrainedTokenizer):
+class OwnVAE(PretrainedTokenizer):
     """Halves the sides of images three times by convolutions, and enlarges latents eight times at once.
 
     Args:
@@ -36,7 +36,7 @@ class ConvVAE(PretrainedTokenizer):
         return Decoded(self.decoder(z), ())
 
 
-class AlignedVAE(ConvVAE):
+class AlignedVAE(OwnVAE):
     """The same, drawn towards the features of a VFM that it does not encode with.
 
     Args:

@@ -24,7 +24,7 @@ TOKENIZER = """
 seed_everything: 0
 run: {name: conv}
 model:
-  model: {class_path: conv_vae.ConvVAE, init_args: {channels: 4}}
+  model: {class_path: conv_vae.OwnVAE, init_args: {channels: 4}}
   discriminator: {backbone: vit_photos_patch8_64, size: 64, layers: [2]}
   objective: {multi_resolution: 0.0, alignment: 0.0, adversarial: 0.1}
   optimizer: {class_path: Adam, init_args: {lr: 0.002}}
@@ -50,7 +50,7 @@ model:
     num_classes: 13}}
   optimizer: {class_path: AdamW, init_args: {lr: 0.001}}
   sampler: {class_path: Euler, init_args: {steps: 2}}
-  tokenizer: {checkpoint: converted, tokenizer_class: conv_vae.ConvVAE}
+  tokenizer: {checkpoint: converted, tokenizer_class: conv_vae.OwnVAE}
 data: {root: latents, source: latents, batch_size: 8, val_batch_size: 26, num_workers: 0}
 trainer:
   accelerator: cpu
@@ -86,7 +86,7 @@ def succeed(folder, program, *arguments):
 
 
 def read(path, **options):
-    return FrozenTokenizer(str(path), tokenizer_class=importlib.import_module("conv_vae").ConvVAE, **options)
+    return FrozenTokenizer(str(path), tokenizer_class=importlib.import_module("conv_vae").OwnVAE, **options)
 
 
 def test_it_is_trained_and_measured(folder):
@@ -94,7 +94,7 @@ def test_it_is_trained_and_measured(folder):
     succeed(folder, "vfm_vae", "test", "-c", "tokenizer.yaml", "--ckpt_path", LAST)
     entries = json.loads((folder / "runs/conv/metrics.json").read_text()).values()
     metrics, settings = [[entry[part] for entry in entries][-1] for part in ("metrics", "settings")]
-    assert np.isfinite(metrics["test/psnr"]) and settings["model"]["tokenizer"]["tokenizer"] == "ConvVAE"
+    assert np.isfinite(metrics["test/psnr"]) and settings["model"]["tokenizer"]["tokenizer"] == "OwnVAE"
 
 
 def test_diffusion_trains_on_its_latents_and_it_decodes(folder):
@@ -112,11 +112,11 @@ def test_diffusion_trains_on_its_latents_and_it_decodes(folder):
     with np.load(folder / "samples.npz") as samples:
         assert samples["arr_0"].shape == (3, 64, 64, 3)
     model = LatentDiffusion.from_checkpoint(folder / checkpoint, tokenizer=folder / LAST)
-    assert type(model.tokenizer.network).__name__ == "ConvVAE"
+    assert type(model.tokenizer.network).__name__ == "OwnVAE"
     assert model.sample([0, 1]).images.shape == (2, 3, 64, 64)
 
     other = type(tokenizer.network)(channels=4)  # of the same class and shape, with other weights
-    with pytest.raises(ValueError, match=r"tokenizer: it is of another tokenizer \(ConvVAE, .*expected \(ConvVAE"):
+    with pytest.raises(ValueError, match=r"tokenizer: it is of another tokenizer \(OwnVAE, .*expected \(OwnVAE"):
         model.use_tokenizer(other)
     other.save_pretrained(folder / "other")
     ended = run(folder, "ldm", "fit", "-c", "diffusion.yaml", "--model.tokenizer.checkpoint=other")
@@ -125,19 +125,19 @@ def test_diffusion_trains_on_its_latents_and_it_decodes(folder):
 
 def test_checkpoints_and_folders_bring_it_back(folder, tmp_path, monkeypatch):
     model = PretrainedTokenizer.from_checkpoint(folder / LAST)
-    assert type(model) is importlib.import_module("conv_vae").ConvVAE and model.vfm is None
+    assert type(model) is importlib.import_module("conv_vae").OwnVAE and model.vfm is None
     model.save_pretrained(tmp_path)
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     expected = model.decode(model.encode(images).mode()).image.clamp(-1, 1)
     for again in (FrozenTokenizer(str(folder / LAST)), read(tmp_path)):
         assert again.identity == model.latent_identity()
         assert torch.equal(again.decode(again.encode(images).mode()), expected)
-    with pytest.raises(ValueError, match="ConvVAE, and no VFMVAE"):
+    with pytest.raises(ValueError, match="OwnVAE, and no VFMVAE"):
         VFMVAE.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="vfm_weights: ConvVAE does not encode with a VFM"):
+    with pytest.raises(ValueError, match="vfm_weights: OwnVAE does not encode with a VFM"):
         read(tmp_path, vfm_weights="weights.pth")
     monkeypatch.delitem(sys.modules, "conv_vae")  # a folder alone has nothing imported
-    message = r"checkpoint: .* asks for \['conv_vae.ConvVAE'\], but only classes of this project .*tokenizer_class\)$"
+    message = r"checkpoint: .* asks for \['conv_vae.OwnVAE'\], but only classes of this project .*tokenizer_class\)$"
     with pytest.raises(ValueError, match=message):
         FrozenTokenizer(str(tmp_path))
 
@@ -146,7 +146,7 @@ def test_losses_of_what_it_lacks_are_refused(folder):
     options = ["--model.objective.alignment=5", "--run.name=refused"]
     ended = run(folder, "vfm_vae", "fit", "-c", "tokenizer.yaml", *options)
     assert ended.code == 2
-    assert "objective.alignment: 5 aligns latents to a VFM, but this ConvVAE has none; set it to 0" in ended.err
+    assert "objective.alignment: 5 aligns latents to a VFM, but this OwnVAE has none; set it to 0" in ended.err
     images, objective = torch.zeros(1, 3, 8, 8), Objective(alignment=0.0)
     with pytest.raises(ValueError, match=r"objective\.multi_resolution: the tokenizer decodes only one resolution"):
         objective.reconstruction(Decoded(images, ()), images, "bicubic", images_seen=0)

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
+
+from vfm_vae.figures import pixels_of
 
 LABELS = {
     "psnr": "PSNR in dB",
@@ -172,9 +173,7 @@ def _frame(layout: "_Layout", names: Sequence[str], decibels: Sequence[Sequence[
     bar = figure.add_axes(layout.bar())
     label = "|difference|, levels of 255"
     figure.colorbar(ScalarMappable(scale, "magma"), bar, extend="max", extendfrac=0.02, label=label)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return pixels_of(figure)
 
 
 class _Layout:
