@@ -51,7 +51,7 @@ RUNS = {
     "sampling": Run(50, 100),
     "cknna": Run(10, 30),
     "evaluation": Run(15, 40),
-    "vavae": Run(30, 90),
+    "vavae": Run(100, 180),
     "rae": Run(30, 90),
     "tokenizer": Run(90, 400),  # last, since its compilation may take long
     "tokenizer_16": Run(35, 80),
