@@ -257,10 +257,11 @@ def check_tokenizer(expected: Mapping[str, Any] | None, found: Mapping[str, Any]
     compared = ("tokenizer", "vfm", "channels", "compression") if by_name else ("fingerprint",)
     if all(expected.get(name) == found.get(name) for name in compared):
         return
+    with_vfm = "vfm" in {*expected, *found}
+    seen = ", or its VFM sees images differently (antialias, antialias_positions)" if with_vfm else ""
     raise ValueError(
-        f"{what} of another tokenizer ({_short(found)}) than was expected ({_short(expected)}): its weights differ, "
-        "or its VFM sees images differently (antialias, antialias_positions); give the tokenizer that made these "
-        "latents, or make them again"
+        f"{what} of another tokenizer ({_short(found)}) than was expected ({_short(expected)}): its weights differ"
+        f"{seen}; give the tokenizer that made these latents, or make them again"
     )
 
 

@@ -168,7 +168,9 @@ def test_the_command_line(folders, photos, tmp_path, vgg_file, monkeypatch):
         "--device=abacus": "device: 'abacus' can't be used here (",
         "--vfm=vit_no": "vfm: timm knows no model 'vit_no'",
         "--vfm_weights=other=x": "vfm_weights: no tokenizer is called 'other'; their names are ['conv', 'ours']",
-        "--vfm_weights=ours=x": "tokenizers: ours: vfm_weights: no file at 'x'",
+        "--vfm_weights=ours=x": "tokenizers: ours: --vfm_weights ours=FILE: no file at 'x'",
+        "--tokenizer_class=nope.X": "tokenizer_class: there is no class 'nope.X': put the folder of module 'nope' on",
+        "--tokenizer_class=json.JSONDecoder": "tokenizer_class: json.JSONDecoder is no PretrainedTokenizer",
     }.items():
         place = 1 if "=" in wrong and not wrong.startswith("--") else len(command)
         words = [*command[:place], wrong, *command[place:], "--out=other"]

@@ -159,6 +159,9 @@ def test_weights_that_torch_wrote_are_read(folder, tmp_path):
         (None, {"use_post_quant_conv": False}, "use_post_quant_conv=False, which a ConvVAE can't have"),
         (None, {"up_block_types": ["AttnUpDecoderBlock2D"] * 4}, "up_block_types=.*, which a ConvVAE can't have"),
         (None, {"rotary": True}, "rotary=True, which a ConvVAE can't have"),
+        (None, {"block_out_channels": None}, r"block_out_channels=None, but that is a list such as \[64\]"),
+        (None, {"down_block_types": [1]}, r"down_block_types=\[1\], but that is a list such as"),
+        (None, {"use_quant_conv": 1}, "use_quant_conv=1, but that is true or false"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(folder, tmp_path, tensors, config, message):
@@ -176,6 +179,16 @@ def test_another_kind_of_folder_is_refused(folder, tmp_path):
         ConvVAE.from_diffusers(other)
     with pytest.raises(ValueError, match="holds the class 'VQModel' of diffusers; known are AutoencoderKL and Autoenc"):
         read_tokenizer(other)
+    (other / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds no AutoencoderKL of diffusers"):
+        ConvVAE.from_diffusers(other)
+
+
+def test_weights_of_a_variant_are_named_with_what_would_do(folder, tmp_path):
+    variant = "diffusion_pytorch_model.fp16.safetensors"
+    (change(folder, tmp_path) / WEIGHTS).rename(tmp_path / variant)
+    with pytest.raises(ValueError, match=rf"has no {WEIGHTS} but \['{variant}'\]; .* without a variant and in one"):
+        read_tokenizer(tmp_path)
 
 
 def test_diffusers_reads_what_it_is_given_back(tmp_path):
@@ -218,6 +231,8 @@ def test_it_is_aligned_to_a_vfm_that_it_does_without(tmp_path):
     assert loaded.vfm is None and loaded.vfm_source()["name"] == VFM
     assert torch.equal(loaded.align(z), model.align(z)) and torch.equal(loaded.encode(images).mode(), z)
     model.check_image_size(64)
+    with pytest.raises(ValueError, match=r"whose latent has a position for every 8x8 pixels: give a multiple of 8$"):
+        model.check_image_size(60)
     coarse = conv_vae(channels=[32, 32], vfm=FrozenVFM(VFM))
     with pytest.raises(ValueError, match=f"vfm: {VFM} has 8 tokens along a side of 64 pixels, .* the 32 positions"):
         coarse.check_image_size(64)
@@ -256,5 +271,6 @@ def test_a_denoiser_refuses_latents_of_another_of_the_same_shape(folder, tmp_pat
     model.latent_source = read_tokenizer(folder).latent_identity()
     model.use_tokenizer(str(folder))
     conv_vae(seed=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"tokenizer: it is of another tokenizer \(ConvVAE, .*expected \(ConvVAE"):
+    message = r"tokenizer: it is of another tokenizer \(ConvVAE, .*expected \(ConvVAE, .*: its weights differ; give"
+    with pytest.raises(ValueError, match=message):
         model.use_tokenizer(str(tmp_path))

@@ -26,7 +26,7 @@ from vfm_vae.losses.objective import Objective
 from vfm_vae.module import TokenizerModule
 from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.decoder import Decoder
-from vfm_vae.options import at_least, finite, positive, within
+from vfm_vae.options import at_least, finite, named_as, positive, within
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.vfm import FrozenVFM
 
@@ -214,3 +214,10 @@ def test_ranges():
                 check(other=None, size=value)
             with pytest.raises(ValueError, match=rf"^sizes: must be {wanted}, given \[0.5, {value}\]$"):
                 check(sizes=[0.5, value])
+
+
+def test_options_are_renamed_in_messages_but_files_are_not():
+    message = "vfm_weights: no file at 'a/vfm_weights.pt' nor vfm_weights.pt; give it (vfm_weights)"
+    with pytest.raises(ValueError, match="^option") as raised, named_as(vfm_weights=r"option\1"):
+        raise ValueError(message)
+    assert str(raised.value) == r"option\1: no file at 'a/vfm_weights.pt' nor vfm_weights.pt; give it (option\1)"

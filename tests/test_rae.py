@@ -48,8 +48,25 @@ def test_it_equals_diffusers_bit_for_bit(published, kind):
     decoder.save_pretrained(folder / "ours")
     again = FrozenTokenizer(str(folder / "ours"), vfm_weights=str(folder / FILE))
     assert torch.equal(again.encode(images).mode(), z) and again.identity == ours.latent_identity()
-    with pytest.raises(ValueError, match=f"vfm_weights: the encoder 'rae_{kind}_64x2' .* that folder's {FILE}"):
-        FrozenTokenizer(str(folder / "ours"))
+    for read, option in (FrozenTokenizer, "model.tokenizer.vfm_weights"), (RAE.from_pretrained, "vfm_weights"):
+        with pytest.raises(ValueError, match=f"^{option}: the encoder 'rae_{kind}_64x2' .* that folder's {FILE}"):
+            read(str(folder / "ours"))
+
+
+def test_a_folder_without_the_encoder_decodes(published, tmp_path):
+    theirs, folder = published()
+    z, expected = reconstructed(theirs, IMAGES[..., :32, :32])
+    complete = tmp_path / "complete.safetensors"
+    (folder / FILE).rename(complete)
+    tensors = load_file(complete)
+    save_file({name: tensor for name, tensor in tensors.items() if not name.startswith("encoder.")}, folder / FILE)
+    decoder = RAE.from_diffusers(folder, vfm=False)
+    assert torch.equal(decoder.decode(z).image, expected) and decoder.latent_identity()["fingerprint"] is None
+    assert torch.equal(decoder.attach_vfm(str(complete)).encode(IMAGES[..., :32, :32]).mode(), z)
+    assert FrozenTokenizer(str(folder), str(complete)).identity == decoder.latent_identity()
+    message = rf"^checkpoint: '{folder}' has a decoder alone: its {FILE} lacks .* as model\.tokenizer\.vfm_weights"
+    with pytest.raises(ValueError, match=message):
+        FrozenTokenizer(str(folder))
 
 
 # How tensors were called when folders were published, by how they are called now.
@@ -112,9 +129,12 @@ def test_folders_of_something_else_are_refused(published, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for change, message in (
         ({"_class_name": "AutoencoderKL"}, "holds no AutoencoderRAE of diffusers"),
-        ({"encoder_type": "clip"}, "of dinov2, siglip2, mae"),
+        ({"encoder_type": "clip"}, "has encoder_type='clip'; known are dinov2, siglip2, mae"),
         ({"reshape_to_2d": False}, "has reshape_to_2d=false"),
         ({"decoder_num_hidden_layers": 2}, "do not fit: of .* missing"),
+        ({"decoder_hidden_size": "a"}, "config.json has decoder_hidden_size='a', but that is a whole number above 0"),
+        ({"encoder_patch_size": 0}, "has encoder_patch_size=0, but that is a whole number"),
+        ({"scaling_factor": "a"}, "has scaling_factor='a', but that is a number"),
     ):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):

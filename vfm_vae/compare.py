@@ -29,6 +29,10 @@ from vfm_vae.writing import check_place, write_json, write_picture, write_text
 
 EMBEDDED = "vit_photos_patch8_64"
 EMBEDDED_SIZE = 64
+TOKENIZER_OPTIONS = {  # by what they are called in configs of diffusion models
+    "model.tokenizer.vfm_weights": "--vfm_weights {}=FILE",
+    "model.tokenizer.tokenizer_class": "--tokenizer_class",
+}
 FILES = PICTURE, TABLE, NUMBERS = "comparison.png", "table.md", "comparison.json"
 
 
@@ -175,7 +179,8 @@ def _read(tokenizers: Mapping[str, str], vfm_weights: Mapping[str, str], image_s
     read = {}
     for name, place in tokenizers.items():
         with about(f"tokenizers: {name}", instead_of="checkpoint"):
-            read[name] = FrozenTokenizer(place, vfm_weights.get(name))
+            with named_as(**{of_config: option.format(name) for of_config, option in TOKENIZER_OPTIONS.items()}):
+                read[name] = FrozenTokenizer(place, vfm_weights.get(name))
             network = read[name].network
             network.check_image_size(image_size)
             if network.vfm is not None and network.encodes_with_vfm:
@@ -214,6 +219,14 @@ def pairs(option: str, words: Sequence[str]) -> dict[str, str]:
     return named
 
 
+def _import_classes(paths: Sequence[str]) -> None:
+    """Imports classes of tokenizers: folders may name those that are."""
+    for path in paths:
+        cls: Any = class_at(path, "tokenizer_class")
+        if not (isinstance(cls, type) and issubclass(cls, PretrainedTokenizer)):
+            raise ValueError(f"tokenizer_class: {path} is no PretrainedTokenizer; give a class that derives from it")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `compare` by the options of a command line; by default of this process's."""
     parser = ArgumentParser(
@@ -239,7 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tokenizer_class",
         nargs="+",
-        type=type[PretrainedTokenizer],
+        default=[],
+        metavar="class",
         help="Classes of tokenizers that are not this project's, such as `my_package.MyVAE`, to read folders of them.",
     )
     with short_errors():
@@ -247,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             importlib.import_module(module)
         options = parser.parse_args(arguments).as_dict()
         set_matmul_precision(options.pop(MATMUL_PRECISION))
-        options.pop("tokenizer_class")  # is imported now, which is all it takes
+        _import_classes(options.pop("tokenizer_class"))
         options |= {name: pairs(name, options[name]) for name in ("tokenizers", "vfm_weights")}
         compare(**options)
 

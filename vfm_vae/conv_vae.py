@@ -8,20 +8,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from vfm_vae.checkpoints import fill, read_json, read_weights
+from vfm_vae.checkpoints import fill
 from vfm_vae.compilation import compile_regions
 from vfm_vae.contracts import VFM
+from vfm_vae.diffusers_folder import read_diffusers
 from vfm_vae.frozen import sha256_of
 from vfm_vae.losses.alignment import pool_tokens
 from vfm_vae.modules.maps import without_autocast
 from vfm_vae.modules.posterior import DiagonalGaussian
 from vfm_vae.options import at_least, within
-from vfm_vae.pretrained import CONFIG, model_folder
+from vfm_vae.pretrained import CONFIG
 from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
 from vfm_vae.types import Decoded, Posterior, VFMFeatures
 from vfm_vae.vfm import check_frozen
-
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 # Blocks of diffusers' encoder and decoder, without attention and with it.
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
@@ -105,18 +104,12 @@ class ConvVAE(PretrainedTokenizer):
         Raises:
             ValueError: if there is no such model, it has parts that a ConvVAE has not, or weights are missing.
         """
-        folder = model_folder(name, {"allow_patterns": [CONFIG, *WEIGHTS]} | hub)
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        config, tensors, _ = read_diffusers(name, AutoencoderKL, hub, unread=IGNORED)
         place = f"name: {str(name)!r}"
-        config = read_json(folder / CONFIG, "name") if (folder / CONFIG).is_file() else {}
-        if config.get("_class_name") != "AutoencoderKL":
-            raise ValueError(f"{place} holds no AutoencoderKL of diffusers")
-        weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), folder / WEIGHTS[0])
         model = cls(**from_diffusers_config(config, place))
-        fill(
-            model,
-            with_present_names(read_weights(weights, "name")),
-            f"{place}: the weights are of another model than its {CONFIG}",
-        )
+        fill(model, with_present_names(tensors), f"{place}: the weights are of another model than its {CONFIG}")
         return model.eval().attach_vfm(vfm_weights)
 
     def to_diffusers(self, folder: str | Path, scaling_factor: float = 1.0, sample_size: int = 256) -> None:
@@ -260,10 +253,8 @@ def to_diffusers_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_present_names(tensors: Any) -> Any:
+def with_present_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by the names that diffusers gives them today, of folders that it wrote before it renamed some."""
-    if not isinstance(tensors, Mapping):
-        return tensors
     former = re.compile("|".join(map(re.escape, FORMER_LAYERS)))
     return {former.sub(lambda match: FORMER_LAYERS[match[0]], name): tensor for name, tensor in tensors.items()}
 

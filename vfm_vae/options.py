@@ -66,8 +66,9 @@ def named_as(**options: str) -> Iterator[None]:
     except ValueError as error:
         message = str(error)
         for name, option in options.items():  # without an underscore a name may be but a word
-            pattern = rf"\b{name}\b" if "_" in name else rf"^{name}(?=:)|(?<=`){name}(?=`)"
-            message = re.sub(pattern, option, message)
+            is_word = "_" not in name
+            pattern = rf"^{name}(?=:)|(?<=`){name}(?=`)" if is_word else rf"(?<![\w/.]){name}(?![\w/]|\.\w)"
+            message = re.sub(pattern, option.replace("\\", r"\\"), message)
         raise ValueError(message) from error
 
 

@@ -153,9 +153,11 @@ class PretrainedTokenizer(nn.Module, Pretrained, Tokenizer):
         cells = self.side_multiple
         step = cells * self.compression
         if size < step or size % step:
+            latent, how = f"has a position for every {step}x{step} pixels", ""
+            if cells > 1:
+                latent, how = f"needs sides that divide by {cells}", f" ({cells} cells of {self.compression} pixels)"
             raise ValueError(
-                f"image_size: {size} does not fit this tokenizer, whose latent needs sides that divide by {cells}: "
-                f"give a multiple of {step} ({cells} cells of {self.compression} pixels)"
+                f"image_size: {size} does not fit this tokenizer, whose latent {latent}: give a multiple of {step}{how}"
             )
 
     def compile_regions(self) -> None:

@@ -1,6 +1,5 @@
 """RAE: a frozen vision foundation model as the encoder, a vision transformer as the decoder (arXiv 2510.11690)."""
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,15 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vfm_vae.checkpoints import fill as fill_weights
-from vfm_vae.checkpoints import read_json, read_weights
 from vfm_vae.compilation import compile_regions
 from vfm_vae.contracts import VFM
 from vfm_vae.derived import fill, shape_of
+from vfm_vae.description import class_path
+from vfm_vae.diffusers_folder import WEIGHTS, defaults_of, read_diffusers
 from vfm_vae.images import Interpolation
 from vfm_vae.modules.posterior import PointPosterior
-from vfm_vae.options import at_least, positive, within
-from vfm_vae.pretrained import CONFIG, model_folder
+from vfm_vae.options import at_least, named_as, positive, within
 from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
+from vfm_vae.towers import config_of
 from vfm_vae.transformers_vfm import TransformersVFM
 from vfm_vae.types import Decoded, Posterior, VFMFeatures
 from vfm_vae.vfm import check_frozen
@@ -27,7 +27,6 @@ from vfm_vae.vfm import check_frozen
 STD_FLOOR = 1e-5
 """Added to standard deviations by which latents are divided, as in published RAEs."""
 
-DIFFUSERS_CLASS, DIFFUSERS_WEIGHTS = "AutoencoderRAE", "diffusion_pytorch_model.safetensors"
 DIFFUSERS_STATISTICS = ("encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
 
 ENCODERS: Mapping[str, Mapping[str, Any]] = {
@@ -146,7 +145,7 @@ class RAE(PretrainedTokenizer):
 
         Args:
             name: The folder, or the hub's `owner/model`.
-            vfm: Whether to keep the encoder, which decoding does not need.
+            vfm: Whether to keep the encoder, which decoding does not need; without it, the folder may lack it, too.
             vfm_weights: File with the encoder's weights, to take instead of those beside the decoder's.
             **hub: Options of `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, …
 
@@ -157,17 +156,28 @@ class RAE(PretrainedTokenizer):
             ValueError: if there is no such model, or its files do not fit each other.
         """
         config, tensors, file = _read_diffusers(name, hub)
-        encoder = _diffusers_encoder(config, tensors, str(vfm_weights or file))
+        described = _encoder_arguments(config, tensors)
+        encoder = None
+        if vfm_weights is not None or any(part.startswith("encoder.") for part in tensors):
+            with named_as(weights="name" if vfm_weights is None else "vfm_weights"):
+                encoder = TransformersVFM(**described, weights=vfm_weights or str(file))
+        elif vfm:
+            raise ValueError(
+                f"name: {str(name)!r} has a decoder alone: its {file.name} lacks the encoder's tensors (encoder.…); "
+                "give a file with them as vfm_weights, or only decode, with RAE.from_diffusers(…, vfm=False)"
+            )
         model = cls(
             encoder,
+            latent_channels=config["encoder_hidden_size"],
+            compression=config["patch_size"],
             image_size=config["encoder_input_size"] // config["encoder_patch_size"] * config["patch_size"],
             decoder_width=config["decoder_hidden_size"],
             decoder_depth=config["decoder_num_hidden_layers"],
             decoder_heads=config["decoder_num_attention_heads"],
             decoder_mlp_width=config["decoder_intermediate_size"],
-            norm_eps=encoder.network.config.layer_norm_eps,
-            pixel_mean=encoder.mean.flatten().tolist(),
-            pixel_std=encoder.std.flatten().tolist(),
+            norm_eps=config_of(described["name"], described["model_args"]).layer_norm_eps,
+            pixel_mean=described["mean"],
+            pixel_std=described["std"],
             statistics_images=0,
         )
         weights = {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
@@ -176,7 +186,9 @@ class RAE(PretrainedTokenizer):
         mean, std = (tensors[f"_latents_{name}"].float().expand(1, *model.latent_shape)[0] for name in ("mean", "std"))
         std = std if scale == 1 else (std + STD_FLOOR) / scale - STD_FLOOR
         fill_weights(model, weights | {"mean": mean, "std": std}, f"name: the weights in {str(name)!r} do not fit")
-        if not vfm:
+        if encoder is None:
+            model.absent_vfm = {"class_path": class_path(TransformersVFM), **described, "fingerprint": None}
+        elif not vfm:
             model.absent_vfm, model.vfm = encoder.source(), None
         return model.eval()
 
@@ -194,7 +206,7 @@ class RAE(PretrainedTokenizer):
         if weights is None and source.get("norm_affine") is False and source.get("weights") is None:
             raise ValueError(
                 f"vfm_weights: the encoder {source['name']!r} lies beside its decoder in a folder of diffusers; give "
-                f"that folder's {DIFFUSERS_WEIGHTS}"
+                f"that folder's {WEIGHTS[0]}, or the folder itself instead of this one"
             )
         vfm = self.load_named_vfm(weights)
         self._check_fit(vfm)
@@ -344,41 +356,36 @@ def _read_diffusers(name: str | Path, hub: Mapping[str, Any]) -> tuple[dict[str,
     """What the `config.json` of a RAE in diffusers' format says, its tensors by name, and the file that holds them."""
     from diffusers.models.autoencoders.autoencoder_rae import AutoencoderRAE
 
-    folder = model_folder(name, {"allow_patterns": [CONFIG, DIFFUSERS_WEIGHTS], **hub})
-    config = read_json(folder / CONFIG, "name") if (folder / CONFIG).is_file() else {}
-    defaults = inspect.signature(AutoencoderRAE.__init__).parameters  # diffusers' own, for what the file leaves out
-    config = {option: parameter.default for option, parameter in defaults.items()} | config
-    if config.get("_class_name") != DIFFUSERS_CLASS or config["encoder_type"] not in ENCODERS:
-        raise ValueError(f"name: {str(name)!r} holds no {DIFFUSERS_CLASS} of diffusers, of {', '.join(ENCODERS)}")
+    config, tensors, file = read_diffusers(name, AutoencoderRAE, hub)
+    config = defaults_of(AutoencoderRAE) | config
+    if (kind := config["encoder_type"]) not in ENCODERS:
+        raise ValueError(f"name: {str(name)!r} has encoder_type={kind!r}; known are {', '.join(ENCODERS)}")
     if not config["reshape_to_2d"]:
         raise ValueError(f"name: {str(name)!r} has reshape_to_2d=false; only latents with rows and columns are known")
-    tensors = dict(read_weights(folder / DIFFUSERS_WEIGHTS, "name"))
     if missing := [statistic for statistic in DIFFUSERS_STATISTICS if statistic not in tensors]:
-        raise ValueError(f"name: the weights in {str(name)!r} lack {missing}; they are no {DIFFUSERS_CLASS}'s")
-    return config, tensors, folder / DIFFUSERS_WEIGHTS
+        raise ValueError(f"name: the weights in {str(name)!r} lack {missing}; they are no AutoencoderRAE's")
+    return config, tensors, file
 
 
-def _diffusers_encoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: str) -> TransformersVFM:
-    """The encoder of a RAE in diffusers' format, which resizes images as there.
+def _encoder_arguments(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the encoder of a RAE in diffusers' format, which resizes images as there.
 
     Args:
         config: The RAE's `config.json`.
         tensors: The RAE's tensors, of which mean and standard deviation of pixels are taken.
-        weights: File with the encoder's weights.
     """
     kind, width, depth = (config[f"encoder_{name}"] for name in ("type", "hidden_size", "num_hidden_layers"))
     sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": width // HEAD_WIDTH}
     patch_size = config["encoder_patch_size"]
-    return TransformersVFM(
-        f"rae_{kind}_{width}x{depth}",
-        layers=[-2],
-        input_scale=patch_size / config["patch_size"],
-        weights=weights,
-        model_args={**ENCODERS[kind], **sizes, "patch_size": patch_size},
-        antialias=False,
-        interpolation="bicubic",
-        target_interpolation="bicubic",
-        norm_affine=False,
-        mean=tensors["encoder_mean"].flatten().tolist(),
-        std=tensors["encoder_std"].flatten().tolist(),
-    )
+    return {
+        "name": f"rae_{kind}_{width}x{depth}",
+        "layers": [-2],
+        "input_scale": patch_size / config["patch_size"],
+        "model_args": {**ENCODERS[kind], **sizes, "patch_size": patch_size},
+        "antialias": False,
+        "interpolation": "bicubic",
+        "target_interpolation": "bicubic",
+        "norm_affine": False,
+        "mean": tensors["encoder_mean"].flatten().tolist(),
+        "std": tensors["encoder_std"].flatten().tolist(),
+    }

@@ -319,7 +319,7 @@ class FrozenTokenizer(Frozen):
     ) -> None:
         if not Path(checkpoint).exists() and Path(checkpoint).suffix == ".ckpt":
             raise ValueError(f"checkpoint: there is no tokenizer at {checkpoint!r}; train one first")
-        with named_as(name="checkpoint", weights="vfm_weights"):
+        with named_as(name="checkpoint", weights="vfm_weights", vfm_weights="model.tokenizer.vfm_weights"):
             network = read_tokenizer(checkpoint, tokenizer_class, vfm_weights=vfm_weights)
         super().__init__(network)
         identity = network.latent_identity()
@@ -361,7 +361,7 @@ def read_tokenizer(
     written_by = _class_in_diffusers(source)
     if written_by is None:
         return kind.from_pretrained(source, **options)
-    published = DIFFUSERS.get(written_by)
+    published = DIFFUSERS.get(str(written_by))
     if published is None:
         known = " and ".join(DIFFUSERS)
         raise ValueError(f"name: {str(source)!r} holds the class {written_by!r} of diffusers; known are {known}")

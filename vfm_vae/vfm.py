@@ -310,7 +310,7 @@ def check_vfm(vfm: VFM | None, checkpoint: Mapping[str, Any], option: str = "mod
     if stored["fingerprint"] not in (None, vfm.fingerprint()):
         raise ValueError(
             f"the checkpoint was trained on other weights of '{vfm.name}' (sha256 {stored['fingerprint'][:12]}…) than "
-            f"those at hand ({vfm.fingerprint()[:12]}…); give the right file as the "
-            "VFM's `weights` (a frozen tokenizer's `vfm_weights`)"
+            f"those at hand ({vfm.fingerprint()[:12]}…); give the right file as the VFM's weights (vfm_weights of a "
+            "frozen tokenizer)"
         )
     vfm.go_on_as(stored, option)
