@@ -222,6 +222,11 @@ class Foreign:
 
 MISTAKES = {
     "no file": (["nowhere.pth"], "source: there is no file 'nowhere.pth'"),
+    "a denoiser": (["denoiser.ckpt"], "'denoiser.ckpt' is a diffusion model's checkpoint: use python -m ldm.convert"),
+    "a folder's file": (
+        ["diffusion_pytorch_model.safetensors"],
+        "source: 'diffusion_pytorch_model.safetensors' is only the weights of a folder whose config.json says",
+    ),
     "no config": (["published.pth"], "config: published weights need the public YAML"),
     "missing config": (["published.pth", "--config=nowhere.yaml"], "config: there is no file 'nowhere.yaml'"),
     "no yaml": (["published.pth", "--config=broken.yaml"], "config: 'broken.yaml' is no YAML"),
@@ -248,6 +253,8 @@ def test_a_mistake_ends_with_one_line(published, monkeypatch, capsys, mistake):
     torch.save({"model": Foreign()}, "code.pth")
     Path("text.pth").write_text("not weights")
     torch.save({"weight": torch.zeros(1)}, "else.pth")
+    torch.save({"weight": torch.zeros(1)}, "diffusion_pytorch_model.safetensors")
+    torch.save({"state_dict": {}, "tokenizer": None}, "denoiser.ckpt")
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *arguments, "--out=out")
     assert stopped.value.code == 2

@@ -11,8 +11,10 @@ from vfm_vae import schema
 from vfm_vae.checkpoints import read_weights
 from vfm_vae.cli import short_errors
 from vfm_vae.description import describe
+from vfm_vae.diffusers_folder import WEIGHTS as DIFFUSERS_WEIGHTS
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.options import named_as
+from vfm_vae.pretrained import CONFIG
 from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
 from vfm_vae.published import (
     opponents_from_published,
@@ -94,12 +96,12 @@ def _published(
     content: Any, source: str, config: str | None, vfm: str | None, vfm_weights: str | None, images_seen: int | None
 ) -> tuple[VFMVAE, dict[str, Any]]:
     """A published VFM-VAE, and what training goes on from; arguments as of `convert`, after what the file holds."""
+    trained, averaged = pick(content, "ldm_adapter.")
+    if (weights := averaged or trained) is None:
+        raise ValueError(f"source: {source!r} {_other(content, source)}")
     if config is None:
         raise ValueError("config: published weights need the public YAML that they were trained with")
     generator, trained_images = read_config(config)
-    trained, averaged = pick(content, "ldm_adapter.")
-    if (weights := averaged or trained) is None:
-        raise ValueError(f"source: {source!r} holds no weights of a VFM-VAE generator (ldm_adapter.…)")
     model = tokenizer_from_published(weights, generator)
     model.absent_vfm = vfm_source_of(generator, vfm)
     if vfm_weights is not None:
@@ -112,6 +114,16 @@ def _published(
         opponents_from_published(opponents),
     )
     return model, checkpoint
+
+
+def _other(content: Any, source: str) -> str:
+    """What a file is that holds no tokenizer."""
+    if isinstance(content, Mapping) and {"state_dict", "tokenizer"} <= content.keys():
+        return "is a diffusion model's checkpoint: use python -m ldm.convert"
+    place = Path(source).parent
+    if Path(source).name in DIFFUSERS_WEIGHTS or (place / CONFIG).is_file():
+        return f"is only the weights of a folder whose {CONFIG} says what they are: give the folder, {str(place)!r}"
+    return "holds no weights of a VFM-VAE generator (ldm_adapter.…)"
 
 
 def _checkpoint(
