@@ -218,6 +218,6 @@ def test_ranges():
 
 def test_options_are_renamed_in_messages_but_files_are_not():
     message = "vfm_weights: no file at 'a/vfm_weights.pt' nor vfm_weights.pt; give it (vfm_weights)"
-    with pytest.raises(ValueError, match="^option") as raised, named_as(vfm_weights=r"option\1"):
+    with pytest.raises(ValueError, match=r"^option") as raised, named_as(vfm_weights=r"option\1"):
         raise ValueError(message)
     assert str(raised.value) == r"option\1: no file at 'a/vfm_weights.pt' nor vfm_weights.pt; give it (option\1)"
