@@ -32,8 +32,9 @@ class StopOnSignal(Checkpoint):
     With `ckpt_path: last` the same command resumes exactly where the run stopped, even in the middle of an epoch. A
     signal may reach only one rank: after each step all ranks ask each other. A stop waits for the end of an optimizer
     step, because a checkpoint holds no half-accumulated gradients. No validation is run; one that was due or had begun
-    is run as a whole after resuming. (What a validation computes after its last batch is not interrupted.) Before
-    training begins, signals have their usual effect. A second Ctrl-C (SIGINT) ends the process at once, without saving.
+    is run as a whole after resuming. Only the last validation, behind which no step is left to resume, goes on once the
+    checkpoint is written. (What a validation computes after its last batch is not interrupted.) Before training begins,
+    signals have their usual effect. A second Ctrl-C (SIGINT) ends the process at once, without saving.
     If a shell makes its background jobs ignore Ctrl-C, it stays ignored.
 
     With several GPUs, ranks read an answer when they next ask, so all of them stop one question later (by default, one
@@ -84,6 +85,7 @@ class StopOnSignal(Checkpoint):
         self._asked = 0  # step
         self._late = False  # whether an answer is read when the next question is asked
         self._answer: _Answer | None = None
+        self._saved_at_end = False  # in the last validation
         self._previous: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -99,7 +101,7 @@ class StopOnSignal(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on, signals are noted. Lightning's handler of SIGTERM, which breaks off, stands aside."""
-        self._received, self._asked = 0, trainer.global_step
+        self._received, self._asked, self._saved_at_end = 0, trainer.global_step, False
         self._late, self._answer = trainer.strategy.root_device.type == "cuda", None
         if threading.current_thread() is threading.main_thread():
             heard = [number for number in self.signals if not _ignored_by_shell(number)]
@@ -126,11 +128,14 @@ class StopOnSignal(Checkpoint):
             self._stop(trainer, number)
 
     def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Stops in a validation, which is then done anew when the run goes on."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        """Stops in a validation, which is then done anew when the run goes on; saves in the last one, which goes on."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or self._saved_at_end:
             return
         number = self._agreed(trainer)
-        if number:
+        if number and _has_taken_all_steps(trainer):
+            self._saved_at_end = True
+            self._save(trainer, number)
+        elif number:
             _rewind(trainer.fit_loop.epoch_loop.val_loop.batch_progress)
             self._stop(trainer, number)
 
@@ -145,12 +150,16 @@ class StopOnSignal(Checkpoint):
         former, self._answer = self._answer, _Answer(number)
         return former.read() if former is not None else 0
 
-    def _stop(self, trainer: Trainer, number: int) -> None:
-        name, code = signal.Signals(number).name, self.exit_code
+    def _save(self, trainer: Trainer, number: int) -> None:
         checkpoint = next(callback for callback in _model_checkpoints(trainer) if callback.save_last is True)
         save_last(checkpoint, trainer)
-        rank_zero_info(f"{name}: saved {checkpoint.last_model_path} after step {trainer.global_step}")
-        environment = _slurm(trainer)
+        end = "; its last validation is finished now" if self._saved_at_end else ""
+        name = signal.Signals(number).name
+        rank_zero_info(f"{name}: saved {checkpoint.last_model_path} after step {trainer.global_step}{end}")
+
+    def _stop(self, trainer: Trainer, number: int) -> None:
+        self._save(trainer, number)
+        code, environment = self.exit_code, _slurm(trainer)
         if self.requeue and environment is not None and number == environment.requeue_signal:
             code = code if not trainer.is_global_zero or _requeue() else 1
         raise SystemExit(code)
@@ -182,6 +191,11 @@ class _Answer:
 
 def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _has_taken_all_steps(trainer: Trainer) -> bool:
+    """Whether no step of training follows, so that a run that goes on would validate no more."""
+    return trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
 
 
 def _ignored_by_shell(number: signal.Signals) -> bool:

@@ -232,6 +232,7 @@ class Raise(Callback):
     def on_validation_epoch_end(self, trainer, pl_module):
         self.validations += 1
         self.loss = float(trainer.callback_metrics["val/loss"]) if "val/loss" in trainer.callback_metrics else None
+        self.was_saved = Path(trainer.checkpoint_callback.dirpath, "last.ckpt").is_file()
 
 
 class Drawn(Dataset):
@@ -295,6 +296,14 @@ def test_stopped_anywhere_equals_uninterrupted(run, told):
         state["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] for state in (whole, resumed)
     ]
     assert counted[0] == counted[1]
+
+
+def test_the_last_validation_is_not_lost(run):
+    """There is no step left to resume at, so it would never be run again: it is saved first, and goes on."""
+    code, stopped, sender = run("stopped", Raise(validation=(5, 0)), max_steps=5)
+    assert code is None and sender.was_saved and stopped["global_step"] == 5
+    _, _, whole = run("whole", max_steps=5)
+    assert not whole.was_saved and sender.validations == whole.validations == 1 and sender.loss == whole.loss
 
 
 def test_accumulated_gradients_are_not_lost(run):
