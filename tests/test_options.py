@@ -56,7 +56,7 @@ MEANT = {
         "leaves a part out": [
             "brightness", "saturation", "contrast", "translation", "cutout", "cls_channels", "align_channels",
             "attention_depths", "Decoder.num_res_blocks", "multi_resolution_images", "count_batches", "latent_noise",
-            "statistics_images",
+            "RAE.statistics_images",
         ],
         "is from the first image on": ["adversarial_from", "discriminate_from"],
         "is never": ["probability", "prior_probability", "crop_probability", "label_drop"],
