@@ -11,6 +11,7 @@ from tiny_towers import CONFIGS, TEXT, WIDTH, Folders, check_close, images_of, l
 from torch import nn
 from torch.nn import functional as F
 
+from vfm_vae import towers
 from vfm_vae.transformers_vfm import TransformersVFM
 from vfm_vae.vfm import vfm_from
 
@@ -111,6 +112,17 @@ def test_what_is_no_vision_tower_is_refused(folder, tmp_path):
         ValueError, match=r"^name: 'x/y' \(SwinModel\) is no plain vision transformer; choose one with pa"
     ):
         TransformersVFM("x/y", pretrained=False, model_args=swin)
+
+
+def test_why_an_unknown_family_could_not_be_tried_is_told(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("the mistake\nitself")
+
+    monkeypatch.setattr(towers, "run_tower", broken)
+    args = {"model_type": "vit", "image_size": 32, "patch_size": 8, "hidden_size": 8, "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match=r"tried with an image: RuntimeError: the mistake itself\)$") as told:
+        TransformersVFM("x/y", pretrained=False, model_args=args | {"num_attention_heads": 1})
+    assert isinstance(told.value.__cause__, RuntimeError)
 
 
 def test_options_that_do_not_fit_are_refused(folder):

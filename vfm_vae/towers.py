@@ -302,6 +302,10 @@ def _made(options: Mapping[str, Any], place: str, name: str) -> Any:
 
 def _try_out(empty: Any, name: str, config: Any) -> None:
     """Checks that a tower of a family that is not known here gives tokens of patches in all layers."""
+    complaint = (
+        f"name: {name!r} ({type(empty).__name__}) is no plain vision transformer; choose one with patch tokens and a "
+        "sequence of blocks, for instance 'facebook/dinov2-with-registers-large'"
+    )
     try:
         side = config.image_size // config.patch_size
         grid = (side, side)
@@ -310,13 +314,11 @@ def _try_out(empty: Any, name: str, config: Any) -> None:
         shapes = {tuple(tokens.shape) for tokens in (final, *kept.values())}
         ((_, length, width),) = shapes
         fits = length >= math.prod(grid) and width == config.hidden_size and len(kept) == len(blocks_of(empty)) + 1
-    except Exception:  # whatever a network that is no tower does with images
-        fits = False
+    except Exception as error:  # third-party code fails in many ways at images that it does not take: said, not hidden
+        cause = " ".join(str(error).split())
+        raise ValueError(f"{complaint} (tried with an image: {type(error).__name__}: {cause})") from error
     if not fits:
-        raise ValueError(
-            f"name: {name!r} ({type(empty).__name__}) is no plain vision transformer; choose one with patch tokens and "
-            "a sequence of blocks, for instance 'facebook/dinov2-with-registers-large'"
-        )
+        raise ValueError(complaint)
 
 
 def _final_norm(tower: Any, name: str) -> str:
