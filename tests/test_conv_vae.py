@@ -265,7 +265,7 @@ def test_its_latents_are_told_by_what_encodes_alone():
     assert model.latent_identity() != identity
 
 
-def test_a_denoiser_refuses_latents_of_another_of_the_same_shape(folder, tmp_path):
+def test_a_denoiser_refuses_latents_of_another_of_the_same_shape(folder, tmp_path, tiny_model):
     network = LightningDiT(in_channels=4, input_size=4, depth=1, width=16, num_heads=2, num_classes=3)
     model = LatentDiffusion(network)
     model.latent_source = read_tokenizer(folder).latent_identity()
@@ -274,3 +274,8 @@ def test_a_denoiser_refuses_latents_of_another_of_the_same_shape(folder, tmp_pat
     message = r"tokenizer: it is of another tokenizer \(ConvVAE, .*expected \(ConvVAE, .*: its weights differ; give"
     with pytest.raises(ValueError, match=message):
         model.use_tokenizer(str(tmp_path))
+    other, kind = tiny_model(), ("channels", "compression")
+    ours, theirs = model.latent_source, other.latent_identity()
+    assert [ours[name] for name in kind] == [theirs[name] for name in kind]
+    with pytest.raises(ValueError, match=r"tokenizer: it is of another tokenizer \(vit_photos.*expected \(ConvVAE"):
+        model.use_tokenizer(other)
