@@ -54,6 +54,9 @@ class DiffusionModule(DrawingModule):
             each.
         conditioning: Where the denoiser's conditions come from; null for class labels, which `label_mode` chooses for
             samples. A conditioning that is given chooses by itself, such as `ClassLabels` by its `mode`.
+        shift: Warps the times of training and validation: below 1 there are more near noise. `auto` takes
+            `sqrt(4096 / (C·h·w))` for latents of that shape, null is no shift. Published shifts of noise
+            levels, as RAE's 6.93, are 1 / shift. The sampler has a `shift` of its own.
         predict: What prediction returns: decoded `images`, or `latents`.
         rounding: How samples are converted to 8 bits: `round` to the nearest level, or `truncate` as for published
             numbers.
@@ -89,6 +92,7 @@ class DiffusionModule(DrawingModule):
         torch_compile: Compile = "auto",
         seed: int = 0,
         conditioning: Conditioning | None = None,
+        shift: path.Shift = None,
     ):
         if conditioning is not None and label_mode != "random":
             raise ValueError(
@@ -97,6 +101,7 @@ class DiffusionModule(DrawingModule):
             )
         pipeline = LatentDiffusion(model, sampler, guidance, conditioning or class_labels(model, label_mode))
         super().__init__(pipeline, tokenizer, predict, rounding, seed)
+        path.check_shift(shift)
         at_least(0, cosine_weight=cosine_weight)
         at_least(1, statistics_images=statistics_images)
         within(0, 1, label_drop=label_drop)
@@ -104,6 +109,7 @@ class DiffusionModule(DrawingModule):
         within(1, model.in_channels, **{"guidance.channels": pipeline.guidance.channels})
         self.optimizer = optimizer
         self.times: path.Times = times
+        self.shift = path.shift_for(shift, model.latent_shape)
         self.alignment = alignment
         self.weights = {"mse": 1.0, "cosine": cosine_weight} | (alignment.weights if alignment else {})
         self.label_drop = label_drop
@@ -124,7 +130,7 @@ class DiffusionModule(DrawingModule):
         torch.manual_seed(seed_of(self.seed, self.global_rank, self.images_seen))  # a resumed run draws the same
         latents, features = self._latents(batch), self._features(batch)  # [B, C, h, w], [B, 1 + N, D]
         noise = torch.randn_like(latents)
-        t = path.times(self.times, torch.randn(len(noise), device=noise.device))  # [B]
+        t = path.times(self.times, torch.randn(len(noise), device=noise.device), self.shift)  # [B]
         dropped = torch.rand(len(noise), device=noise.device) < self.label_drop
         condition = self.conditioning.of_batch(batch).drop(dropped)
         noise_token = torch.randn(len(noise), self.model.cls_channels, device=noise.device)  # empty without one
@@ -213,7 +219,7 @@ class DiffusionModule(DrawingModule):
         """Measures the loss at one time for each latent, always the same."""
         numbers = IndexedNoise("validation", self.seed, batch.index, self.device)
         shape = self.model.latent_shape
-        t, noise = path.times(self.times, numbers.normal()), numbers.normal(*shape)
+        t, noise = path.times(self.times, numbers.normal(), self.shift), numbers.normal(*shape)
         features = self._features(batch)
         state = self._state(self._latents(batch, numbers.normal(*shape)), features)
         noise = self.model.join(noise, numbers.normal(self.model.cls_channels))

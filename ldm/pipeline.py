@@ -215,7 +215,8 @@ class LatentDiffusion(nn.Module, Pretrained):
         condition = own if condition is None else condition.to(device)
         guidance = self.guidance if guidance_scale is None else self.guidance.with_scale(guidance_scale)
         field, shape = guidance.field(self.model, condition), self.model.state_shape
-        state = self.sampler(field, noise.normal(*shape), lambda: noise.normal(*shape))
+        sampler = self.sampler.fitted_to(self.model.latent_shape)
+        state = sampler(field, noise.normal(*shape), lambda: noise.normal(*shape))
         latents = self.normalization.inverse(self.model.split(state)[0].float())
         check_finite("samples", latents)
         return Samples(None, latents, condition, index)
@@ -235,7 +236,7 @@ class LatentDiffusion(nn.Module, Pretrained):
     def settings(self) -> dict[str, Any]:
         """All that samples depend on besides weights and seed, as plain data."""
         return {
-            "sampler": {"class": type(self.sampler).__name__, **self.sampler.arguments},
+            "sampler": self.sampler.fitted_to(self.model.latent_shape).settings(),
             "guidance": self.guidance.arguments,
             **self.conditioning.settings(),
             "tokenizer": self.latent_source,

@@ -5,41 +5,48 @@ noise at t = 0; it returns the data at t = 1. Time is `path`'s.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from itertools import pairwise
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from ldm.path import score
+from ldm.path import Shift, check_shift, score, shift_for, shifted
 from vfm_vae.description import Described
 from vfm_vae.finite import not_finite
-from vfm_vae.options import at_least, positive
+from vfm_vae.options import at_least, positive, within
 
 Noise = Callable[[], Tensor]
 VelocityField = Callable[[Tensor, Tensor], Tensor]  # of states and one time for all
 
 
-def time_grid(steps: int, shift: float = 1.0) -> Tensor:
+def time_grid(steps: int, shift: float | None = None, end: float = 1.0) -> Tensor:
     """Times from 0 to 1, spent mostly near noise for a shift below 1 and near data above.
-
-    `t' = s·t / (1 + (s − 1)·t)` of evenly spaced t (Esser et al. 2024, arXiv 2403.03206, eq. 23, in this project's
-    direction of time).
 
     Args:
         steps: Points of the grid, so one more than there are intervals.
-        shift: The shift s; 1 leaves the grid even, LightningDiT takes 0.3.
+        shift: Warps evenly spaced times, see `path.shifted`; LightningDiT takes 0.3.
+        end: The last of the even times; below 1 the grid stops short of data.
 
     Returns:
         float32 `[steps]`.
     """
-    t = torch.linspace(0, 1, steps)
-    return shift * t / (1 + (shift - 1) * t)
+    return shifted(torch.linspace(0, end, steps), shift)
 
 
 class Sampler(Described, ABC):
-    """Integrates a velocity field from noise at t = 0 to data at t = 1."""
+    """Integrates a velocity field from noise at t = 0 to data at t = 1.
+
+    Attributes:
+        added: Options that a class got when there were folders of samples that don't note them, with the values that
+            those samples were drawn by.
+    """
+
+    added: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @abstractmethod
     def __call__(self, field: VelocityField, noise: Tensor, fresh_noise: Noise | None = None) -> Tensor:
@@ -54,27 +61,83 @@ class Sampler(Described, ABC):
             Samples like `noise`.
         """
 
+    def fitted_to(self, latent_shape: Sequence[int]) -> "Sampler":
+        """The sampler for latents of a shape `(C, h, w)`; itself, unless an option follows from the shape."""
+        return self
 
-class GridSampler(Sampler):
+    def settings(self) -> dict[str, Any]:
+        """Class and arguments as a folder of samples notes them, which must not differ from what older ones note."""
+        options = {name: value for name, value in self.arguments.items() if (name, value) not in self.added.items()}
+        return {"class": type(self).__name__, **options}
+
+
+class ShiftedSampler(Sampler):
+    """Base class of samplers whose times can be shifted.
+
+    Args:
+        shift: Warps the times, see `path.shifted`: below 1 there are more near noise. `auto` follows from the latents'
+            shape, see `path.shift_for`; null and 1 shift nothing.
+
+    Raises:
+        ValueError: if it is no such shift.
+    """
+
+    shift: Shift = 1.0
+
+    def __init__(self, shift: Shift = 1.0):
+        check_shift(shift)
+        self.shift = shift
+
+    def fitted_to(self, latent_shape: Sequence[int]) -> Self:
+        """The same sampler with the number that its shift stands for."""
+        fitted = copy(self)
+        fitted.shift = shift_for(self.shift, latent_shape)
+        if "shift" in self.arguments:
+            fitted.arguments = self.arguments | {"shift": fitted.shift}
+        return fitted
+
+    @property
+    def known_shift(self) -> float | None:
+        """The shift as a number; None for none.
+
+        Raises:
+            ValueError: if it follows from the latents, which nobody has told.
+        """
+        if isinstance(self.shift, str):
+            raise ValueError(
+                "sampler.shift: 'auto' follows from the shape of the latents, which a sampler alone doesn't know: take "
+                "`sampler.fitted_to(latent_shape)`, or give a number"
+            )
+        return self.shift
+
+
+class GridSampler(ShiftedSampler):
     """Base class of samplers on a grid of times.
 
     Args:
         steps: Number of points on the time grid, both ends included.
-        shift: Warps the grid, see `time_grid`.
+        shift: Warps the grid: below 1 there are more points near noise. `auto` takes `sqrt(4096 / (C·h·w))` for latents
+            of that shape, null the even grid. Published shifts of noise levels, as RAE's 6.93, are 1 / shift.
+        end: Time at which the even grid ends before it is warped; 1 is data. RAE's published samples end at 0.999.
 
     Raises:
         ValueError: if an option lies outside its range.
     """
 
-    def __init__(self, steps: int = 250, shift: float = 1.0):
+    added = MappingProxyType({"end": 1.0})
+    end: float = 1.0
+
+    def __init__(self, steps: int = 250, shift: Shift = 1.0, end: float = 1.0):
+        super().__init__(shift)
         at_least(2, steps=steps)
-        positive(shift=shift)
-        self.steps, self.shift = steps, shift
+        positive(end=end)
+        within(0, 1, end=end)
+        self.steps, self.end = steps, end
 
     @property
     def times(self) -> Tensor:
         """The grid, `[steps]`."""
-        return time_grid(self.steps, self.shift)
+        return time_grid(self.steps, self.known_shift, self.end)
 
 
 class Euler(GridSampler):
@@ -82,7 +145,9 @@ class Euler(GridSampler):
 
     Args:
         steps: Number of points on the time grid, both ends included: one more than there are evaluations.
-        shift: Warps the grid, see `time_grid`.
+        shift: Warps the grid: below 1 there are more points near noise. `auto` takes `sqrt(4096 / (C·h·w))` for latents
+            of that shape, null the even grid. Published shifts of noise levels, as RAE's 6.93, are 1 / shift.
+        end: Time at which the even grid ends before it is warped; 1 is data. RAE's published samples end at 0.999.
     """
 
     def __call__(self, field: VelocityField, noise: Tensor, fresh_noise: Noise | None = None) -> Tensor:
@@ -98,7 +163,9 @@ class Heun(GridSampler):
 
     Args:
         steps: Number of points on the time grid, both ends included.
-        shift: Warps the grid, see `time_grid`.
+        shift: Warps the grid: below 1 there are more points near noise. `auto` takes `sqrt(4096 / (C·h·w))` for latents
+            of that shape, null the even grid. Published shifts of noise levels, as RAE's 6.93, are 1 / shift.
+        end: Time at which the even grid ends before it is warped; 1 is data. RAE's published samples end at 0.999.
     """
 
     def __call__(self, field: VelocityField, noise: Tensor, fresh_noise: Noise | None = None) -> Tensor:
@@ -139,21 +206,26 @@ class Dopri5(Sampler):
             raise not_finite(f"samples: no step of Dopri5 is small enough ({error})") from error
 
 
-class EulerMaruyama(Sampler):
+class EulerMaruyama(ShiftedSampler):
     """Stochastic sampler of SiT (Ma et al. 2024, arXiv 2401.08740) and REG: the reverse SDE with diffusion 2·(1 − t).
 
-    From noise level τ = 1 − t = 1 in even, noisy steps to the last level, then without noise to 0. The state is kept in
-    float64.
+    From noise level τ = 1 − t = 1 in noisy steps, even unless shifted, to the last level, then without noise to 0. The
+    state is kept in float64.
 
     Args:
         steps: Number of evaluations, including the last, noiseless one.
         last: Noise level before the last step, in (0, 1).
+        shift: Warps the times of all levels: below 1 there are more near noise. `auto` takes `sqrt(4096 / (C·h·w))` for
+            latents of that shape, null and 1 leave them even.
 
     Raises:
         ValueError: if an option lies outside its range.
     """
 
-    def __init__(self, steps: int = 250, last: float = 0.04):
+    added = MappingProxyType({"shift": 1.0})
+
+    def __init__(self, steps: int = 250, last: float = 0.04, shift: Shift = 1.0):
+        super().__init__(shift)
         at_least(2, steps=steps)
         if not 0 < last < 1:
             raise ValueError(f"last: a noise level in (0, 1), given {last}")
@@ -163,7 +235,7 @@ class EulerMaruyama(Sampler):
     def times(self) -> Tensor:
         """1 − noise level at the ends of all steps, float64 `[steps + 1]`."""
         levels = torch.linspace(1, self.last, self.steps, dtype=torch.float64)
-        return 1 - torch.cat([levels, levels.new_zeros(1)])
+        return shifted(1 - torch.cat([levels, levels.new_zeros(1)]), self.known_shift)
 
     def __call__(self, field: VelocityField, noise: Tensor, fresh_noise: Noise | None = None) -> Tensor:
         """Samples; every step but the last takes fresh noise."""

@@ -51,7 +51,7 @@ def test_parts_paths_and_further_options_are_plain_data():
     described = describe(Layer((1, 2), Euler(3), weights=Path("a/b"), names={"x": [None, True]}))
     assert described["init_args"] == {
         "width": [1, 2],
-        "sampler": {"class_path": "ldm.samplers.Euler", "init_args": {"steps": 3, "shift": 1.0}},
+        "sampler": {"class_path": "ldm.samplers.Euler", "init_args": {"steps": 3, "shift": 1.0, "end": 1.0}},
         "weights": "a/b",
         "names": {"x": [None, True]},
     }
@@ -60,7 +60,7 @@ def test_parts_paths_and_further_options_are_plain_data():
 
 def test_what_is_built_is_what_was_described():
     again = build(Sampler, describe(Euler(7, shift=0.3)))
-    assert type(again) is Euler and again.arguments == {"steps": 7, "shift": 0.3}
+    assert type(again) is Euler and again.arguments == {"steps": 7, "shift": 0.3, "end": 1.0}
 
 
 def test_copies_and_signatures_are_as_without_it():

@@ -61,7 +61,7 @@ MEANT = {
         "is from the first image on": ["adversarial_from", "discriminate_from"],
         "is never": ["probability", "prior_probability", "crop_probability", "label_drop"],
         "bears nothing": ["distmat_margin", "cos_margin", "max_bad_fraction"],
-        "is noise": ["start", "end", "times", "time"],
+        "is noise": ["start", "Guidance.end", "Autoguidance.end", "InternalGuidance.end", "times", "time"],
         "is what the model says without a label": ["scale", "guidance_scales"],
         "leaves the class token unguided": ["cls_scale"],
         "averages nothing": ["decay"],

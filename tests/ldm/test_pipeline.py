@@ -150,5 +150,5 @@ def test_another_sampler_and_guidance_are_saved(model, tmp_path):
     model.sampler, model.guidance = Heun(3), Guidance(5.0, end=0.9)
     model.save_pretrained(tmp_path)
     loaded = LatentDiffusion.from_pretrained(tmp_path)
-    assert (type(loaded.sampler), loaded.sampler.arguments) == (Heun, {"steps": 3, "shift": 1.0})
+    assert (type(loaded.sampler), loaded.sampler.arguments) == (Heun, {"steps": 3, "shift": 1.0, "end": 1.0})
     assert loaded.guidance.arguments == model.guidance.arguments
