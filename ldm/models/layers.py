@@ -47,10 +47,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         x: Normalised tokens, `[B, N, D]`.
-        shift: One for each sample, `[B, D]`.
+        shift: One for each sample, `[B, 1, D]`, or for each token, `[B, N, D]`.
         scale: Alike.
     """
-    return x * (1 + scale[:, None]) + shift[:, None]
+    return x * (1 + scale) + shift
 
 
 def sincos_frequencies(num: int) -> Tensor:
@@ -257,13 +257,13 @@ class Block(nn.Module):
 
         Args:
             x: `[B, N, D]`.
-            condition: Activated, `[B, D]`.
+            condition: Activated, one for each sample, `[B, 1, D]`, or for each token, `[B, N, D]`.
             rotary: As attention takes it.
         """
         # Between blocks, tokens stay float32 under autocast to bfloat16: the gates' small terms add up over the depth.
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=1)  # [B, D] each
-        x = x + gate_a[:, None] * self.attention(modulate(self.norm_attention(x), shift_a, scale_a), rotary)
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
+        x = x + gate_a * self.attention(modulate(self.norm_attention(x), shift_a, scale_a), rotary)
+        return x + gate_m * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
@@ -289,9 +289,9 @@ class FinalLayer(nn.Module):
 
         Args:
             x: Tokens.
-            condition: Activated, `[B, D]`.
+            condition: Activated, one for each sample, `[B, 1, D]`, or for each token, `[B, prefix + N, D]`.
         """
-        shift, scale = self.modulation(condition).chunk(2, dim=1)
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
         x = modulate(self.norm(x), shift, scale)
         if self.cls_out is None:
             return self.out(x), None
@@ -312,11 +312,42 @@ class Projector(nn.Sequential):
         super().__init__(*layers)
 
 
+class ConvProjector(nn.Module):
+    """Projects tokens to a VFM's width by one 3×3 convolution on their grid (iREPA, Singh et al. 2025, arXiv 2512.10794).
+
+    A class token, which has no place on the grid, has a linear layer of its own.
+
+    Args:
+        width: Width of the tokens.
+        out: Width of the VFM's tokens.
+        grid: Rows and columns of tokens.
+        has_class_token: Whether a class token comes first.
+    """
+
+    def __init__(self, width: int, out: int, grid: tuple[int, int], has_class_token: bool = False):
+        super().__init__()
+        self.grid = grid
+        self.conv = nn.Conv2d(width, out, 3, padding=1)
+        self.cls = nn.Linear(width, out) if has_class_token else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Maps `[B, prefix + N, D]` to `[B, prefix + N, out]`."""
+        patches = tokens if self.cls is None else tokens[:, 1:]
+        projected = self.conv(patches.mT.unflatten(2, self.grid)).flatten(2).mT  # [B, N, out]
+        return projected if self.cls is None else torch.cat([self.cls(tokens[:, :1]), projected], dim=1)
+
+
 def run_block(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
     """The block's output; where asked for, the backward pass computes what is in it again instead of keeping it."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
+
+
+def layers_of(*parts: nn.Module | None) -> list[nn.Linear | nn.Conv2d]:
+    """The linear layers and convolutions of the parts that there are, in their order."""
+    modules = (module for part in parts if part is not None for module in part.modules())
+    return [module for module in modules if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
 def xavier_init(*layers: nn.Linear | nn.Conv2d) -> None:
@@ -333,7 +364,7 @@ def scaled_init(std: float, *weights: Tensor) -> None:
         nn.init.normal_(weight, std=std)
 
 
-def zero_init(*layers: nn.Linear) -> None:
+def zero_init(*layers: nn.Linear | nn.Conv2d) -> None:
     """Zeros: blocks start as identities and the output as zero (Peebles & Xie 2023, section 3.2, adaLN-Zero)."""
     for layer in layers:
         nn.init.zeros_(layer.weight)

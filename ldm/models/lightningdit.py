@@ -6,16 +6,17 @@ project tokens within to the VFM's width, for their alignment (REPA, Yu et al. 2
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.condition import Condition, labels_of
-from ldm.models.denoiser import Denoiser, Prediction
+from ldm.models.denoiser import Denoiser, Predicts, Prediction
 from ldm.models.layers import (
     Block,
+    ConvProjector,
     FinalLayer,
     MakesNorm,
     PatchEmbed,
@@ -23,6 +24,7 @@ from ldm.models.layers import (
     RMSNorm,
     Size,
     TimeEmbedding,
+    layers_of,
     named_size,
     position_table,
     rotary_angles,
@@ -33,7 +35,7 @@ from ldm.models.layers import (
     xavier_init,
     zero_init,
 )
-from vfm_vae.options import at_least
+from vfm_vae.options import at_least, one_of
 
 SIZES = {
     "B": Size(12, 768, 12),
@@ -66,6 +68,11 @@ class LightningDiT(Denoiser):
         projector_width: Hidden width of the projector.
         activation_checkpointing: Whether to compute blocks again in the backward pass: it takes about a third more time
             and a fraction of the memory.
+        base_depth: Number of the block after which an internal head predicts the velocity, too, for internal guidance;
+            1 to depth, 0 for no such head.
+        predicts: What the network's output is: the `velocity`, or the `data`, of which the velocity is made.
+        projector: How tokens are projected to the VFM's width: `mlp`, each by itself (REPA), or `conv`, by one
+            convolution on their grid (iREPA).
 
     Raises:
         ValueError: if a number lies outside its range, or sizes do not divide.
@@ -94,16 +101,22 @@ class LightningDiT(Denoiser):
         align_depth: int = 8,
         projector_width: int = 2048,
         activation_checkpointing: bool = False,
+        base_depth: int = 0,
+        predicts: Predicts = "velocity",
+        projector: Literal["mlp", "conv"] = "mlp",
     ):
-        super().__init__(in_channels, input_size, num_classes, cls_channels, align_channels)
+        super().__init__(in_channels, input_size, num_classes, cls_channels, align_channels, base_depth, predicts)
         at_least(1, patch_size=patch_size, depth=depth, width=width, num_heads=num_heads)
         at_least(1, align_depth=align_depth, projector_width=projector_width)
+        one_of("projector", projector, "mlp", "conv")
         if rotary and width % (4 * num_heads):
             raise ValueError(f"width: {width} does not divide by 4 · num_heads = {4 * num_heads}")
         if width % 4 or width % num_heads:
             raise ValueError(f"width: {width} does not divide by both 4 and num_heads = {num_heads}")
         if align_channels and align_depth > depth:
             raise ValueError(f"align_depth: a block from 1 to depth = {depth}, given {align_depth}")
+        if base_depth > depth:
+            raise ValueError(f"base_depth: a block from 1 to depth = {depth}, or 0 for no head, given {base_depth}")
         self.grid = token_grid(self.input_size, patch_size)
         self.patch_size, self.align_depth = patch_size, align_depth
         self.activation_checkpointing = activation_checkpointing
@@ -121,7 +134,13 @@ class LightningDiT(Denoiser):
         with torch.random.fork_rng(devices=[]):  # so that models with and without these parts begin alike in the others
             self.cls_embed = nn.Linear(cls_channels, width) if cls_channels else None
             self.cls_norm = nn.LayerNorm(width, eps=1e-6) if cls_channels else None
-            self.projector = Projector(width, projector_width, align_channels) if align_channels else None
+            self.projector: nn.Module | None = None
+            if align_channels and projector == "mlp":
+                self.projector = Projector(width, projector_width, align_channels)
+            elif align_channels:
+                self.projector = ConvProjector(width, align_channels, self.grid, bool(cls_channels))
+            patch_channels = patch_size**2 * in_channels
+            self.base_final = FinalLayer(width, patch_channels, norm, cls_channels) if base_depth else None
         # Constants of the grid, made here and not stored. A class token has no place in it: it gets no position, and
         # is not turned.
         prefix = (0, 0, self.num_prefix_tokens, 0)
@@ -148,22 +167,20 @@ class LightningDiT(Denoiser):
 
     def reset_parameters(self) -> None:
         """Xavier for linear layers, N(0, 0.02²) for the embeddings, zeros for modulations and outputs."""
-        optional = [module for module in (self.cls_embed, *(self.projector or ())) if isinstance(module, nn.Linear)]
-        linear = [module for module in self.modules() if isinstance(module, nn.Linear) and module not in optional]
-        if self.final.cls_out is not None:
-            linear.remove(self.final.cls_out)
-            zero_init(self.final.cls_out)
-        xavier_init(*linear, self.patch_embed.proj)
-        hidden, out = (layer for layer in self.time_embed.mlp if isinstance(layer, nn.Linear))
+        added, zero = layers_of(self.cls_embed, self.projector), layers_of(self.final.cls_out, self.base_final)
+        first = self.patch_embed.proj
+        xavier_init(*(layer for layer in layers_of(self) if layer not in (first, *added, *zero)), first)
+        hidden, out = layers_of(self.time_embed)
         scaled_init(0.02, self.label_embed.weight, hidden.weight, out.weight)
         modulations = (block.modulation for block in self.blocks if isinstance(block, Block))
-        zero_init(*modulations, self.final.modulation, self.final.out)
-        xavier_init(*optional)
+        zero_init(*modulations, self.final.modulation, self.final.out, *zero)
+        xavier_init(*added)
 
     @property
     def regions(self) -> list[nn.Module]:
         """Blocks, what follows them, and the projector; embeddings are a small share."""
-        return [*super().regions, self.final, *([self.projector] if self.projector is not None else [])]
+        after = (self.final, self.base_final, self.projector)
+        return [*super().regions, *(part for part in after if part is not None)]
 
     def embed(self, state: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Tokens `[B, prefix + N, D]` and activated modulation `[B, D]` for the blocks; arguments as of `forward`."""
@@ -174,14 +191,23 @@ class LightningDiT(Denoiser):
             tokens = torch.cat([cls[:, None], tokens], dim=1)  # [B, 1 + N, D]
         return tokens + self.position, F.silu(self.time_embed(t) + self.label_embed(labels_of(condition)))
 
-    def forward(self, state: Tensor, t: Tensor, condition: Condition, align: bool = False) -> Prediction:
+    def forward(
+        self, state: Tensor, t: Tensor, condition: Condition, align: bool = False, base: bool = False
+    ) -> Prediction:
         """See `Denoiser.forward`."""
         tokens, modulation = self.embed(state, t, condition)  # [B, prefix + N, D], [B, D]
+        modulation = modulation[:, None]  # alike for all tokens
         rotary = None if self.rotary_cos is None else (self.rotary_cos, self.rotary_sin)
-        projected = None
+        projected = base_velocity = None
+
+        def as_velocity(patches: Tensor, token: Tensor | None) -> Tensor:  # [B, N, p·p·C], [B, cls_channels]
+            output = self.join(unpatchify(patches, self.grid, self.patch_size), token)
+            return self.as_velocity(output, state, t)
+
         for number, block in enumerate(self.blocks, start=1):
             tokens = run_block(block, tokens, modulation, rotary, recompute=self.activation_checkpointing)
             if align and self.projector is not None and number == self.align_depth:
                 projected = self.projector(tokens)  # [B, prefix + N, align_channels]
-        patches, cls_velocity = self.final(tokens, modulation)  # [B, N, p·p·C], [B, cls_channels]
-        return Prediction(self.join(unpatchify(patches, self.grid, self.patch_size), cls_velocity), projected)
+            if base and self.base_final is not None and number == self.base_depth:
+                base_velocity = as_velocity(*self.base_final(tokens, modulation))
+        return Prediction(as_velocity(*self.final(tokens, modulation)), projected, base_velocity)

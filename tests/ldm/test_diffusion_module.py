@@ -174,7 +174,8 @@ def test_block_features_are_patch_averages_at_a_fixed_noise(diffusion, latents, 
     model, t = module.model, torch.ones(5)
     with torch.no_grad():
         condition = torch.nn.functional.silu(model.time_embed(t) + model.label_embed(torch.full((5,), 3)))
-        tokens = model.blocks[0](model.patch_embed(z) + model.position, condition, (model.rotary_cos, model.rotary_sin))
+        rotary = model.rotary_cos, model.rotary_sin
+        tokens = model.blocks[0](model.patch_embed(z) + model.position, condition[:, None], rotary)
     torch.testing.assert_close(module.alignment_features(batch, 1.0)["block_01"], tokens.mean(1))
     assert not model.blocks[0]._forward_hooks
 
