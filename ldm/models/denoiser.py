@@ -3,18 +3,21 @@
 import math
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from ldm import path
 from ldm.condition import Condition
 from vfm_vae.compilation import compile_regions
 from vfm_vae.description import Described
 from vfm_vae.hooks import run_and_keep
-from vfm_vae.options import at_least
+from vfm_vae.options import at_least, one_of
+
+Predicts = Literal["velocity", "data"]
 
 
 class Prediction(NamedTuple):
@@ -24,10 +27,13 @@ class Prediction(NamedTuple):
         velocity: The state's velocity, in the state's shape.
         projected: Tokens within the network, brought to the width of a VFM's, a class token first:
             `[B, prefix + N, align_channels]`. None where they were not asked for, or there is no projector.
+        base: The velocity as an earlier block predicts it, in the state's shape. None where it was not asked for, or
+            there is no internal head.
     """
 
     velocity: Tensor
     projected: Tensor | None = None
+    base: Tensor | None = None
 
 
 class Denoiser(nn.Module, Described, ABC):
@@ -48,6 +54,10 @@ class Denoiser(nn.Module, Described, ABC):
         cls_channels: Width of the VFM's class token that is diffused together with the latent (REG); 0 for none.
         align_channels: Width of the VFM's tokens, to which this network's tokens are projected (REPA and REG); 0 for no
             projector.
+        base_depth: Number of the block after which an internal head predicts the velocity a first time, for internal
+            guidance; 0 for no such head.
+        predicts: What the network's output is: the `velocity`, or the `data` (x-prediction), from which `as_velocity`
+            makes the velocity.
 
     Attributes:
         grid: Rows and columns of the network's tokens; those of the latent, unless a subclass sets others.
@@ -67,16 +77,20 @@ class Denoiser(nn.Module, Described, ABC):
         num_classes: int | None = None,
         cls_channels: int = 0,
         align_channels: int = 0,
+        base_depth: int = 0,
+        predicts: Predicts = "velocity",
     ):
         super().__init__()
         at_least(1, in_channels=in_channels, input_size=input_size, num_classes=num_classes)
-        at_least(0, cls_channels=cls_channels, align_channels=align_channels)
+        at_least(0, cls_channels=cls_channels, align_channels=align_channels, base_depth=base_depth)
+        one_of("predicts", predicts, "velocity", "data")
         self.in_channels = in_channels
         rows, columns = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.input_size = rows, columns
         self.grid = self.input_size
         self.num_classes = num_classes
         self.cls_channels, self.align_channels = cls_channels, align_channels
+        self.base_depth, self.predicts = base_depth, predicts
 
     @abstractmethod
     def forward(self, state: Tensor, t: Tensor, condition: Condition, align: bool = False) -> Prediction:
@@ -87,7 +101,22 @@ class Denoiser(nn.Module, Described, ABC):
             t: Times in [0, 1], 0 being noise, `[B]`.
             condition: What the network is told of each.
             align: Whether to project tokens to the VFM's width; sampling does without.
+
+        A denoiser with an internal head (`base_depth`) has a further argument, `base: bool = False`: whether to return
+        that head's prediction, too. It is never given to others.
         """
+
+    def as_velocity(self, output: Tensor, state: Tensor, t: Tensor) -> Tensor:
+        """The velocity that an output of the network stands for: the output itself, unless that predicts data.
+
+        This is the one place that converts. All that samples, guides and measures sees velocities alone.
+
+        Args:
+            output: In the state's shape.
+            state: The noisy states that it is of, `[B, *state_shape]`.
+            t: Their times, `[B]`.
+        """
+        return output if self.predicts == "velocity" else path.velocity_to(output, state, t)
 
     @property
     def num_prefix_tokens(self) -> int:

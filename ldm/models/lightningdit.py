@@ -6,25 +6,25 @@ project tokens within to the VFM's width, for their alignment (REPA, Yu et al. 2
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.condition import Condition, labels_of
-from ldm.models.denoiser import Denoiser, Predicts, Prediction
+from ldm.models.denoiser import Denoiser, Prediction, Predicts
 from ldm.models.layers import (
     Block,
-    ConvProjector,
     FinalLayer,
     MakesNorm,
     PatchEmbed,
-    Projector,
+    Projects,
     RMSNorm,
     Size,
     TimeEmbedding,
     layers_of,
+    make_projector,
     named_size,
     position_table,
     rotary_angles,
@@ -35,7 +35,7 @@ from ldm.models.layers import (
     xavier_init,
     zero_init,
 )
-from vfm_vae.options import at_least, one_of
+from vfm_vae.options import at_least
 
 SIZES = {
     "B": Size(12, 768, 12),
@@ -103,12 +103,11 @@ class LightningDiT(Denoiser):
         activation_checkpointing: bool = False,
         base_depth: int = 0,
         predicts: Predicts = "velocity",
-        projector: Literal["mlp", "conv"] = "mlp",
+        projector: Projects = "mlp",
     ):
         super().__init__(in_channels, input_size, num_classes, cls_channels, align_channels, base_depth, predicts)
         at_least(1, patch_size=patch_size, depth=depth, width=width, num_heads=num_heads)
         at_least(1, align_depth=align_depth, projector_width=projector_width)
-        one_of("projector", projector, "mlp", "conv")
         if rotary and width % (4 * num_heads):
             raise ValueError(f"width: {width} does not divide by 4 · num_heads = {4 * num_heads}")
         if width % 4 or width % num_heads:
@@ -130,17 +129,15 @@ class LightningDiT(Denoiser):
         self.blocks = nn.ModuleList(
             Block(width, num_heads, norm, head_norm if qk_norm else None, swiglu) for _ in range(depth)
         )
-        self.final = FinalLayer(width, patch_size**2 * in_channels, norm, cls_channels)
+        out_features = patch_size**2 * in_channels
+        self.final = FinalLayer(width, out_features, norm, cls_channels)
         with torch.random.fork_rng(devices=[]):  # so that models with and without these parts begin alike in the others
             self.cls_embed = nn.Linear(cls_channels, width) if cls_channels else None
             self.cls_norm = nn.LayerNorm(width, eps=1e-6) if cls_channels else None
-            self.projector: nn.Module | None = None
-            if align_channels and projector == "mlp":
-                self.projector = Projector(width, projector_width, align_channels)
-            elif align_channels:
-                self.projector = ConvProjector(width, align_channels, self.grid, bool(cls_channels))
-            patch_channels = patch_size**2 * in_channels
-            self.base_final = FinalLayer(width, patch_channels, norm, cls_channels) if base_depth else None
+            self.projector = make_projector(
+                projector, width, projector_width, align_channels, self.grid, has_class_token=bool(cls_channels)
+            )
+            self.base_final = FinalLayer(width, out_features, norm, cls_channels) if base_depth else None
         # Constants of the grid, made here and not stored. A class token has no place in it: it gets no position, and
         # is not turned.
         prefix = (0, 0, self.num_prefix_tokens, 0)
@@ -200,7 +197,7 @@ class LightningDiT(Denoiser):
         rotary = None if self.rotary_cos is None else (self.rotary_cos, self.rotary_sin)
         projected = base_velocity = None
 
-        def as_velocity(patches: Tensor, token: Tensor | None) -> Tensor:  # [B, N, p·p·C], [B, cls_channels]
+        def velocity_of(patches: Tensor, token: Tensor | None) -> Tensor:  # [B, N, p·p·C], [B, cls_channels]
             output = self.join(unpatchify(patches, self.grid, self.patch_size), token)
             return self.as_velocity(output, state, t)
 
@@ -209,5 +206,5 @@ class LightningDiT(Denoiser):
             if align and self.projector is not None and number == self.align_depth:
                 projected = self.projector(tokens)  # [B, prefix + N, align_channels]
             if base and self.base_final is not None and number == self.base_depth:
-                base_velocity = as_velocity(*self.base_final(tokens, modulation))
-        return Prediction(as_velocity(*self.final(tokens, modulation)), projected, base_velocity)
+                base_velocity = velocity_of(*self.base_final(tokens, modulation))
+        return Prediction(velocity_of(*self.final(tokens, modulation)), projected, base_velocity)

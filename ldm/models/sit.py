@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-from ldm.models.layers import Size
+from ldm.models.denoiser import Predicts
+from ldm.models.layers import Projects, Size
 from ldm.models.lightningdit import LightningDiT
 
 SIZES = {
@@ -33,9 +34,14 @@ class SiT(LightningDiT):
         projector_width: Hidden width of the projector.
         activation_checkpointing: Whether to compute blocks again in the backward pass: it takes about a third more time
             and a fraction of the memory.
+        base_depth: Number of the block after which an internal head predicts the velocity, too, for internal guidance;
+            1 to depth, 0 for no such head.
+        predicts: What the network's output is: the `velocity`, or the `data`, of which the velocity is made.
+        projector: How tokens are projected to the VFM's width: `mlp`, each by itself (REPA), or `conv`, by one
+            convolution on their grid (iREPA).
 
     Raises:
-        ValueError: if sizes do not divide, or align_depth lies outside its range.
+        ValueError: if sizes do not divide, or align_depth or base_depth lies outside its range.
     """
 
     sizes: ClassVar[Mapping[str, Size]] = SIZES
@@ -55,6 +61,9 @@ class SiT(LightningDiT):
         align_depth: int = 8,
         projector_width: int = 2048,
         activation_checkpointing: bool = False,
+        base_depth: int = 0,
+        predicts: Predicts = "velocity",
+        projector: Projects = "mlp",
     ):
         super().__init__(
             in_channels,
@@ -73,4 +82,7 @@ class SiT(LightningDiT):
             align_depth=align_depth,
             projector_width=projector_width,
             activation_checkpointing=activation_checkpointing,
+            base_depth=base_depth,
+            predicts=predicts,
+            projector=projector,
         )
