@@ -28,6 +28,7 @@ from vfm_vae.contracts import VFM
 from vfm_vae.data.latents import RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.images import Rounding, from_uint8
+from vfm_vae.joined import join, matrices_of
 from vfm_vae.lightning_private import logs_now, undeclared
 from vfm_vae.metrics.reconstruction import MeanOverImages
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
@@ -43,6 +44,8 @@ class DiffusionModule(DrawingModule):
     Args:
         model: The denoiser to train.
         optimizer: Optimizer of the denoiser.
+        matrix_optimizer: Optimizer of the matrices within the denoiser's blocks, such as `torch.optim.Muon`; all other
+            weights are left to `optimizer`. Null leaves it all weights.
         sampler: Draws latents from noise in validation and prediction; null for the default, Euler.
         guidance: How samples are guided; null for no guidance.
         tokenizer: Decodes samples, and encodes images if the data has no latents; null if neither is needed.
@@ -93,6 +96,7 @@ class DiffusionModule(DrawingModule):
         seed: int = 0,
         conditioning: Conditioning | None = None,
         shift: path.Shift = None,
+        matrix_optimizer: OptimizerCallable | None = None,
     ):
         if conditioning is not None and label_mode != "random":
             raise ValueError(
@@ -106,8 +110,9 @@ class DiffusionModule(DrawingModule):
         at_least(1, statistics_images=statistics_images)
         within(0, 1, label_drop=label_drop)
         try_optimizers(optimizer=optimizer)
+        try_optimizers(1, 1, matrix_optimizer=matrix_optimizer)
         within(1, model.in_channels, **{"guidance.channels": pipeline.guidance.channels})
-        self.optimizer = optimizer
+        self.optimizer, self.matrix_optimizer = optimizer, matrix_optimizer
         self.times: path.Times = times
         self.shift = path.shift_for(shift, model.latent_shape)
         self.alignment = alignment
@@ -122,6 +127,8 @@ class DiffusionModule(DrawingModule):
         self._losses: dict[str, Tensor] = {}
         self._grad_norm = torch.zeros(())
         check_parts(model, alignment, tokenizer)
+        if matrix_optimizer is not None and not matrices_of(model.blocks):
+            raise ValueError(f"matrix_optimizer: {type(model).__name__} has no matrices in its blocks; leave it null")
 
     # Training
 
@@ -271,7 +278,8 @@ class DiffusionModule(DrawingModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The denoiser's."""
-        optimizer = self.optimizer(self.model.parameters())
+        model = self.model
+        optimizer = join(model.parameters(), self.optimizer, matrices_of(model.blocks), self.matrix_optimizer)
         self.skipped.watch(optimizer)
         return optimizer
 

@@ -36,10 +36,11 @@ def check_trainer(trainer: Trainer) -> None:
     positive(**{"trainer.val_check_interval": getattr(trainer, "val_check_interval", None)})  # unless by the clock
 
 
-def try_optimizers(**options: OptimizerCallable | None) -> None:
+def try_optimizers(*shape: int, **options: OptimizerCallable | None) -> None:
     """Checks that optimizers can be made from their options, before there is anything to optimize.
 
     Args:
+        *shape: Shape of a parameter that they are tried with; one number by default.
         **options: What makes them, by name; None where there is none.
 
     Raises:
@@ -49,7 +50,7 @@ def try_optimizers(**options: OptimizerCallable | None) -> None:
         if make is None:
             continue
         try:
-            (group,) = make([nn.Parameter(torch.zeros(1))]).param_groups
+            (group,) = make([nn.Parameter(torch.zeros(shape or (1,)))]).param_groups
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         finite(**{f"{name}.{option}": float(value) for option, value in group.items() if isinstance(value, Real)})

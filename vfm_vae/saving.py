@@ -14,8 +14,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 
 from vfm_vae.checkpoints import read_checkpoint
+from vfm_vae.joined import Joined
 from vfm_vae.lightning_private import undeclared
 from vfm_vae.writing import NotWritten, check_place, num_bytes, remove_leftovers, whole_file
+
+# How many averages of a parameter's size an optimiser keeps.
+AVERAGES: dict[type, int] = {torch.optim.Adam: 2, torch.optim.AdamW: 2, torch.optim.Muon: 1}
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -128,11 +132,12 @@ def local_path(address: str | Path | None) -> Path | None:
 
 
 def expected_bytes(trainer: Trainer, module: LightningModule) -> int:
-    """What a checkpoint takes at least: the module's state, and both averages of optimisers of Adam's kind."""
+    """What a checkpoint takes at least: the module's state, and the averages that Adam, AdamW and Muon keep."""
     parts = [list(module.state_dict().values())]
-    for optimizer in trainer.optimizers:
-        if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-            parts += [group["params"] for group in optimizer.param_groups] * 2
+    for whole in trainer.optimizers:
+        for optimizer in whole.parts if isinstance(whole, Joined) else (whole,):
+            averages = next((n for kind, n in AVERAGES.items() if isinstance(optimizer, kind)), 0)
+            parts += [group["params"] for group in optimizer.param_groups] * averages
     return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part)
 
 
