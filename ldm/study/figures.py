@@ -65,13 +65,15 @@ def _band(panel: Axes, curve: Curve, title: str) -> None:
     panel.fill_between(curve.steps, mean - spread, mean + spread, alpha=0.2, color=line.get_color())
 
 
-def blocks(results: Results) -> Figure:
+def blocks(results: Results) -> Figure | None:
     """CKNNA of every block over steps, a heat map for each diffusion model, all on one scale."""
     plan = results.plan
     maps = {}
     for name in plan.denoisers:
         if measured := results.blocks(name):
             maps[name] = np.array([curve.values.mean(0) for curve in measured.values()])
+    if not maps:
+        return None
     figure = Figure(figsize=(2.6 * len(maps) + 1, 3), dpi=80, layout="constrained")
     low, high = min(each.min() for each in maps.values()), max(each.max() for each in maps.values())
     axes = figure.subplots(1, len(maps), squeeze=False)[0]
@@ -87,8 +89,10 @@ def blocks(results: Results) -> Figure:
     return figure
 
 
-def transformations(results: Results) -> Figure:
+def transformations(results: Results) -> Figure | None:
     """SE-CKNNA of each tokenizer over the strength of each kind of transformation."""
+    if not results.tokenizers:
+        return None
     figure = Figure(figsize=(12.6, 3.8), dpi=80, layout="constrained")
     axes = figure.subplots(1, len(STRENGTHS), sharey=True)
     for panel, (kind, title) in zip(axes, STRENGTHS.items(), strict=True):

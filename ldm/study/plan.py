@@ -10,8 +10,9 @@ from jsonargparse import ArgumentParser
 
 from vfm_vae.cli import find_config
 
-Kind = Literal["tokenizer", "latents", "test", "denoiser"]
+Kind = Literal["tokenizer", "latents", "test", "denoiser", "guided"]
 LAST = "checkpoints/last.ckpt"
+ENTRY = "test"  # of what is measured after training, in a run's metrics.json
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class TokenizerPlan:
         title: What tables and figures call it.
         stages: Configs of each stage of its training, by the stage's name. A stage begins from the one before.
         latents: Configs of caching its latents, beside that of its last stage.
-        test: Configs of measuring it, likewise.
+        test: Configs of measuring it, likewise; none if it is not measured.
     """
 
     title: str
@@ -44,6 +45,25 @@ class DenoiserPlan:
     title: str
     tokenizer: str
     configs: list[str]
+
+
+@dataclass(frozen=True)
+class GuidedPlan:
+    """Samples of a trained diffusion model under a guidance, measured at several scales.
+
+    Attributes:
+        title: What tables call it.
+        denoiser: Name of the diffusion model whose samples are guided.
+        configs: Configs that choose the guidance, beside that of the diffusion model's training.
+        scales: Scales of the guidance.
+        partner: Name of the diffusion model that samples are guided away from, for autoguidance.
+    """
+
+    title: str
+    denoiser: str
+    configs: list[str]
+    scales: list[float]
+    partner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,28 +93,47 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Ablation:
+    """What is added to a diffusion model, one thing at a time.
+
+    Attributes:
+        baseline: Name of the diffusion model that has no addition.
+        additions: Names of diffusion models and guided samples that have one addition each, in the table's order.
+    """
+
+    baseline: str
+    additions: list[str]
+
+
+@dataclass(frozen=True)
 class Plan:
     """A study.
+
+    What it reports follows from what it has: the answer to its question, or the table of an ablation, or both.
 
     Attributes:
         folder: Folder of all that it writes.
         tokenizers: Its tokenizers by name.
         denoisers: Its diffusion models by name.
         distances: The distances that are reported, by what they are called; the last one has the last word.
-        question: What the answer is about.
         data: What the data is and how it is split, for the table of the tokenizers.
+        question: What the answer is about; None if no tokenizers are compared.
         alignment: Names of diffusion models on the same latents that differ in alignment alone, plain one first.
         seeds: Seeds; the whole chain is run for each.
+        guided: Guided samples of its diffusion models by name.
+        ablation: Which of these are compared as additions to one; None if none are.
     """
 
     folder: str
     tokenizers: dict[str, TokenizerPlan]
     denoisers: dict[str, DenoiserPlan]
     distances: dict[str, Distance]
-    question: Question
     data: str
+    question: Question | None = None
     alignment: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    guided: dict[str, GuidedPlan] = field(default_factory=dict)
+    ablation: Ablation | None = None
 
     def tokenizer_run(self, name: str, seed: int) -> Path:
         """Folder of a tokenizer's last stage."""
@@ -103,6 +142,10 @@ class Plan:
     def denoiser_run(self, name: str, seed: int) -> Path:
         """Folder of a diffusion model's run."""
         return Path(self.folder, f"seed{seed}", "ldm", name)
+
+    def guided_run(self, name: str, scale: float, seed: int) -> Path:
+        """Folder of what guided samples at one scale were measured to be."""
+        return Path(self.folder, f"seed{seed}", "guided", f"{name}_{scale:g}")
 
 
 @dataclass(frozen=True)
@@ -144,12 +187,31 @@ def read_plan(file: str, **changes: object) -> Plan:
         raise ValueError(f"seeds: give at least one, and each once; given {plan.seeds}")
     for name, denoiser in plan.denoisers.items():
         _check_names(f"denoisers.{name}.tokenizer", [denoiser.tokenizer], plan.tokenizers)
-    compared = [plan.question.ours, *plan.question.others]
-    _check_names("question", compared, plan.denoisers)
-    _check_names("alignment", plan.alignment, plan.denoisers)
     if bare := [name for name, tokenizer in plan.tokenizers.items() if not tokenizer.stages]:
         raise ValueError(f"tokenizers.{bare[0]}.stages: give at least one stage to train")
+    if plan.question is not None:
+        _check_names("question", [plan.question.ours, *plan.question.others], plan.denoisers)
+    _check_names("alignment", plan.alignment, plan.denoisers)
+    _check_guided(plan)
+    if plan.ablation is not None:
+        _check_names("ablation.baseline", [plan.ablation.baseline], plan.denoisers)
+        _check_names("ablation.additions", plan.ablation.additions, plan.denoisers | plan.guided)
     return plan
+
+
+def _check_guided(plan: Plan) -> None:
+    for name, guided in plan.guided.items():
+        _check_names(f"guided.{name}.denoiser", [guided.denoiser], plan.denoisers)
+        _check_names(f"guided.{name}.partner", [guided.partner] if guided.partner else [], plan.denoisers)
+        if name in plan.denoisers:
+            raise ValueError(f"guided.{name}: a diffusion model has this name, too; choose another")
+        if not guided.scales:
+            raise ValueError(f"guided.{name}.scales: give at least one")
+        if len(guided.scales) > 1 and len(plan.seeds) < 2:
+            raise ValueError(
+                f"seeds: give at least two, as the scale of guided.{name} is chosen for each by the others; or give "
+                "it a single scale"
+            )
 
 
 def _check_names(option: str, names: Iterable[str], known: Mapping[str, object]) -> None:
@@ -180,6 +242,26 @@ def parts_of(plan: Plan, of_tokenizers: Iterable[str] = (), of_denoisers: Iterab
             words = ("ldm", "fit", *_of_run(denoiser.configs, run, seed), *options, *of_denoisers)
             needs = (f"{former}/latents",)
             parts.append(Part(f"seed{seed}/ldm/{name}", "denoiser", words, tuple(denoiser.configs), run, needs))
+        for name in plan.guided:
+            parts += _guided_parts(plan, name, seed, tuple(of_denoisers))
+    return parts
+
+
+def _guided_parts(plan: Plan, name: str, seed: int, further: tuple[str, ...]) -> list[Part]:
+    """Measurements of a trained diffusion model's guided samples, one for each scale."""
+    guided = plan.guided[name]
+    run, needs = plan.denoiser_run(guided.denoiser, seed), [f"seed{seed}/ldm/{guided.denoiser}"]
+    begins = ["ldm", "validate", "-c", f"{run}/config.yaml", *_named(guided.configs), f"--ckpt_path={run / LAST}"]
+    if guided.partner is not None:
+        begins.append(f"--model.guidance.partner={plan.denoiser_run(guided.partner, seed) / LAST}")
+        needs.append(f"seed{seed}/ldm/{guided.partner}")
+    parts = []
+    for scale in guided.scales:
+        output = plan.guided_run(name, scale, seed)
+        place = (f"--run.name={output.name}", f"--run.folder={output.parent}", f"--run.entry={ENTRY}")
+        words = (*begins, f"--model.guidance.scale={scale:g}", *place, *further, "--trainer.precision=32-true")
+        title = f"seed{seed}/guided/{output.name}"
+        parts.append(Part(title, "guided", words, tuple(guided.configs), output, tuple(needs)))
     return parts
 
 
@@ -206,9 +288,11 @@ def _tokenizer_parts(plan: Plan, name: str, seed: int, further: tuple[str, ...])
         f"--run.output={latents}",
         *exact,
     )
-    tested = ("vfm_vae", "test", *trained, *_named(tokenizer.test), *checkpoint, "--run.entry=test", *exact)
-    caching = Part(f"{title}/latents", "latents", cached, tuple(tokenizer.latents), latents, former)
-    return [*parts, caching, Part(f"{title}/test", "test", tested, tuple(tokenizer.test), None, former)]
+    parts.append(Part(f"{title}/latents", "latents", cached, tuple(tokenizer.latents), latents, former))
+    if tokenizer.test:
+        tested = ("vfm_vae", "test", *trained, *_named(tokenizer.test), *checkpoint, f"--run.entry={ENTRY}", *exact)
+        parts.append(Part(f"{title}/test", "test", tested, tuple(tokenizer.test), None, former))
+    return parts
 
 
 def _latents(plan: Plan, tokenizer: str, seed: int) -> Path:

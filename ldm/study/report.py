@@ -1,11 +1,12 @@
 """The report of a study: tables, figures and the answer in plain words."""
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ldm.study.ablation import ablation_sections
 from ldm.study.figures import draw_figures
-from ldm.study.plan import Plan
-from ldm.study.results import CERTAIN, Comparison, Results, compare, facts_of, pm
+from ldm.study.plan import Plan, Question
+from ldm.study.results import ACCURACY, CERTAIN, Comparison, Results, compare, facts_of, pm
+from ldm.study.tables import listed, table
 from vfm_vae.writing import write_text
 
 MEASURES = {
@@ -17,7 +18,6 @@ MEASURES = {
     "linear probe": "test/probe/latent",
 }
 SE_CKNNA = "test/se_cknna/latent/"
-ACCURACY = "val/class_accuracy"
 
 
 def write_report(plan: Plan) -> Path:
@@ -27,11 +27,26 @@ def write_report(plan: Plan) -> Path:
         ValueError: if a part of the study is not done.
     """
     results, folder = Results(plan), Path(plan.folder)
-    figures = draw_figures(results, folder)
+    figures = [f"![{title}]({file.name})" for title, file in draw_figures(results, folder).items()]
+    sections: list[str] = []
+    if plan.question is not None:
+        sections += question_sections(results, plan.question, figures)
+    if plan.ablation is not None:
+        sections += ablation_sections(results, plan.ablation)
+    if plan.question is None:
+        sections += ["### Figures", *figures]
+    report = folder / "report.md"
+    write_text(report, "\n\n".join(sections) + "\n")
+    return report
+
+
+def question_sections(results: Results, question: Question, figures: list[str]) -> list[str]:
+    """The answer to a study's question, and all that it rests on."""
+    plan = results.plan
     sections = [
-        answer(results),
-        rule(results),
-        *(f"![{title}]({file.name})" for title, file in figures.items()),
+        answer(results, question),
+        rule(),
+        *figures,
         "## Diffusion models at the end of training",
         final_table(results),
         *(
@@ -48,21 +63,19 @@ def write_report(plan: Plan) -> Path:
     ]
     if plan.alignment:
         sections += ["## Alignment of the diffusion model", alignment_table(results)]
-    report = folder / "report.md"
-    write_text(report, "\n\n".join(sections) + "\n")
-    return report
+    return sections
 
 
-def answer(results: Results) -> str:
+def answer(results: Results, question: Question) -> str:
     """The plain answer, followed by what it rests on."""
     plan = results.plan
-    ours, last = plan.denoisers[plan.question.ours].title, _steps(results)[-1]
+    ours, last = plan.denoisers[question.ours].title, _steps(results)[-1]
     verdicts = {
-        distance: {other: comparison_at(results, distance, other, -1) for other in plan.question.others}
+        distance: {other: comparison_at(results, question, distance, other, -1) for other in question.others}
         for distance in plan.distances
     }
     found = [comparison.verdict for each in verdicts.values() for comparison in each.values()]
-    others = _listed([plan.denoisers[name].title for name in plan.question.others], "or")
+    others = listed([plan.denoisers[name].title for name in question.others], "or")
     if len(plan.seeds) < 2:
         head = f"**Not decided.** One seed can't tell whether differences between {ours} and {others} are chance."
     elif set(found) == {"lower"}:
@@ -76,24 +89,24 @@ def answer(results: Results) -> str:
             f"**Not in every case.** After {last} steps, whether the same diffusion model reaches lower FD on latents"
         )
         head += f" of {ours} depends on the tokenizer it is compared with, or on the network that measures."
-    return " ".join([head, *(_sentence(results, distance, each) for distance, each in verdicts.items())])
+    return " ".join([head, *(_sentence(results, question, distance, each) for distance, each in verdicts.items())])
 
 
-def _sentence(results: Results, distance: str, comparisons: dict[str, Comparison]) -> str:
+def _sentence(results: Results, question: Question, distance: str, comparisons: dict[str, Comparison]) -> str:
     """What one network says of all pairs."""
     plan = results.plan
     texts = []
     for other, comparison in comparisons.items():
         title, value = plan.denoisers[other].title, pm(results.samples(other, distance).values[:, -1], 2)
-        points = [comparison_at(results, distance, other, point) for point in range(len(_steps(results)))]
+        points = [comparison_at(results, question, distance, other, point) for point in range(len(_steps(results)))]
         lower = sum(point.verdict == "lower" for point in points)
         verdict = f"{comparison.verdict} {'from that' if comparison.verdict == 'not told apart' else 'than'}"
         texts.append(f"{verdict} on {title} ({value}; lower at {lower} of {len(points)} points of training)")
-    own = pm(results.samples(plan.question.ours, distance).values[:, -1], 2)
-    return f"By the {distance}, FD is {own}: {_listed(texts, 'and')}."
+    own = pm(results.samples(question.ours, distance).values[:, -1], 2)
+    return f"By the {distance}, FD is {own}: {listed(texts, 'and')}."
 
 
-def rule(results: Results) -> str:
+def rule() -> str:
     """How the answer is found."""
     return (
         f"A difference counts if the means over all seeds of the whole chain, tokenizer and "
@@ -103,9 +116,9 @@ def rule(results: Results) -> str:
     )
 
 
-def comparison_at(results: Results, distance: str, other: str, point: int) -> Comparison:
+def comparison_at(results: Results, question: Question, distance: str, other: str, point: int) -> Comparison:
     """The model in question against another one, at a point of training."""
-    ours = results.samples(results.plan.question.ours, distance).values[:, point]
+    ours = results.samples(question.ours, distance).values[:, point]
     return compare(ours, results.samples(other, distance).values[:, point])
 
 
@@ -170,15 +183,4 @@ def _columns(plan: Plan) -> list[list[str]]:
 
 
 def _steps(results: Results) -> list[int]:
-    return results.samples(results.plan.question.ours, next(iter(results.plan.distances))).steps
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def _listed(texts: Sequence[str], word: str) -> str:
-    """Texts as a list in a sentence."""
-    return f" {word} ".join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else "".join(texts)
+    return results.samples(next(iter(results.plan.denoisers)), next(iter(results.plan.distances))).steps

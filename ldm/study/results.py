@@ -1,7 +1,9 @@
 """The numbers of a study, from what its runs wrote."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +12,13 @@ import yaml
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ldm.study.plan import LAST, Plan, parts_of
+from ldm.study.plan import ENTRY, LAST, Plan, parts_of
 from ldm.study.runner import Marks
 from vfm_vae.metrics.summary import read_entries
 from vfm_vae.tokenizer import read_tokenizer
 
 Verdict = Literal["lower", "higher", "not told apart"]
+ACCURACY = "val/class_accuracy"
 CERTAIN = 2.0  # standard deviations of a difference between two single runs
 
 
@@ -70,8 +73,9 @@ class Results:
         plan: The study, of which all parts are done.
 
     Attributes:
-        tokenizers: Their measures by name, each over seeds, `[seeds]`.
+        tokenizers: Measures of those that were measured, by name, each over seeds, `[seeds]`.
         curves: Those of the diffusion models along training.
+        guided: Measures of guided samples by name and scale, each over seeds, `[seeds]`.
 
     Raises:
         ValueError: if the runs of a diffusion model were measured at other steps for another seed, or a part is not
@@ -80,12 +84,18 @@ class Results:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.tokenizers = {name: self._measures(name) for name in plan.tokenizers}
+        tested = [name for name, tokenizer in plan.tokenizers.items() if tokenizer.test]
+        self.tokenizers = {name: self._measures(partial(plan.tokenizer_run, name)) for name in tested}
         self.curves = {name: self._curves(name) for name in plan.denoisers}
+        self.guided = {
+            name: {scale: self._measures(partial(plan.guided_run, name, scale)) for scale in guided.scales}
+            for name, guided in plan.guided.items()
+        }
 
-    def _measures(self, name: str) -> dict[str, NDArray[np.float64]]:
-        runs = [self.plan.tokenizer_run(name, seed) for seed in self.plan.seeds]
-        entries = [read_entries(run / "metrics.json").get("test") for run in runs]
+    def _measures(self, run_of: Callable[[int], Path]) -> dict[str, NDArray[np.float64]]:
+        """What was measured after training, in the folders that a function returns for each seed."""
+        runs = [run_of(seed) for seed in self.plan.seeds]
+        entries = [read_entries(run / "metrics.json").get(ENTRY) for run in runs]
         if missing := [str(run) for run, entry in zip(runs, entries, strict=True) if entry is None]:
             raise ValueError(f"report: {missing[0]} was not measured; run the study without --report=true")
         numbers = [entry["metrics"] for entry in entries if entry is not None]
@@ -119,14 +129,27 @@ def read_curves(run: Path) -> dict[str, dict[int, float]]:
     Raises:
         ValueError: if there is nothing.
     """
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}) if run.is_dir() else None
-    if events is not None:
-        events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("val/")] if events is not None else []
-    if events is None or not tags:
+    logged = {tag: events for tag, events in _events(run).items() if tag.startswith("val/")}
+    if not logged:
         raise ValueError(f"report: {run} has logged no validation; run the study without --report=true")
     # Lightning counts the step at work from 0, and validation follows it.
-    return {tag: {event.step + 1: event.value for event in events.Scalars(tag)} for tag in tags}
+    return {tag: {event.step + 1: event.value for event in events} for tag, events in logged.items()}
+
+
+def seconds_per_step(run: Path) -> float:
+    """Seconds that a run took for a step of training: the median, so validations and breaks don't count."""
+    logged = _events(run)["train/loss"]
+    pairs = [(a, b) for a, b in pairwise(logged) if b.step > a.step]
+    return float(np.median([(b.wall_time - a.wall_time) / (b.step - a.step) for a, b in pairs]))
+
+
+def _events(run: Path) -> dict[str, list[Any]]:
+    """The numbers that a run logged, by name; none where there is no run."""
+    if not run.is_dir():
+        return {}
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
 
 
 def facts_of(plan: Plan, name: str) -> dict[str, str]:
@@ -136,7 +159,7 @@ def facts_of(plan: Plan, name: str) -> dict[str, str]:
     options = [yaml.safe_load((stage / "config.yaml").read_text()) for stage in stages]
     entries = [list(read_entries(stage / "metrics.json").items()) for stage in stages]
     last, model = options[-1], options[-1]["model"]
-    steps = [next(entry["step"] for key, entry in found if key != "test") for found in entries]
+    steps = [next(entry["step"] for key, entry in found if key != ENTRY) for found in entries]
     counts = {"trained": "", "frozen": ""} if not (run / LAST).is_file() else _parameters(run / LAST)
     return {
         "architecture": _architecture(model["model"]),

@@ -21,9 +21,9 @@ from ldm.study.plan import Part, keys_of
 from vfm_vae.writing import write_json
 
 # Which of the parts that could begin does: what others wait for and what takes longest first, short ones as fillers.
-ORDER = ("latents", "tokenizer", "denoiser", "test")
+ORDER = ("latents", "tokenizer", "denoiser", "guided", "test")
 # How long parts take, one beside the other, where none of the same kind has ended yet.
-WEIGHTS = {"tokenizer": 1.0, "denoiser": 0.8, "test": 0.2, "latents": 0.1}
+WEIGHTS = {"tokenizer": 1.0, "denoiser": 0.8, "guided": 0.1, "test": 0.2, "latents": 0.1}
 # glibc returns large blocks to the kernel, which zeroes their pages again in every step.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 INTERVAL = 0.2  # seconds between looks at the processes

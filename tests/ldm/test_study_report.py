@@ -27,7 +27,7 @@ def measured(tmp_path: Path):
     def write(vfm: dict[str, list[float]] = FD, judge: dict[str, list[float]] = FD, seeds: int = 3) -> Plan:
         plan = Plan(
             folder=str(tmp_path),
-            tokenizers={name: TokenizerPlan(name.title(), {"only": []}, [], []) for name in vfm},
+            tokenizers={name: TokenizerPlan(name.title(), {"only": []}, [], ["test.yaml"]) for name in vfm},
             denoisers={name: DenoiserPlan(name.title(), name, []) for name in vfm},
             distances={"VFM": Distance(VFM, "test/fd_vfm"), "judge": Distance(JUDGE, "test/fd_judge")},
             question=Question("ours", [name for name in vfm if name != "ours"]),
@@ -81,8 +81,12 @@ def grid(file: Path, rows: int, columns: int, side: int = 16) -> None:
     Image.fromarray(pixels).save(file)
 
 
+def said_of(plan: Plan) -> str:
+    return answer(Results(plan), plan.question)
+
+
 def test_answers_follow_the_rule_and_read_as_plain_english(measured):
-    said = answer(Results(measured()))
+    said = said_of(measured())
     assert said.startswith(
         "**Yes.** The same diffusion model reaches lower FD on latents of Ours than on those of Other"
     )
@@ -104,11 +108,11 @@ def test_answers_follow_the_rule_and_read_as_plain_english(measured):
 )
 def test_every_outcome_has_an_answer(vfm, judge, head, measured):
     ours = FD["ours"]
-    assert answer(Results(measured({"ours": ours, "other": vfm}, {"ours": ours, "other": judge}))).startswith(head)
+    assert said_of(measured({"ours": ours, "other": vfm}, {"ours": ours, "other": judge})).startswith(head)
 
 
 def test_one_seed_decides_nothing(measured):
-    assert answer(Results(measured(seeds=1))).startswith("**Not decided.**")
+    assert said_of(measured(seeds=1)).startswith("**Not decided.**")
 
 
 def test_a_difference_counts_from_two_spreads_on():
