@@ -239,13 +239,19 @@ def check_statistics(stored: LatentStatistics, normalization: LatentNormalizatio
         )
 
 
-def check_tokenizer(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None, what: str) -> None:
+def check_tokenizer(
+    expected: Mapping[str, Any] | None,
+    found: Mapping[str, Any] | None,
+    what: str,
+    advice: str = "give the tokenizer that made these latents, or make them again",
+) -> None:
     """Compares two tokenizers by what makes their latents, or by less if one of them is not fully known.
 
     Args:
         expected: Identity of the tokenizer whose latents are wanted.
         found: Identity of the one whose latents there are.
         what: Begins the message.
+        advice: Ends it: what would do.
 
     Raises:
         ValueError: if they differ.
@@ -261,7 +267,7 @@ def check_tokenizer(expected: Mapping[str, Any] | None, found: Mapping[str, Any]
     seen = ", or its VFM sees images differently (antialias, antialias_positions)" if with_vfm else ""
     raise ValueError(
         f"{what} of another tokenizer ({_short(found)}) than was expected ({_short(expected)}): its weights differ"
-        f"{seen}; give the tokenizer that made these latents, or make them again"
+        f"{seen}; {advice}"
     )
 
 

@@ -144,9 +144,11 @@ class LatentDiffusion(nn.Module, Pretrained):
         """Compiles the denoiser block by block, in place, and returns the model; worth it for many samples on a GPU.
 
         The first samples wait for the compiler. With guidance inside an interval there are two sizes of batches, each
-        with code of its own, and all further sizes share the second's. Samples change by rounding.
+        with code of its own, and all further sizes share the second's. Samples change by rounding. The partner of
+        autoguidance is compiled, too.
         """
         self.model.compile_regions()
+        self.guidance.compile_regions()
         return self
 
     @torch.no_grad()
@@ -164,15 +166,15 @@ class LatentDiffusion(nn.Module, Pretrained):
         Args:
             labels: Classes, `[B]`; or whatever values the model's conditioning takes, or a condition.
             seed: Seed of the noise.
-            guidance_scale: Instead of the model's.
+            guidance_scale: Instead of the model's; 1 is no guidance.
             index: Numbers of the samples, int64 `[B]`; from 0 on if not given.
 
         Returns:
             Latents, and images where there is a tokenizer.
 
         Raises:
-            ValueError: if a label is no class, the seed is negative, the statistics of latents are not known, or what
-                comes out is not finite.
+            ValueError: if a label is no class, the seed is negative, the statistics of latents are not known, guidance
+                does not fit the denoiser, or what comes out is not finite.
         """
         at_least(0, seed=seed)
         condition = self.condition(labels)
@@ -198,10 +200,11 @@ class LatentDiffusion(nn.Module, Pretrained):
             index: Numbers of the samples, int64 `[B]`.
             seed: Seed of all that is random.
             condition: What they are drawn for; what `sample_condition` says if not given.
-            guidance_scale: Instead of the model's.
+            guidance_scale: Instead of the model's; 1 is no guidance.
 
         Raises:
-            ValueError: if the statistics of latents are not known, or samples are not finite.
+            ValueError: if the statistics of latents are not known, guidance does not fit the denoiser, or samples are
+                not finite.
         """
         if not self.normalization.is_known:
             raise ValueError(
@@ -214,6 +217,8 @@ class LatentDiffusion(nn.Module, Pretrained):
         own = self.conditioning.of_samples(index, noise)
         condition = own if condition is None else condition.to(device)
         guidance = self.guidance if guidance_scale is None else self.guidance.with_scale(guidance_scale)
+        if guidance.acts:
+            guidance.prepare(self)
         field, shape = guidance.field(self.model, condition), self.model.state_shape
         sampler = self.sampler.fitted_to(self.model.latent_shape)
         state = sampler(field, noise.normal(*shape), lambda: noise.normal(*shape))
@@ -237,7 +242,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         """All that samples depend on besides weights and seed, as plain data."""
         return {
             "sampler": self.sampler.fitted_to(self.model.latent_shape).settings(),
-            "guidance": self.guidance.arguments,
+            "guidance": self.guidance.settings(),
             **self.conditioning.settings(),
             "tokenizer": self.latent_source,
         }

@@ -13,7 +13,7 @@ model:
       adapter: {class_path: vfm_vae.modules.adapter.Adapter, init_args: {latent_channels: 32}}
       decoder: {class_path: vfm_vae.modules.decoder.Decoder, init_args: {latent_channels: 512, w_channels: 8}}
   objective: {init_args: {l1: 2.0}}
-  guidance: {class_path: ldm.guidance.Guidance}
+  equivariance: {class_path: vfm_vae.modules.equivariance.EquivarianceRegularizer}
   guard: null
 trainer:
   callbacks:
@@ -28,7 +28,7 @@ model:
       adapter: {latent_channels: 32}
       decoder: {in_channels: 512, w_channels: 8}
   objective: {l1: 2.0}
-  guidance: {}
+  equivariance: {}
   guard: null
 trainer:
   callbacks:
@@ -71,14 +71,14 @@ def test_a_class_of_this_project_in_others_stays_named():
 def test_words_that_set_options_of_others_classes_stay(named: list[str]):
     options = ["--model.model.init_args.decoder.latent_channels=4", "--model.model.init_args.tokenizer.init_args.a=1"]
     assert upgrade_words([*named, *options]) == [*named, *options]
-    ours = upgrade_words([*named, "--model.guidance.init_args.scale=6"])
-    assert ours == [*named, "--model.guidance.scale=6"]
+    ours = upgrade_words([*named, "--model.equivariance.init_args.probability=1"])
+    assert ours == [*named, "--model.equivariance.probability=1"]
 
 
 @pytest.mark.parametrize(
     ("word", "today"),
     [
-        ("--model.guidance.init_args.scale=6", "--model.guidance.scale=6"),
+        ("--model.equivariance.init_args.probability=1", "--model.equivariance.probability=1"),
         ("--model.tokenizer.init_args.checkpoint", "--model.tokenizer.checkpoint"),
         (
             "--model.model.init_args.decoder.init_args.latent_channels=8",

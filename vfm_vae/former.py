@@ -22,7 +22,6 @@ PLAIN = {
     "decoder": "vfm_vae.modules.decoder.Decoder",
     "equivariance": "vfm_vae.modules.equivariance.EquivarianceRegularizer",
     "guard": "vfm_vae.losses.guard.NonFiniteGuard",
-    "guidance": "ldm.guidance.Guidance",
     "objective": "vfm_vae.losses.objective.Objective",
     "patchgan": "vfm_vae.discriminators.patchgan.PatchGAN",
     "quantizer": "vfm_vae.modules.quantizer.VectorQuantizer",
