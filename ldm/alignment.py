@@ -7,6 +7,7 @@ tokens in raster order, after the final norm.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,22 +35,40 @@ def alignment_error(projected: Tensor, features: Tensor) -> Tensor:
     return -F.cosine_similarity(projected.float(), features.float(), dim=2).mean(1)
 
 
+def spatially_normalised(patches: Tensor, gamma: float) -> Tensor:
+    """Takes out what all tokens of an image share: `(x − γ · mean) / (std + 1e-6)`, both over tokens, per channel.
+
+    What is left tells places of the image apart (Singh et al. 2025, iREPA, arXiv 2512.10794).
+
+    Args:
+        patches: Patch tokens, `[B, N, D]`.
+        gamma: How much of the mean is subtracted; 1 for all of it.
+
+    Returns:
+        Like `patches`.
+    """
+    std, mean = torch.std_mean(patches, dim=1, correction=0, keepdim=True)  # [B, 1, D] each
+    return (patches - gamma * mean) / (std + 1e-6)
+
+
 class REPA(nn.Module):
     """Aligns a block's projected patch tokens to the VFM's (REPA, Yu et al. 2025, arXiv 2410.06940).
 
     Args:
         vfm: The VFM; null if its features are cached beside the latents.
         weight: Weight of the alignment error in the loss.
+        spatial_norm: How much of the mean over patch tokens is subtracted from the VFM's, which are divided by their
+            standard deviation then (iREPA); 1 subtracts all of it, null leaves the tokens as they are.
     """
 
     has_class_token = False
 
-    def __init__(self, vfm: VFM | None = None, weight: float = 0.5):
+    def __init__(self, vfm: VFM | None = None, weight: float = 0.5, spatial_norm: float | None = None):
         super().__init__()
-        at_least(0, weight=weight)
+        at_least(0, weight=weight, spatial_norm=spatial_norm)
         if vfm is not None:
             check_frozen(vfm)
-        self.vfm, self.weight = vfm, weight
+        self.vfm, self.weight, self.spatial_norm = vfm, weight, spatial_norm
 
     @property
     def weights(self) -> dict[str, float]:
@@ -71,7 +90,10 @@ class REPA(nn.Module):
             projected: The denoiser's projected tokens, `[B, prefix + N, D]`.
             features: The VFM's of the clean images, `[B, 1 + N, D]`.
         """
-        return alignment_error(projected, features if self.has_class_token else features[:, 1:])
+        class_token, patches = features.float().split([1, features.shape[1] - 1], dim=1)
+        if self.spatial_norm is not None:
+            patches = spatially_normalised(patches, self.spatial_norm)
+        return alignment_error(projected, torch.cat([class_token, patches], 1) if self.has_class_token else patches)
 
     def check_model(self, model: Denoiser) -> None:
         """Checks that the denoiser has the parts that are aligned, and no others.
@@ -161,12 +183,21 @@ class REG(REPA):
         vfm: The VFM; null if its features are cached beside the latents.
         weight: Weight of the alignment error in the loss.
         cls_weight: Weight of the class token's squared error in the loss.
+        spatial_norm: How much of the mean over patch tokens is subtracted from the VFM's, which are divided by their
+            standard deviation then (iREPA); 1 subtracts all of it, null leaves the tokens as they are. The class token
+            stays as it is.
     """
 
     has_class_token = True
 
-    def __init__(self, vfm: VFM | None = None, weight: float = 0.5, cls_weight: float = 0.03):
-        super().__init__(vfm, weight)
+    def __init__(
+        self,
+        vfm: VFM | None = None,
+        weight: float = 0.5,
+        cls_weight: float = 0.03,
+        spatial_norm: float | None = None,
+    ):
+        super().__init__(vfm, weight, spatial_norm)
         at_least(0, cls_weight=cls_weight)
         self.cls_weight = cls_weight
 

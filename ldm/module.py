@@ -51,6 +51,8 @@ class DiffusionModule(DrawingModule):
         tokenizer: Decodes samples, and encodes images if the data has no latents; null if neither is needed.
         times: Distribution of training times: `uniform`, or `lognormal` to favour the middle of the path.
         cosine_weight: Weight of the velocity's cosine error, which is added to its squared error.
+        base_weight: Weight of the whole loss of the internal head's velocity, where the denoiser has such a head
+            (`base_depth`).
         alignment: Aligns the denoiser's features to a VFM's; null for no alignment.
         label_drop: Fraction of training labels (or other conditions) that are dropped, so that samples can be guided.
         label_mode: How samples' classes are chosen: `random`, as for published numbers, or `balanced`, equally many of
@@ -97,6 +99,7 @@ class DiffusionModule(DrawingModule):
         conditioning: Conditioning | None = None,
         shift: path.Shift = None,
         matrix_optimizer: OptimizerCallable | None = None,
+        base_weight: float = 1.0,
     ):
         if conditioning is not None and label_mode != "random":
             raise ValueError(
@@ -106,7 +109,7 @@ class DiffusionModule(DrawingModule):
         pipeline = LatentDiffusion(model, sampler, guidance, conditioning or class_labels(model, label_mode))
         super().__init__(pipeline, tokenizer, predict, rounding, seed)
         path.check_shift(shift)
-        at_least(0, cosine_weight=cosine_weight)
+        at_least(0, cosine_weight=cosine_weight, base_weight=base_weight)
         at_least(1, statistics_images=statistics_images)
         within(0, 1, label_drop=label_drop)
         try_optimizers(optimizer=optimizer)
@@ -117,6 +120,7 @@ class DiffusionModule(DrawingModule):
         self.shift = path.shift_for(shift, model.latent_shape)
         self.alignment = alignment
         self.weights = {"mse": 1.0, "cosine": cosine_weight} | (alignment.weights if alignment else {})
+        self.weights |= {"base": base_weight} if model.base_depth else {}
         self.label_drop = label_drop
         self.statistics_images = statistics_images
         self.init_from = init_from
@@ -143,7 +147,7 @@ class DiffusionModule(DrawingModule):
         noise_token = torch.randn(len(noise), self.model.cls_channels, device=noise.device)  # empty without one
         state, noise = self._state(latents, features), self.model.join(noise, noise_token)
 
-        errors = denoising_errors(self.model, self.alignment, state, features, noise, t, condition)
+        errors = denoising_errors(self.model, self.alignment, state, features, noise, t, condition, self.weights)
         loss = weighted_sum(self.weights, {name: error.mean() for name, error in errors.items()})
 
         self.images_seen += len(t) * self.trainer.world_size
@@ -231,7 +235,7 @@ class DiffusionModule(DrawingModule):
         state = self._state(self._latents(batch, numbers.normal(*shape)), features)
         noise = self.model.join(noise, numbers.normal(self.model.cls_channels))
         condition = self.conditioning.of_batch(batch)
-        errors = denoising_errors(self.model, self.alignment, state, features, noise, t, condition)
+        errors = denoising_errors(self.model, self.alignment, state, features, noise, t, condition, self.weights)
         self.val_loss.update(weighted_sum(self.weights, errors)[batch.real])
         self.val_loss_by_time.update(errors["mse"][batch.real], t[batch.real])
 

@@ -13,6 +13,9 @@ from ldm.models.denoiser import Denoiser
 from vfm_vae.data.sampling import IndexedNoise
 
 
+EQUAL = {"mse": 1.0, "cosine": 1.0, "cls": 1.0}
+
+
 def denoising_errors(
     model: Denoiser,
     alignment: REPA | None,
@@ -21,11 +24,13 @@ def denoising_errors(
     noise: Tensor,
     t: Tensor,
     condition: Condition,
+    weights: Mapping[str, float] = EQUAL,
 ) -> dict[str, Tensor]:
     """The terms of the objective for each sample, `[B]`.
 
     `mse` and `cosine` of the latents' velocity (LightningDiT, arXiv 2501.01423, section 3.4); `align` for the
-    alignment; `cls` of the class token's velocity, where there is one (REG, arXiv 2507.01467, section 3).
+    alignment; `cls` of the class token's velocity, where there is one (REG, arXiv 2507.01467, section 3); `base`, the
+    weighted sum of the velocity's errors at the internal head, where there is one (RAE v2, arXiv 2605.18324).
 
     Args:
         model: The denoiser.
@@ -35,22 +40,36 @@ def denoising_errors(
         noise: Standard normal, like the state.
         t: Times, `[B]`.
         condition: What the model is told.
+        weights: Weights of the terms within `base`.
     """
-    prediction = model(path.interpolate(state, noise, t), t, condition, align=alignment is not None)
-    velocity, token_velocity = model.split(prediction.velocity.float())
-    target, token_target = model.split(path.velocity(state, noise))
-    errors = {"mse": path.squared_error(velocity, target), "cosine": path.cosine_error(velocity, target)}
+    noisy = path.interpolate(state, noise, t)
+    asked = {"base": True} if model.base_depth else {}  # others need not know that argument
+    prediction = model(noisy, t, condition, align=alignment is not None, **asked)
+    perfect = state if model.predicts == "data" else path.velocity(state, noise)
+    target = model.as_velocity(perfect, noisy, t)
+    errors = _velocity_errors(model, prediction.velocity, target)
     if alignment is not None:
         assert prediction.projected is not None and features is not None
         errors |= {"align": alignment.error(prediction.projected, features)}
-    if token_velocity is not None and token_target is not None:
-        errors |= {"cls": path.squared_error(token_velocity, token_target)}
+    if model.base_depth:
+        assert prediction.base is not None
+        errors |= {"base": weighted_sum(weights, _velocity_errors(model, prediction.base, target))}
+    return errors
+
+
+def _velocity_errors(model: Denoiser, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Errors of velocities of states: of the latents', and of the class token's where there is one."""
+    latents, token = model.split(prediction.float())
+    wanted, wanted_token = model.split(target)
+    errors = {"mse": path.squared_error(latents, wanted), "cosine": path.cosine_error(latents, wanted)}
+    if token is not None and wanted_token is not None:
+        errors |= {"cls": path.squared_error(token, wanted_token)}
     return errors
 
 
 def weighted_sum(weights: Mapping[str, float], terms: Mapping[str, Tensor]) -> Tensor:
-    """The sum of terms of the objective, each times its weight."""
-    return reduce(torch.add, (weights[name] * term for name, term in terms.items()))
+    """The sum of terms of the objective, each times its weight, in the order of the weights."""
+    return reduce(torch.add, (weights[name] * terms[name] for name in sorted(terms, key=[*weights].index)))
 
 
 def block_features(

@@ -52,13 +52,15 @@ MEANT = {
         "is a loss that is not wanted": [
             "l1", "l2", "perceptual", "ssim", "multi_resolution", "kl", "quantization", "entropy", "alignment",
             "adversarial", "adversarial_patch", "feature_matching", "cosine_weight", "weight", "cls_weight", "beta",
+            "base_weight",
         ],
         "leaves a part out": [
             "brightness", "saturation", "contrast", "translation", "cutout", "cls_channels", "align_channels",
             "attention_depths", "Decoder.num_res_blocks", "multi_resolution_images", "count_batches", "latent_noise",
-            "RAE.statistics_images",
+            "RAE.statistics_images", "base_depth",
         ],
         "is from the first image on": ["adversarial_from", "discriminate_from"],
+        "subtracts nothing": ["spatial_norm"],
         "is never": ["probability", "prior_probability", "crop_probability", "label_drop"],
         "bears nothing": ["distmat_margin", "cos_margin", "max_bad_fraction"],
         "is noise": ["start", "Guidance.end", "Autoguidance.end", "InternalGuidance.end", "times", "time"],

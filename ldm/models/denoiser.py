@@ -112,7 +112,7 @@ class Denoiser(nn.Module, Described, ABC):
         This is the one place that converts. All that samples, guides and measures sees velocities alone.
 
         Args:
-            output: In the state's shape.
+            output: The network's, in the state's shape.
             state: The noisy states that it is of, `[B, *state_shape]`.
             t: Their times, `[B]`.
         """

@@ -213,10 +213,10 @@ def test_trainings_differ_in_their_alignment_alone(model, features, trainer, mon
     """The same seed gives the same first weights, noise, times and dropped labels, whatever the alignment."""
     seen = {}
 
-    def watch(network, alignment, state, targets, noise, t, condition):
+    def watch(network, alignment, state, targets, noise, t, condition, weights):
         (latents, _), (noise_of_latents, _) = network.split(state), network.split(noise)
         seen[alignment and type(alignment)] = latents, noise_of_latents, t, condition.labels
-        return denoising_errors(network, alignment, state, targets, noise, t, condition)
+        return denoising_errors(network, alignment, state, targets, noise, t, condition, weights)
 
     monkeypatch.setattr("ldm.module.denoising_errors", watch)
     modules = {name: module_of(model, name, label_drop=0.5) for name in (None, *ALIGNED)}
