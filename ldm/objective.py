@@ -12,7 +12,6 @@ from ldm.condition import Condition
 from ldm.models.denoiser import Denoiser
 from vfm_vae.data.sampling import IndexedNoise
 
-
 EQUAL = {"mse": 1.0, "cosine": 1.0, "cls": 1.0}
 
 
