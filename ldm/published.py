@@ -1,15 +1,26 @@
 """Published weights of diffusion models: converting their names to ours and back."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from math import pi
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.models.denoiser import Denoiser
-from ldm.models.layers import sincos_frequencies
+from ldm.models.ditdh import DiTDH
+from ldm.models.layers import Projector, sincos_frequencies
 from ldm.models.lightningdit import LightningDiT
 from ldm.models.sit import SiT
+from ldm.published_configs import (
+    DITDH_FAMILY,
+    LIGHTNINGDIT_FAMILY,
+    REG_FAMILY,
+    Model,
+    build,
+    of_both_towers,
+    read_config,
+)
 from vfm_vae.published_files import from_published
 
 # Our modules → published, for both directions. Parameters within them have the same names.
@@ -27,6 +38,9 @@ MODULES = {
     "final.modulation": "final_layer.adaLN_modulation.1",
     "final.out": "final_layer.linear",
     "final.cls_out": "final_layer.linear_cls",
+    "body_embed.patches.proj": "s_embedder.proj",
+    "head_embed.patches.proj": "x_embedder.proj",
+    "to_head": "s_projector",
 }
 MODULES_OF_BLOCKS = {
     "norm_attention": "norm1",
@@ -43,70 +57,10 @@ MODULES_OF_BLOCKS = {
 }
 
 
-class Family(NamedTuple):
-    """How a published class is configured.
-
-    Attributes:
-        model: Our class.
-        prefix: What the names of its sizes begin with.
-        options: Published arguments → ours.
-        defaults: What the public class takes where its configuration is silent, by our names.
-        fixed: Arguments that may have this one value alone; others change the network in ways that no published
-            VFM-VAE model uses.
-        ignored: Arguments that change no number.
-    """
-
-    model: type[LightningDiT]
-    prefix: str
-    options: dict[str, str]
-    defaults: dict[str, Any]
-    fixed: dict[str, Any]
-    ignored: frozenset[str] = frozenset()
-
-
-SHARED_OPTIONS = {
-    "depth": "depth",
-    "hidden_size": "width",
-    "num_heads": "num_heads",
-    "input_size": "input_size",
-    "in_channels": "in_channels",
-    "patch_size": "patch_size",
-    "num_classes": "num_classes",
-}
-LIGHTNINGDIT_FAMILY = Family(
-    LightningDiT,
-    "LightningDiT-",
-    SHARED_OPTIONS | {"use_qknorm": "qk_norm", "use_swiglu": "swiglu", "use_rope": "rotary", "use_rmsnorm": "rms_norm"},
-    {"qk_norm": False, "swiglu": False, "rotary": False, "rms_norm": False},
-    {"wo_shift": False, "learn_sigma": False},
-)
-REG_FAMILY = Family(
-    SiT,
-    "SiT-",
-    SHARED_OPTIONS
-    | {
-        "qk_norm": "qk_norm",
-        "cls_token_dim": "cls_channels",
-        "z_dims": "align_channels",
-        "encoder_depth": "align_depth",
-        "projector_dim": "projector_width",
-    },
-    {"qk_norm": False},
-    {"use_cfg": True, "learn_sigma": False, "path_type": "linear", "prediction": "v"},
-    frozenset({"fused_attn"}),
-)
-
-# Arguments of REG's training and sampling → those of its class.
-REG_TRAINING = {
-    "model": "registry_name",
-    "latent_size": "input_size",
-    "vae_latent_dim": "in_channels",
-    "projector_embed_dims": "z_dims",
-}
-
-
 def published_name(name: str) -> str:
     """Published name of one of our weights, as `state_dict` has it."""
+    if name == "time_embed.frequencies":
+        return "t_embedder.W"
     module, _, parameter = name.rpartition(".")
     if module.startswith("blocks."):
         _, number, part = module.split(".", 2)
@@ -129,7 +83,7 @@ def lightningdit_from_published(state_dict: Mapping[str, Tensor], config: Mappin
         ValueError: if the configuration has options that are not supported, names are missing or left over, or the
             fixed position and rotary tables are not the ones that this model makes itself.
     """
-    return _fill(_build(LIGHTNINGDIT_FAMILY, config), state_dict)
+    return _fill(build(LIGHTNINGDIT_FAMILY, config), state_dict)
 
 
 def reg_from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> LightningDiT:
@@ -158,11 +112,28 @@ def reg_from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, An
         config.setdefault("cls_token_dim", config["z_dims"])
     if config.pop("decoder_hidden_size", config.get("hidden_size")) != config.get("hidden_size"):
         raise ValueError("config: decoder_hidden_size other than hidden_size is not supported")
-    return _fill(_build(REG_FAMILY, config), state_dict)
+    return _fill(build(REG_FAMILY, config), state_dict)
+
+
+def ditdh_from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> DiTDH:
+    """Builds the DiTDH of a public configuration and fills it with public weights, for time as this project has it.
+
+    Args:
+        state_dict: Weights under their published names.
+        config: Arguments of the public class by their names. `depth`, `hidden_size` and `num_heads` are pairs, of the
+            body and of the wide head.
+
+    Returns:
+        The model, in eval mode: its output at time t is minus the public one's at 1 − t.
+
+    Raises:
+        ValueError: as `lightningdit_from_published` does.
+    """
+    return _fill(build(DITDH_FAMILY, of_both_towers(config)), state_dict)
 
 
 def denoiser_from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Denoiser:
-    """SiT or LightningDiT from public weights, whichever they are of.
+    """SiT, LightningDiT or DiTDH from public weights, whichever they are of.
 
     Args:
         state_dict: Weights under their published names.
@@ -174,140 +145,84 @@ def denoiser_from_published(state_dict: Mapping[str, Tensor], config: Mapping[st
     Raises:
         ValueError: as `lightningdit_from_published` and `read_config` do.
     """
-    is_reg = any(name.startswith(("projectors.", "cls_projectors2.", "wg_norm.")) for name in state_dict)
-    return (reg_from_published if is_reg else lightningdit_from_published)(state_dict, read_config(config))
+    importer: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Denoiser] = lightningdit_from_published
+    if any(name.startswith("s_embedder.") for name in state_dict):
+        importer = ditdh_from_published
+    elif any(name.startswith(("projectors.", "cls_projectors2.", "wg_norm.")) for name in state_dict):
+        importer = reg_from_published
+    return importer(state_dict, read_config(config))
 
 
 def to_published(model: Denoiser) -> dict[str, Tensor]:
     """Weights and fixed tables under their published names, for the public implementations.
 
     Args:
-        model: LightningDiT or SiT.
+        model: LightningDiT, SiT or DiTDH.
 
     Returns:
-        Tensors, which may share memory with the model's. The projector of a LightningDiT, which serves training alone,
-        is left out: the public class has none.
+        Tensors, which may share memory with the model's. Left out is what the public classes lack: an internal head;
+        and the projector, which serves training alone, but for the one that SiT has in public, too.
 
     Raises:
-        ValueError: for a model of another kind, or a LightningDiT with a class token.
+        ValueError: for a model of another kind, one that predicts data, or one with a class token that is no SiT.
     """
-    if not isinstance(model, LightningDiT):
-        raise ValueError(f"model: LightningDiT or SiT, given {type(model).__name__}")
-    weights = model.state_dict()
-    if isinstance(model, SiT):
-        weights = _mirrored(weights)
-    elif model.cls_channels:
-        raise ValueError("model: the public LightningDiT has no class token, but this one has")
-    else:
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("projector.")}
-    return {published_name(name): tensor for name, tensor in weights.items()} | _tables(model)
+    if not isinstance(model, LightningDiT | DiTDH):
+        raise ValueError(f"model: LightningDiT, SiT or DiTDH, given {type(model).__name__}")
+    kind = type(model).__name__
+    if model.predicts != "velocity":
+        raise ValueError(f"model.predicts: the public {kind} predicts the velocity, but this one {model.predicts}")
+    if model.cls_channels and not isinstance(model, SiT):
+        raise ValueError(f"model: the public {kind} has no class token, but this one has")
+    has_projector = isinstance(model, SiT) and isinstance(model.projector, Projector)
+    lacks = ("base_final.",) if has_projector else ("base_final.", "projector.")
+    weights = _mirrored(model, model.state_dict())
+    named = {published_name(name): tensor for name, tensor in weights.items() if not name.startswith(lacks)}
+    return named | _tables(model)
 
 
-def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a public class from any form in which configurations are published.
-
-    Args:
-        config: One of
-            LightningDiT's training YAML, with sections `model`, `data` and `vae`;
-            REG's training arguments, where `model` names a size, such as `SiT-XL/1`, and the latent is VFM-VAE's of
-            32 × 16 × 16 unless they say otherwise;
-            arguments of either class, which come back as they are.
-            In the first two, options that say nothing of the network are passed over.
-
-    Returns:
-        Arguments, as `lightningdit_from_published` and `reg_from_published` take them.
-
-    Raises:
-        ValueError: if a needed section or option is missing, or what the network predicts is not a velocity.
-    """
-    if isinstance(config.get("model"), Mapping):
-        return _read_lightningdit(config)
-    if "model" in config:
-        return _read_reg({name.replace("-", "_"): value for name, value in config.items()})
-    return dict(config)
-
-
-def _read_lightningdit(config: Mapping[str, Any]) -> dict[str, Any]:
-    def read(section: str, option: str) -> Any:
-        if option not in (config.get(section) or {}):
-            raise ValueError(f"config: {section}.{option} is missing")
-        return config[section][option]
-
-    data: dict[str, Any] = {"latent_norm": True, "latent_multiplier": 1.0}  # because latents are normalized here
-    transport: dict[str, Any] = {"path_type": "Linear", "prediction": "velocity"}
-    for section, required in {"data": data, "transport": transport}.items():
-        for option, supported in required.items():
-            given = (config.get(section) or {}).get(option, supported)
-            if given != supported:
-                raise ValueError(f"config: {section}.{option} must be {supported}, given {given!r}")
-    known = {*LIGHTNINGDIT_FAMILY.options, *LIGHTNINGDIT_FAMILY.fixed}
-    return {name: value for name, value in config["model"].items() if name in known} | {
-        "registry_name": read("model", "model_type"),
-        "in_channels": read("model", "in_chans"),
-        "num_classes": read("data", "num_classes"),
-        "input_size": read("data", "image_size") // read("vae", "downsample_ratio"),
-    }
-
-
-def _read_reg(config: Mapping[str, Any]) -> dict[str, Any]:
-    known = {*REG_FAMILY.options, *REG_FAMILY.fixed, *REG_TRAINING.values()}
-    arguments = {REG_TRAINING.get(name, name): value for name, value in config.items()}
-    arguments = {name: value for name, value in arguments.items() if name in known}
-    if isinstance(widths := arguments.get("z_dims"), str | int):  # on the command line, numbers between commas
-        arguments["z_dims"] = [int(width) for width in str(widths).split(",")]
-    return arguments
-
-
-def _build(family: Family, config: Mapping[str, Any]) -> LightningDiT:
-    refused = {name for name, value in family.fixed.items() if config.get(name) not in (None, value)}
-    unknown = config.keys() - family.options.keys() - family.fixed.keys() - family.ignored - {"registry_name"}
-    if refused or unknown:
-        raise ValueError(f"config: {sorted(refused | unknown)} is not supported; known are {', '.join(family.options)}")
-    given = {ours: config[name] for name, ours in family.options.items() if name in config}
-    options = family.defaults | given
-    if "registry_name" in config:
-        if sizes := config.keys() & {"depth", "hidden_size", "num_heads", "patch_size"}:
-            raise ValueError(f"config: registry_name already sets {sorted(sizes)}; leave one of the two out")
-        return family.model.of_size(config["registry_name"].removeprefix(family.prefix), **options)
-    return family.model(**options)
-
-
-def _fill(model: LightningDiT, state_dict: Mapping[str, Tensor]) -> LightningDiT:
+def _fill(model: Model, state_dict: Mapping[str, Tensor]) -> Model:
     """Loads every published weight; returns the model in eval mode."""
     weights = from_published(model.state_dict(), state_dict, lambda name: (published_name(name),), _tables(model))
-    model.load_state_dict(_mirrored(weights) if isinstance(model, SiT) else weights)
+    model.load_state_dict(_mirrored(model, weights))
     return model.eval()
 
 
-def _mirrored(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """SiT's weights, under our names, for time and velocity in the other direction. Its own inverse.
+def _mirrored(model: LightningDiT | DiTDH, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of SiT or DiTDH, under our names, for time and velocity in the other direction. Its own inverse.
 
-    Published weights take t = 1 as noise and predict noise − data; see `ldm.path` for what we do. Time enters as
-    `W_c · cos(t·f) + W_s · sin(t·f)`. At 1 − t that is, by the formulas for angles' differences,
+    Published weights of these take t = 1 as noise and predict noise − data; see `ldm.path` for what we do. Those of
+    LightningDiT come back as they are.
+
+    Time enters as `W_c · cos(t·f) + W_s · sin(t·f)`. At 1 − t that is, by the formulas for angles' differences,
     `(W_c · cos f + W_s · sin f) · cos(t·f) + (W_c · sin f − W_s · cos f) · sin(t·f)`. The velocity changes its sign.
     """
+    if not isinstance(model, SiT | DiTDH):
+        return dict(weights)
     first = weights["time_embed.mlp.0.weight"]  # [D, 2 · frequencies]
-    cos, sin = first.double().chunk(2, dim=1)
-    frequencies = sincos_frequencies(cos.shape[1]).to(first.device)
-    turned = torch.cat(
-        [
-            cos * frequencies.cos() + sin * frequencies.sin(),
-            cos * frequencies.sin() - sin * frequencies.cos(),
-        ],
-        dim=1,
-    )
+    halves = first.double().chunk(2, dim=1)
+    if isinstance(model, DiTDH):
+        (sin, cos), frequencies = halves, 2 * pi * weights["time_embed.frequencies"].double()
+    else:
+        (cos, sin), frequencies = halves, sincos_frequencies(halves[0].shape[1]).to(first.device)
+    turned_cos = cos * frequencies.cos() + sin * frequencies.sin()
+    turned_sin = cos * frequencies.sin() - sin * frequencies.cos()
+    turned = (turned_sin, turned_cos) if isinstance(model, DiTDH) else (turned_cos, turned_sin)
     outputs = {f"final.{head}.{part}" for head in ("out", "cls_out") for part in ("weight", "bias")}
     return {
         **{name: -tensor if name in outputs else tensor for name, tensor in weights.items()},
-        "time_embed.mlp.0.weight": turned.to(first.dtype),
+        "time_embed.mlp.0.weight": torch.cat(turned, dim=1).to(first.dtype),
     }
 
 
-def _tables(model: LightningDiT) -> dict[str, Tensor]:
+def _tables(model: LightningDiT | DiTDH) -> dict[str, Tensor]:
     """The fixed tables that public models store, and ours make themselves."""
     tables = {"pos_embed": model.position[None]}  # [1, N, D]
-    if model.rotary_cos is not None:
+    if isinstance(model, DiTDH):
+        rotary = {"enc_feat_rope": (model.body_cos, model.body_sin), "dec_feat_rope": (model.head_cos, model.head_sin)}
+    else:
+        rotary = {} if model.rotary_cos is None else {"feat_rope": (model.rotary_cos, model.rotary_sin)}
+    for name, (cos, sin) in rotary.items():
         # Stored for every channel of a head, so each pair's angle twice: [N, d].
-        tables["feat_rope.freqs_cos"] = model.rotary_cos.repeat_interleave(2, dim=1)
-        tables["feat_rope.freqs_sin"] = model.rotary_sin.repeat_interleave(2, dim=1)
+        tables[f"{name}.freqs_cos"] = cos.repeat_interleave(2, dim=1)
+        tables[f"{name}.freqs_sin"] = sin.repeat_interleave(2, dim=1)
     return tables

@@ -132,6 +132,10 @@ class DiTDH(Denoiser):
 
     sizes: ClassVar[Mapping[str, Size]] = SIZES
     position: Tensor
+    body_cos: Tensor
+    body_sin: Tensor
+    head_cos: Tensor
+    head_sin: Tensor
 
     def __init__(
         self,

@@ -130,7 +130,7 @@ def test_export_leaves_the_model_alone(reg):
 
 
 def test_only_known_models_are_exported():
-    with pytest.raises(ValueError, match="model: LightningDiT or SiT, given Linear"):
+    with pytest.raises(ValueError, match="model: LightningDiT, SiT or DiTDH, given Linear"):
         to_published(torch.nn.Linear(1, 1))
 
 
