@@ -114,7 +114,7 @@ class DiffusionModule(DrawingModule):
         within(0, 1, label_drop=label_drop)
         try_optimizers(optimizer=optimizer)
         try_optimizers(1, 1, matrix_optimizer=matrix_optimizer)
-        within(1, model.in_channels, **{"guidance.channels": pipeline.guidance.channels})
+        pipeline.guidance.check_model(model)
         self.optimizer, self.matrix_optimizer = optimizer, matrix_optimizer
         self.times: path.Times = times
         self.shift = path.shift_for(shift, model.latent_shape)
@@ -305,14 +305,16 @@ class DiffusionModule(DrawingModule):
             self.model.compile_regions()
             if self.tokenizer is not None:
                 self.tokenizer.compile_regions()
+            self.pipeline.guidance.compile_regions()
         data, pipeline = undeclared(self.trainer).datamodule, self.pipeline
-        if stage == "predict" or data is None:
-            return
-        pipeline.latent_source = check_data(data, self.model, self.tokenizer, self.alignment, pipeline.latent_source)
-        if data.latent_statistics is not None and not self.normalization.is_known:
-            self.normalization.take(data.latent_statistics)
-        if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
-            pipeline.latent_source = begin_from(self.init_from, self, pipeline.latent_source, self.normalization)
+        if stage != "predict" and data is not None:
+            known = pipeline.latent_source
+            pipeline.latent_source = check_data(data, self.model, self.tokenizer, self.alignment, known)
+            if data.latent_statistics is not None and not self.normalization.is_known:
+                self.normalization.take(data.latent_statistics)
+            if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
+                pipeline.latent_source = begin_from(self.init_from, self, pipeline.latent_source, self.normalization)
+        pipeline.guidance.prepare(pipeline)
 
     def on_fit_start(self) -> None:
         """Checks that all classes are trained; measures the latents' statistics if they are unknown."""
@@ -321,6 +323,7 @@ class DiffusionModule(DrawingModule):
             check_untrained(undeclared(self.trainer).datamodule, self.num_classes, begins)
         if not self.normalization.is_known:
             self._measure_latents()
+            self.pipeline.guidance.prepare(self.pipeline)  # whose partner has statistics of its own
 
     @torch.no_grad()
     def _measure_latents(self) -> None:
