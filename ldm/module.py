@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -28,11 +29,12 @@ from vfm_vae.contracts import VFM
 from vfm_vae.data.latents import RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.images import Rounding, from_uint8
-from vfm_vae.joined import join, matrices_of
-from vfm_vae.lightning_private import logs_now, undeclared
+from vfm_vae.joined import join, matrices_of, number_as_in
+from vfm_vae.lightning_private import has_trainer, logs_now, undeclared
 from vfm_vae.metrics.reconstruction import MeanOverImages
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least, within
+from vfm_vae.schedules import SCHEDULES, check_schedules, schedule_of, try_schedules, with_schedules
 from vfm_vae.tokenizer import FrozenTokenizer
 from vfm_vae.types import Batch, LatentBatch
 from vfm_vae.vfm import check_source
@@ -62,6 +64,8 @@ class DiffusionModule(DrawingModule):
         shift: Warps the times of training and validation: below 1 there are more near noise. `auto` takes
             `sqrt(4096 / (C·h·w))` for latents of that shape, null is no shift. Published shifts of noise
             levels, as RAE's 6.93, are 1 / shift. The sampler has a `shift` of its own.
+        lr_scheduler: Changes the learning rates after every step, such as `vfm_vae.schedules.WarmupDecay`; null for
+            constant ones.
         predict: What prediction returns: decoded `images`, or `latents`.
         rounding: How samples are converted to 8 bits: `round` to the nearest level, or `truncate` as for published
             numbers.
@@ -98,6 +102,7 @@ class DiffusionModule(DrawingModule):
         seed: int = 0,
         conditioning: Conditioning | None = None,
         shift: path.Shift = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
         matrix_optimizer: OptimizerCallable | None = None,
         base_weight: float = 1.0,
     ):
@@ -113,6 +118,7 @@ class DiffusionModule(DrawingModule):
         at_least(1, statistics_images=statistics_images)
         within(0, 1, label_drop=label_drop)
         try_optimizers(optimizer=optimizer)
+        self.schedules = try_schedules(lr_scheduler=(lr_scheduler, optimizer))
         try_optimizers(1, 1, matrix_optimizer=matrix_optimizer)
         pipeline.guidance.check_model(model)
         self.optimizer, self.matrix_optimizer = optimizer, matrix_optimizer
@@ -183,6 +189,8 @@ class DiffusionModule(DrawingModule):
         self.skipped.judge(optimizer, self._grad_norm)
         numbers: dict[str, Tensor | float] = {**self._losses, "train/grad_norm": self._grad_norm}
         numbers |= {"train/skipped_steps": self.skipped.total, "images_seen": float(self.images_seen)}
+        if (schedule := schedule_of(self.trainer, optimizer)) is not None:
+            numbers["train/lr"] = schedule.get_last_lr()[0]
         log_where_due(self, numbers, shown="train/loss")
         if logs_now(self.trainer):
             self.skipped.check()
@@ -280,12 +288,12 @@ class DiffusionModule(DrawingModule):
 
     # Optimiser, data, checkpoints
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The denoiser's."""
+    def configure_optimizers(self) -> Any:
+        """The denoiser's, and the schedule of its learning rates."""
         model = self.model
         optimizer = join(model.parameters(), self.optimizer, matrices_of(model.blocks), self.matrix_optimizer)
         self.skipped.watch(optimizer)
-        return optimizer
+        return with_schedules(self.schedules, lr_scheduler=optimizer) if self.schedules else optimizer
 
     def configure_model(self) -> None:
         """Shards the denoiser over the ranks, block by block, where a ModelParallelStrategy has a mesh for that."""
@@ -346,7 +354,10 @@ class DiffusionModule(DrawingModule):
             skipped_steps=self.skipped_steps,
             tokenizer=self.pipeline.latent_source,
             aligned_to=None if self.alignment is None else self.alignment.identity(),
+            **{SCHEDULES: list(self.schedules)},
         )
+        if states := checkpoint.get("optimizer_states"):
+            number_as_in(self, self.trainer.optimizers[0], states[0])
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Restores them.
@@ -358,6 +369,8 @@ class DiffusionModule(DrawingModule):
         stored = schema.take(checkpoint, DIFFUSION, "ckpt_path: the checkpoint")
         check_checkpoint(stored, self.pipeline.latent_source, self.normalization, "ckpt_path")
         check_state(self, checkpoint, "ckpt_path")
+        if has_trainer(self) and self.trainer.state.fn == TrainerFn.FITTING:
+            check_schedules(self.schedules, checkpoint)
         if self.alignment is not None:
             self.alignment.go_on_as(checkpoint.get("aligned_to"))
         self.images_seen = stored.images_seen

@@ -1,12 +1,14 @@
 """Several optimisers, each with its own weights, as one."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Muon, Optimizer
 
 FOUND_INF = "found_inf"  # by which fused optimisers are told to leave a step out
 
@@ -15,8 +17,7 @@ class Joined(Optimizer):
     """Several optimisers that step together, and are scheduled, saved and restored as one.
 
     The groups of parameters are those of the parts, one after another, and the state is shared: a learning rate that a
-    scheduler sets in a group here is the part's. A checkpoint has one state, in which groups and parameters are
-    numbered in this order.
+    scheduler sets in a group here is the part's.
 
     Args:
         *parts: Optimisers of different parameters.
@@ -46,7 +47,10 @@ class Joined(Optimizer):
         told = {FOUND_INF: vars(self)[FOUND_INF]} if FOUND_INF in vars(self) else {}
         for part in self.parts:
             vars(part).update(told)
-            part.step()
+            if isinstance(part, Muon) and _is_sharded(part):
+                step_with_whole_matrices(part)
+            else:
+                part.step()
             vars(part).pop(FOUND_INF, None)
         return loss
 
@@ -60,6 +64,35 @@ class Joined(Optimizer):
         for part in self.parts:
             own = list(islice(groups, len(part.param_groups)))
             part.__setstate__({"state": self.state, "param_groups": own})
+
+
+@torch.no_grad()
+def step_with_whole_matrices(optimizer: Optimizer) -> None:
+    """Takes a step of matrices that are sharded over ranks, putting them together one after another.
+
+    From shards, Muon would orthogonalise whole matrices as well, but its products in bfloat16 would be rounded
+    otherwise: where gradients have few directions, it magnifies that until nothing of the others is alike. It would
+    also exchange much more.
+
+    Args:
+        optimizer: Its parameters are DTensors, its state has tensors of their shape.
+    """
+    groups, state = optimizer.param_groups, optimizer.state
+    try:
+        for group in groups:
+            for shard in group["params"]:
+                if shard.grad is None:
+                    continue
+                whole = nn.Parameter(shard.full_tensor())
+                whole.grad = shard.grad.full_tensor()
+                optimizer.param_groups = [group | {"params": [whole]}]
+                optimizer.state = defaultdict(dict)
+                optimizer.state[whole] = {name: value.full_tensor() for name, value in state[shard].items()}
+                optimizer.step()
+                shard.copy_(_sharded_like(shard, whole))
+                state[shard] = {name: _sharded_like(shard, value) for name, value in optimizer.state[whole].items()}
+    finally:
+        optimizer.param_groups, optimizer.state = groups, state
 
 
 def join(
@@ -91,6 +124,37 @@ def join(
 def matrices_of(blocks: nn.Module) -> list[nn.Parameter]:
     """The matrices of blocks that train."""
     return [parameter for parameter in blocks.parameters() if parameter.ndim == 2 and parameter.requires_grad]
+
+
+def number_as_in(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Numbers a state's parameters as they come in the model, in place; torch numbers them group by group.
+
+    Lightning numbers those of a sharded model so, for which nothing is to be done here: either reads the other's.
+
+    Args:
+        model: Has the optimizer's parameters, and perhaps others.
+        optimizer: Whose state it is.
+        state: As `optimizer.state_dict()` gives it.
+    """
+    if not isinstance(optimizer, Joined) or _is_sharded(optimizer):
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    places = {parameter: place for place, parameter in enumerate(model.parameters())}
+    numbers = [places[parameter] for parameter in parameters]
+    state["state"] = {numbers[former]: values for former, values in state["state"].items()}
+    state["param_groups"] = [
+        {**group, "params": [numbers[former] for former in group["params"]]} for group in state["param_groups"]
+    ]
+
+
+def _is_sharded(optimizer: Optimizer) -> bool:
+    return any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _sharded_like(shard: DTensor, whole: Tensor) -> DTensor:
+    """This rank's part of what all ranks have; nothing is exchanged."""
+    everywhere = DTensor.from_local(whole.detach(), shard.device_mesh, [Replicate()] * shard.device_mesh.ndim)
+    return everywhere.redistribute(placements=shard.placements)
 
 
 def _check_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
