@@ -5,7 +5,7 @@ from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from vfm_vae.modules.latent_noise import noised
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least
 from vfm_vae.reconstructing import Reconstructing
+from vfm_vae.schedules import SCHEDULES, check_schedules, try_schedules, with_schedules
 from vfm_vae.schema import TOKENIZER
 from vfm_vae.stages import begin, check_optimizers, freeze_all_but, measure_latents, read_stage
 from vfm_vae.two_players import TwoPlayers
@@ -94,6 +95,10 @@ class TokenizerModule(TwoPlayers, Reconstructing):
             own units; each image's is drawn between 0 and this. Losses on latents see them without noise.
         discriminate_from: The discriminators learn after so many training images, over all stages; null for
             `objective.adversarial_from`, so that tokenizer and discriminators begin the game together.
+        lr_scheduler: Changes the learning rate of `optimizer` after every step, such as
+            `vfm_vae.schedules.WarmupDecay`; null for a constant rate. It counts the steps of this stage.
+        discriminator_lr_scheduler: Changes that of `discriminator_optimizer`, counting the discriminators' own steps;
+            null for a constant rate.
 
     Raises:
         ValueError: if an option lies outside its range, or does not fit another.
@@ -128,11 +133,17 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         order: Literal["simultaneous", "published"] = "simultaneous",
         latent_noise: float = 0.0,
         discriminate_from: int | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        discriminator_lr_scheduler: LRSchedulerCallable | None = None,
     ):
         super().__init__(guard, accumulate_grad_batches, gradient_clip_val)
         at_least(-1, max_images=max_images)
         at_least(0, seed=seed, latent_noise=latent_noise, discriminate_from=discriminate_from)
         try_optimizers(optimizer=optimizer, discriminator_optimizer=discriminator_optimizer)
+        self.schedules = try_schedules(
+            lr_scheduler=(lr_scheduler, optimizer),
+            discriminator_lr_scheduler=(discriminator_lr_scheduler, discriminator_optimizer),
+        )
         check_opponents(objective, discriminator, patchgan, discriminator_optimizer is not None, discriminate_from)
         if order not in ("simultaneous", "published"):
             raise ValueError(f"order: 'simultaneous' or 'published', given {order!r}")
@@ -248,7 +259,7 @@ class TokenizerModule(TwoPlayers, Reconstructing):
     def _log_step(self) -> None:
         numbers: dict[str, Tensor | float] = {"train/loss_l1": 0.0}
         numbers |= self._terms.get("generator", {}) | self._terms.get("discriminators", {})
-        numbers |= {f"train/{name}": value for name, value in self.grad_norms.items()}
+        numbers |= {f"train/{name}": value for name, value in (self.grad_norms | self.rates).items()}
         numbers |= {"train/skipped_steps": self.guard.skipped, "images_seen": float(self.images_seen)}
         log_where_due(self, numbers, shown="train/loss_l1")
         if logs_now(self.trainer):
@@ -264,13 +275,14 @@ class TokenizerModule(TwoPlayers, Reconstructing):
 
     # Optimisers, stages, checkpoints
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The generator's optimiser, then the discriminators' where there are any."""
+    def configure_optimizers(self) -> Any:
+        """The generator's optimiser, then the discriminators' where there are any; and schedules of their rates."""
         generator, opponents = self._trained()
-        if not opponents:
-            return [self.optimizer(generator)]
-        assert self.discriminator_optimizer is not None  # `check_opponents` was asked
-        return [self.optimizer(generator), self.discriminator_optimizer(opponents)]
+        optimizers = {"lr_scheduler": self.optimizer(generator)}
+        if opponents:
+            assert self.discriminator_optimizer is not None  # `check_opponents` was asked
+            optimizers["discriminator_lr_scheduler"] = self.discriminator_optimizer(opponents)
+        return with_schedules(self.schedules, **optimizers) if self.schedules else list(optimizers.values())
 
     def _trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """What trains of the generator, and the discriminators' parameters."""
@@ -329,6 +341,7 @@ class TokenizerModule(TwoPlayers, Reconstructing):
             guard=self.guard.state_dict(),
             alignment=self.objective.progress(),
             vfm=vfm_identity(self.vfm),
+            **{SCHEDULES: list(self.schedules)},
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -345,6 +358,7 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         fitting = has_trainer(self) and self.trainer.state.fn == TrainerFn.FITTING
         if fitting:
             check_optimizers(self._trained(), checkpoint)
+            check_schedules(self.schedules, checkpoint)
         if not fitting:
             state = {n: w for n, w in checkpoint["state_dict"].items() if not n.startswith(OPPONENTS)}
             checkpoint["state_dict"] = state | {n: w for n, w in self.state_dict().items() if n.startswith(OPPONENTS)}

@@ -15,6 +15,7 @@ from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.modules.maps import without_autocast
 from vfm_vae.optimization import step_unless
 from vfm_vae.options import at_least
+from vfm_vae.schedules import schedule_of
 
 
 class TwoPlayers(LightningModule):
@@ -49,6 +50,7 @@ class TwoPlayers(LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.images_seen = 0
         self.grad_norms: dict[str, Tensor] = {}  # of the last step
+        self.rates: dict[str, float | Tensor] = {}  # of the last step, where they change from step to step
         self._refused: Tensor | None = None  # what the guard says of the step at hand
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -66,7 +68,10 @@ class TwoPlayers(LightningModule):
         self._refused = self.guard.refuses(self.images_seen, **terms, already=self._refused)
 
     def learn(self, player: int, loss: Tensor, step_ends: bool) -> None:
-        """Backward pass, and the optimiser's step where the accumulated batches are complete."""
+        """Backward pass, and the optimiser's step where the accumulated batches are complete.
+
+        A schedule of the learning rate counts all of these steps, also those that are refused.
+        """
         optimizer = self._players()[player]
         # What was computed in float32 has its gradients in float32: autocast is for the forward pass alone.
         with self._accumulating(not step_ends), without_autocast(loss):
@@ -83,6 +88,9 @@ class TwoPlayers(LightningModule):
         step = (optimizer if player == self.GENERATOR else optimizer.optimizer).step
         assert self._refused is not None  # `judge` was asked
         step_unless(self._refused, optimizer.optimizer, step)
+        if (schedule := schedule_of(self.trainer, optimizer.optimizer)) is not None:
+            self.rates[("lr", "lr_discriminator")[player]] = schedule.get_last_lr()[0]
+            schedule.step()
 
     def finish_batch(self, num_images: int, step_ends: bool) -> None:
         """Counts images; where a step ends, drops its gradients, also those of a refused one."""
