@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.condition import Labels
-from ldm.guidance import Guidance
+from ldm.guidance import Guidance, InternalGuidance
 from ldm.models.denoiser import Denoiser, Prediction
 
 NULL = 10
@@ -53,8 +53,34 @@ def test_channels_beyond_the_guided_ones_are_conditional():
     assert torch.equal(everything, run(Guidance(3.0), 0.5)[2])
 
 
-def test_another_scale_leaves_the_rest():
-    assert vars(Guidance(2.0, 0.1, 0.9, 3, 1.5).with_scale(5.0)) == vars(Guidance(5.0, 0.1, 0.9, 3, 1.5))
+@pytest.mark.parametrize("kind", [Guidance, InternalGuidance])
+def test_another_scale_or_interval_leaves_the_rest(kind):
+    guidance = kind(2.0, 0.1, 0.9, 3, 1.5)
+    assert vars(guidance.with_scale(5.0)) == vars(kind(5.0, 0.1, 0.9, 3, 1.5))
+    assert vars(guidance.with_interval(0.3, 0.4)) == vars(kind(2.0, 0.3, 0.4, 3, 1.5))
+    assert type(guidance.with_scale(5.0)) is type(guidance.with_interval(0.3, 0.4)) is kind
+
+
+@pytest.mark.parametrize("end", [0.1, 0.2, 0.3, 0.7, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_excludes_no_end_of_the_interval(end, dtype):
+    """As float32, 0.3 is above 0.3 and 0.7 below; and 1 − 0.8 is below 0.2 in any precision."""
+    for time in (torch.tensor(end, dtype=dtype), 1 - torch.tensor(1 - end, dtype=dtype)):
+        assert Guidance(2.0, start=end).acts_at(time.item())
+        assert Guidance(2.0, end=end).acts_at(time.item())
+    assert not Guidance(2.0, start=end).acts_at(end - 1e-5)
+    assert not Guidance(2.0, end=end).acts_at(end + 1e-5)
+
+
+def test_settings_of_samples_are_those_of_former_versions():
+    """Folders of samples are completed by the same settings alone."""
+    assert Guidance(2.0, start=0.1).settings() == {
+        "scale": 2.0,
+        "start": 0.1,
+        "end": 1.0,
+        "channels": None,
+        "cls_scale": 0.0,
+    }
 
 
 @pytest.mark.parametrize("options", [{"start": -0.1}, {"start": 0.6, "end": 0.5}, {"end": 1.1}, {"channels": 0}])
