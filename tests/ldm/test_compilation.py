@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from test_denoiser import every_class, inputs, parts, randomised, small
+from test_denoiser import ALL, every_class, inputs, parts, randomised, small
 
 import vfm_vae.compilation
 from callbacks.ema import EMA
@@ -50,9 +50,9 @@ def regions(count: int) -> dict[str, int]:
     return {"Block": count, "FinalLayer": count, "Sequential": count}
 
 
-def gradients(model, *arguments, align=True):
+def gradients(model, *arguments):
     model.zero_grad()
-    sum(part.float().square().mean() for part in parts(model(*arguments, align=align))).backward()
+    sum(part.float().square().mean() for part in parts(model(*arguments, **ALL))).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -64,16 +64,17 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 
 @every_class
-@pytest.mark.parametrize("alignment", ["none", "reg"])
-def test_equal_blocks_are_compiled_once(kind, alignment, graphs):
+@pytest.mark.parametrize(("alignment", "parts_of_it"), [("none", 7), ("base", 9)])
+def test_equal_blocks_are_compiled_once(kind, alignment, parts_of_it, graphs):
     model = small(kind, alignment, depth=6)
     model.compile_regions()
     model.compile_regions()  # again, which changes nothing
     gradients(model, *inputs(model))
-    assert graphs == (regions(1) if alignment == "reg" else {"Block": 1, "FinalLayer": 1})
+    projects = alignment != "none"
+    assert graphs == (regions(1) if projects else {"Block": 1, "FinalLayer": 1})
     compiled = [module for module in model.modules() if is_compiled(module)]
-    assert {type(module) for module in compiled} == {Block, FinalLayer} | ({Projector} if alignment == "reg" else set())
-    assert len(compiled) == (8 if alignment == "reg" else 7)
+    assert {type(module) for module in compiled} == {Block, FinalLayer} | ({Projector} if projects else set())
+    assert len(compiled) == parts_of_it
 
 
 @every_class
@@ -86,7 +87,7 @@ def test_all_sizes_of_batches_but_the_first_share_one_form(kind, graphs):
 
 
 @every_class
-@pytest.mark.parametrize("alignment", ["none", "reg"])
+@pytest.mark.parametrize("alignment", ["none", "base"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_is_the_same(kind, alignment, recompute, graphs):
     plain = randomised(small(kind, alignment))
@@ -96,7 +97,7 @@ def test_compiled_is_the_same(kind, alignment, recompute, graphs):
     arguments = inputs(plain, 3)
     assert_close(gradients(compiled, *arguments), gradients(plain, *arguments))
     with torch.no_grad():
-        outputs = [dict(enumerate(parts(model(*arguments, align=True)))) for model in (compiled, plain)]
+        outputs = [dict(enumerate(parts(model(*arguments, **ALL)))) for model in (compiled, plain)]
     assert_close(*outputs)
     features = [dict(enumerate(model.block_features(*arguments))) for model in (compiled, plain)]
     assert len(features[0]) == 2

@@ -1,4 +1,6 @@
-"""What both denoisers have in common, without alignment, with a projector (REPA), and with a class token too (REG)."""
+"""What all denoisers have in common: without alignment, with a projector (REPA), with a class token too (REG), and with
+an internal head besides.
+"""
 
 import pytest
 import torch
@@ -17,11 +19,14 @@ ALIGNMENTS = {
     "none": {"cls_channels": 0, "align_channels": 0},
     "repa": {"cls_channels": 0} | PROJECTOR,
     "reg": {"cls_channels": 6} | PROJECTOR,
+    "base": {"cls_channels": 6, "base_depth": 1} | PROJECTOR,
 }
+ALL = {"align": True, "base": True}  # that can be asked for
 CLASSES = {"lightningdit": LightningDiT, "sit": SiT}
 
 every_class = pytest.mark.parametrize("kind", CLASSES)
 every_alignment = pytest.mark.parametrize("alignment", ALIGNMENTS)
+with_all_or_nothing = pytest.mark.parametrize("alignment", ["none", "base"])
 
 
 def small(kind: str, alignment: str = "reg", **options) -> Denoiser:
@@ -60,12 +65,14 @@ def outputs_of_blocks(model: Denoiser) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("input_size", "patch_size"), [(4, 2), ((4, 8), 1)])
 def test_predictions_are_of_what_the_model_has(kind, alignment, input_size, patch_size):
     model = small(kind, alignment, input_size=input_size, patch_size=patch_size)
-    prefix, num_patches = int(alignment == "reg"), model.grid[0] * model.grid[1]
+    prefix, num_patches = int(alignment in ("reg", "base")), model.grid[0] * model.grid[1]
     assert model.num_prefix_tokens == prefix
-    prediction = model(*inputs(model), align=True)
-    velocity, cls_velocity = model.split(prediction.velocity)
-    assert velocity.shape == (2, *model.latent_shape)
-    assert (cls_velocity is None) if alignment != "reg" else (cls_velocity.shape == (2, 6))
+    prediction = model(*inputs(model), **ALL)
+    assert (prediction.base is not None) == (alignment == "base")
+    for predicted in (prediction.velocity, *parts(prediction)[2:]):
+        velocity, cls_velocity = model.split(predicted)
+        assert velocity.shape == (2, *model.latent_shape)
+        assert (cls_velocity is None) if not prefix else (cls_velocity.shape == (2, 6))
     if alignment == "none":
         assert prediction.projected is None
     else:
@@ -76,8 +83,9 @@ def test_predictions_are_of_what_the_model_has(kind, alignment, input_size, patc
 @every_alignment
 def test_an_untrained_model_predicts_zero(kind, alignment):
     model = small(kind, alignment)
-    velocity, projected, _ = model(*inputs(model), align=True)
+    velocity, projected, base = model(*inputs(model), **ALL)
     assert (velocity == 0).all()
+    assert base is None or (base == 0).all()
     assert projected is None or (projected != 0).any()
 
 
@@ -143,7 +151,7 @@ def test_block_features_leave_the_class_token_out(kind, alignment):
 
 
 @every_class
-@every_alignment
+@pytest.mark.parametrize("alignment", ["none", "repa", "base"])
 def test_one_batch_trains_everything(kind, alignment):
     model = small(kind, alignment)
     data, noise = torch.randn(2, 8, 3, 4, 4)
@@ -156,12 +164,14 @@ def test_one_batch_trains_everything(kind, alignment):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses = []
     for _ in range(100):
-        prediction = model(noisy, *told, align=True)
-        velocity, cls_velocity = model.split(prediction.velocity)
-        losses.append(path.squared_error(velocity, path.velocity(data, noise)).mean())
-        if model.cls_channels:
-            error = path.squared_error(cls_velocity, path.velocity(cls, cls_noise)).mean()
-            losses[-1] = losses[-1] + 0.03 * error
+        prediction = model(noisy, *told, **ALL)
+        losses.append(torch.zeros(()))
+        for predicted in (prediction.velocity, *([prediction.base] if model.base_depth else [])):
+            velocity, cls_velocity = model.split(predicted)
+            losses[-1] = losses[-1] + path.squared_error(velocity, path.velocity(data, noise)).mean()
+            if model.cls_channels:
+                error = path.squared_error(cls_velocity, path.velocity(cls, cls_noise)).mean()
+                losses[-1] = losses[-1] + 0.03 * error
         if model.align_channels:
             losses[-1] = losses[-1] - 0.5 * torch.cosine_similarity(prediction.projected, target, dim=-1).mean()
         optimizer.zero_grad()
@@ -180,13 +190,13 @@ def test_without_alignment_gradients_reach_all_but_the_projector(kind):
 
 
 @every_class
-@pytest.mark.parametrize("alignment", ["none", "reg"])
+@with_all_or_nothing
 def test_activation_checkpointing_changes_no_gradient(kind, alignment):
     gradients, calls = [], []
     for value in (False, True):
         model = randomised(small(kind, alignment, activation_checkpointing=value))
         model.blocks[0].register_forward_pre_hook(lambda *_, value=value: calls.append(value))
-        sum(part.square().mean() for part in parts(model(*inputs(model), align=True))).backward()
+        sum(part.square().mean() for part in parts(model(*inputs(model), **ALL))).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
     assert calls == [False, True, True]
@@ -194,26 +204,26 @@ def test_activation_checkpointing_changes_no_gradient(kind, alignment):
 
 @torch.no_grad()
 @every_class
-@every_alignment
+@with_all_or_nothing
 def test_compiled_in_one_graph_it_is_the_same(kind, alignment):
     torch.compiler.reset()  # forms of the other models count towards one limit
     model = randomised(small(kind, alignment)).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for align in (False, True):
-        expected, given = (parts(network(*inputs(model), align=align)) for network in (model, compiled))
+    for asked in ({}, ALL):
+        expected, given = (parts(network(*inputs(model), **asked)) for network in (model, compiled))
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(given, expected, strict=True))
 
 
 @torch.no_grad()
 @every_class
-@every_alignment
+@with_all_or_nothing
 def test_bf16_autocast_stays_close(kind, alignment):
     model = randomised(small(kind, alignment)).eval()
     for parameter in model.parameters():
         parameter.data.mul_(0.2)
-    full = parts(model(*inputs(model, 4), align=True))
+    full = parts(model(*inputs(model, 4), **ALL))
     with torch.autocast("cpu", torch.bfloat16):
-        half = parts(model(*inputs(model, 4), align=True))
+        half = parts(model(*inputs(model, 4), **ALL))
     assert all((h.float() - f).norm() / f.norm() < 0.05 for h, f in zip(half, full, strict=True))
 
 
@@ -238,6 +248,9 @@ def test_what_is_fixed_is_not_stored(kind):
         ({"patch_size": 3}, "patch_size: 3 does not"),
         ({"width": 18}, "width: 18 does not divide"),
         ({"align_depth": 3}, "align_depth: a block from 1 to depth = 2, given 3"),
+        ({"base_depth": 3}, "base_depth: a block from 1 to depth = 2, or 0 for no head, given 3"),
+        ({"predicts": "noise"}, "predicts: one of 'velocity', 'data', given 'noise'"),
+        ({"projector": "linear"}, "projector: one of 'mlp', 'conv', given 'linear'"),
     ],
 )
 def test_options_out_of_range_are_named(kind, options, message):

@@ -62,11 +62,12 @@ def features(aligned_cache):
     return build
 
 
-def module_of(model: str, alignment: str | None, **kwargs) -> DiffusionModule:
+def module_of(model: str, alignment: str | None, parts: dict | None = None, **kwargs) -> DiffusionModule:
+    """`parts` are further options of the denoiser."""
     torch.manual_seed(0)
     sizes = {"in_channels": 4, "input_size": 4, "depth": 3, "width": 32, "num_heads": 2, "num_classes": 3}
-    parts = ALIGNED[alignment] if alignment else {"align_channels": 0, "cls_channels": 0}
-    network = MODELS[model](**sizes, **parts, align_depth=2, projector_width=16)
+    aligned_parts = ALIGNED[alignment] if alignment else {"align_channels": 0, "cls_channels": 0}
+    network = MODELS[model](**sizes, **aligned_parts, align_depth=2, projector_width=16, **parts or {})
     options = {"predict": "latents", "seed": 1, "sampler": EulerMaruyama(10)} | kwargs
     aligned = ALIGNMENTS[alignment]() if alignment else None
     return DiffusionModule(network, partial(torch.optim.AdamW, lr=2e-3), alignment=aligned, **options)
@@ -150,9 +151,10 @@ def module_ready(module: DiffusionModule, features) -> DiffusionModule:
     return module
 
 
-def test_resumed_equals_uninterrupted(features, trainer, tmp_path):
+@pytest.mark.parametrize("parts", [{}, {"base_depth": 1, "predicts": "data", "projector": "conv"}])
+def test_resumed_equals_uninterrupted(parts, features, trainer, tmp_path):
     """Noise of the class token and fresh samples of the cached posterior included."""
-    whole, begun, resumed = (module_of("sit", "reg") for _ in range(3))
+    whole, begun, resumed = (module_of("sit", "reg", parts) for _ in range(3))
     trainer(max_steps=6, limit_val_batches=0).fit(whole, features())
     checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True)  # one batch before an epoch's end
     trainer(max_steps=2, limit_val_batches=0, enable_checkpointing=True, callbacks=[checkpoint]).fit(begun, features())
