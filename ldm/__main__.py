@@ -1,13 +1,14 @@
-"""`python -m ldm fit|validate|test|predict`: the diffusion models' command line."""
+"""`python -m ldm fit|validate|test|predict|sweep`: the diffusion models' command line."""
 
 from ldm.module import DiffusionModule
+from ldm.sweep.command import SweepingCLI, SweepingTrainer
 from vfm_vae.cli import run
 from vfm_vae.data.datamodule import ImageNetDataModule
 
 
 def main() -> None:
     """Runs the command line of this process."""
-    run(DiffusionModule, ImageNetDataModule)
+    run(DiffusionModule, ImageNetDataModule, SweepingCLI, SweepingTrainer)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,10 @@ class DrawingModule(LightningModule):
         """All that samples depend on; all ranks must ask, as weights may be sharded."""
         state = self.model.state_dict()
         weights = {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in state.items()}
+        return self.drawing_settings() | {"images_seen": self.images_seen, "weights": sha256_of(weights)}
+
+    def drawing_settings(self) -> dict[str, Any]:
+        """All that samples depend on besides the denoiser's weights."""
         return {
             **self.pipeline.settings(),
             "seed": self.seed,
@@ -111,8 +115,6 @@ class DrawingModule(LightningModule):
             "decoder": None if self.tokenizer is None or self.predict != "images" else self.tokenizer.fingerprint(),
             "precision": self.trainer.precision,
             "matmul_precision": torch.get_float32_matmul_precision(),
-            "images_seen": self.images_seen,
-            "weights": sha256_of(weights),
         }
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Samples:

@@ -38,6 +38,7 @@ DEBUG = "VFM_VAE_DEBUG"
 PACKAGES = ("vfm_vae", "ldm", "callbacks")
 MATMUL_PRECISION = "matmul_precision"
 UNTRAINED = "untrained"
+EVALUATIONS = ("validate", "test", "predict")
 MAX_SEED = 2**32 - 1  # NumPy's
 CONFIGS = Path(__file__).parent / "configs"
 # Once these are imported, configs name their classes without modules.
@@ -149,7 +150,7 @@ class CLI(HookedCLI):
     def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
         """Reads checkpoints without unpickling, and lets an evaluation ask for an untrained model."""
         parser.set_defaults(weights_only=True)
-        if subcommand != "fit":
+        if subcommand in EVALUATIONS:
             parser.add_argument(
                 f"--{UNTRAINED}", type=bool, default=False, help="Take a model without a checkpoint, as it is built."
             )
@@ -214,19 +215,27 @@ class CLI(HookedCLI):
         return checkpoint_path(self.trainer, subcommand, ckpt_path)
 
 
-def run(module: type[LightningModule], datamodule: type[LightningDataModule]) -> None:
+def run(
+    module: type[LightningModule],
+    datamodule: type[LightningDataModule],
+    command_line: type[CLI] = CLI,
+    trainer: type[Trainer] = Trainer,
+) -> None:
     """Runs `fit`, `validate`, `test` or `predict` from the command line, with `short_errors`.
 
     Args:
         module: The LightningModule that the configs fill in.
         datamodule: The LightningDataModule that they fill in.
+        command_line: The command line, which may have further commands.
+        trainer: The trainer, whose methods the commands are.
     """
     program = {"exit_on_error": False, "prog": f"python -m {module.__module__.partition('.')[0]}"}
-    commands = {name: {"exit_on_error": False} for name in ("fit", "validate", "test", "predict")}
+    commands = {name: {"exit_on_error": False} for name in command_line.subcommands()}
     with short_errors():
-        CLI(
+        command_line(
             module,
             datamodule,
+            trainer_class=trainer,
             auto_configure_optimizers=False,
             parser_kwargs=commands | program,
             save_config_callback=SaveTrainingConfig,

@@ -282,3 +282,23 @@ class WeightAverage(Protocol):
 
     def load_average(self, state: Mapping[str, Any]) -> None:
         """Continues from `state`, as a checkpoint holds it under the key `ema`."""
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """A callback that measures a module in validation and test, and logs what it finds.
+
+    Attributes:
+        num_images: Number of images that it measures; None for all.
+    """
+
+    num_images: int | None
+
+    def adopt(self, pl_module: Any) -> None:
+        """Uses the module's own VFM where it was given none."""
+
+    def names(self) -> set[str]:
+        """The names of what it logs, without `val/` or `test/`; `<feature>` stands for a module's features."""
+
+    def settings(self) -> dict[str, Any]:
+        """What its numbers depend on, as plain data."""

@@ -3,6 +3,10 @@
 from torch import Tensor
 
 
+class NotFinite(ValueError):
+    """Something is nan or inf."""
+
+
 def check_finite(what: str, values: Tensor) -> None:
     """Checks that a batch has neither nan nor inf; this waits for the device.
 
@@ -11,7 +15,7 @@ def check_finite(what: str, values: Tensor) -> None:
         values: `[B, ...]`.
 
     Raises:
-        ValueError: if a row does.
+        NotFinite: if a row does.
     """
     finite = values.detach().isfinite()
     if not finite.all():
@@ -19,9 +23,9 @@ def check_finite(what: str, values: Tensor) -> None:
         raise not_finite(f"{what}: {int(broken.sum())} of {len(broken)} hold nan or inf")
 
 
-def not_finite(finding: str) -> ValueError:
+def not_finite(finding: str) -> NotFinite:
     """The error that says what was found, and where to look."""
-    return ValueError(
+    return NotFinite(
         f"{finding}; either the weights are broken (give another --ckpt_path), or numbers overflowed (try "
         "--trainer.precision=32-true)"
     )

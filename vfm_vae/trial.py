@@ -17,6 +17,7 @@ LIMITS = {
     "validate": ("limit_val_batches",),
     "test": ("limit_test_batches",),
     "predict": ("limit_predict_batches",),
+    "sweep": ("limit_test_batches",),
 }
 # What barebones does not bear.
 REFUSED_BY_BAREBONES = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps", "num_sanity_val_steps")
@@ -31,7 +32,7 @@ def cut_short_by(options: Mapping[str, Any], command: str) -> str | None:
 
     Args:
         options: The trainer's options; `vars(trainer)` has them, too.
-        command: `fit`, `validate`, `test` or `predict`.
+        command: `fit`, `validate`, `test`, `predict` or `sweep`.
 
     Returns:
         The option with its value, as the command line takes it; None for a whole run, which training without any

@@ -1,0 +1,1 @@
+"""`python -m ldm sweep`: the best guidance and average of a checkpoint, found on a grid."""

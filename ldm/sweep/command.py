@@ -1,0 +1,88 @@
+"""The command line `python -m ldm`: that of Lightning, with `sweep` beside `fit`, `validate`, `test` and `predict`."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+
+from ldm.module import DiffusionModule
+from ldm.sweep.grid import Sweep
+from vfm_vae.cli import CLI
+from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.trial import Output
+
+SWEEP = "sweep"
+KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's, in the place of a file
+
+
+class SweepingTrainer(Trainer):
+    """Lightning's trainer, which can sweep as well."""
+
+    def measure_grid(
+        self,
+        model: DiffusionModule,
+        datamodule: ImageNetDataModule,
+        sweep: Sweep,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Finds the best guidance scale, interval and average of a checkpoint.
+
+        Each setting is measured by a test with the callbacks at hand. Started again, it goes on where it was stopped.
+
+        Args:
+            model: The model.
+            datamodule: The data, which numbers the samples.
+            sweep: The grid of settings.
+            ckpt_path: Checkpoint of the model.
+            weights_only: Whether checkpoints are read without unpickling objects.
+
+        Raises:
+            ValueError: if there is no checkpoint.
+        """
+        from ldm.sweep.sweeper import Sweeper  # with what draws, which takes a second to import
+
+        if ckpt_path in (None, *KEYWORDS):
+            raise ValueError("ckpt_path: a sweep looks at one checkpoint; give --ckpt_path FILE")
+        Sweeper(self, model, datamodule, sweep, str(ckpt_path), weights_only).run()
+
+    sweep = measure_grid  # the parser calls a group of options by a function's name, and `sweep` are the grid's
+
+
+class SweepingCLI(CLI):
+    """The command line that has `sweep`, too: the options of `test`, and those of the grid.
+
+    A sweep writes its own files, so it goes without loggers and callbacks that would write.
+    """
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer's methods that can be called, and which of their arguments are no options of theirs."""
+        return CLI.subcommands() | {SWEEP: {"model", "datamodule", "sweep"}}
+
+    def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
+        """Adds the options of the grid."""
+        super().add_subcommand_arguments(parser, subcommand)
+        if subcommand == SWEEP:
+            parser.add_class_arguments(Sweep, SWEEP)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses a command line."""
+        super().parse_arguments(parser, args)
+        if self.config.subcommand == SWEEP:
+            self.config[SWEEP].trainer.logger = False
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Makes the trainer."""
+        if self.subcommand == SWEEP:
+            options = self.config_init[SWEEP]["trainer"]
+            given = options["callbacks"] or []
+            given = given if isinstance(given, list) else [given]
+            options["callbacks"] = [callback for callback in given if not isinstance(callback, Output)]
+            options["enable_checkpointing"] = False
+        return super().instantiate_trainer(**kwargs)
+
+    def sweep(self, **options: Any) -> None:
+        """Sweeps over a checkpoint."""
+        trainer: Any = self.trainer
+        trainer.sweep(**options, sweep=self.config_init[SWEEP][SWEEP])
