@@ -3,12 +3,11 @@
 import copy
 import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from safetensors.torch import load_file
+from reference import DATA, load_reference
 from torch import Tensor, nn
 
 from vfm_vae.description import class_path
@@ -24,8 +23,7 @@ from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.types import Batch, VFMFeatures
 from vfm_vae.vit import create_vit
 
-DATA = Path(__file__).parent / "data"
-TENSORS = load_file(DATA / "step_a.safetensors")
+TENSORS = load_reference("step_a")
 INFO = json.loads((DATA / "step_a.json").read_text())
 STEPS = range(2)
 NOISE = 1e-5  # gradients up to this norm are rounding noise, which Adam without momentum scales up to whole steps
