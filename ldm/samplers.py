@@ -235,7 +235,7 @@ class EulerMaruyama(ShiftedSampler):
     def times(self) -> Tensor:
         """1 − noise level at the ends of all steps, float64 `[steps + 1]`."""
         levels = torch.linspace(1, self.last, self.steps, dtype=torch.float64)
-        return shifted(1 - torch.cat([levels, levels.new_zeros(1)]), self.known_shift)
+        return torch.cat([shifted(1 - levels, self.known_shift), levels.new_ones(1)])
 
     def __call__(self, field: VelocityField, noise: Tensor, fresh_noise: Noise | None = None) -> Tensor:
         """Samples; every step but the last takes fresh noise."""

@@ -113,8 +113,8 @@ def with_schedules(schedules: Mapping[str, LRSchedulerCallable], **optimizers: O
 
 
 def schedule_of(trainer: Trainer, optimizer: Optimizer) -> LRScheduler | None:
-    """The schedule of an optimizer in training; None where its rate is constant."""
-    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+    """The schedule that changes an optimizer's rate after every step of training; None where there is none."""
+    schedules = [config.scheduler for config in trainer.lr_scheduler_configs if config.interval == "step"]
     return next((schedule for schedule in schedules if schedule.optimizer is optimizer), None)
 
 
