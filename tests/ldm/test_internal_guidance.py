@@ -145,7 +145,7 @@ def test_a_class_token_is_drawn_along():
 
 @pytest.mark.parametrize("guidance", [InternalGuidance(1.78), Guidance(2.0, inner=InternalGuidance(1.5))])
 def test_a_denoiser_without_an_internal_head_is_refused(guidance, diffusion):
-    with pytest.raises(ValueError, match=r"^guidance: InternalGuidance leads away .* this LightningDiT has no internal"):
+    with pytest.raises(ValueError, match=r"^guidance: InternalGuidance leads away .* this LightningDiT has no"):
         diffusion(guidance=guidance)
     assert diffusion({"base_depth": 1}, guidance=guidance).pipeline.guidance is guidance
     network = LightningDiT(in_channels=4, input_size=4, depth=1, width=32, num_heads=2, num_classes=NUM_CLASSES)
