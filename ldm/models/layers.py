@@ -393,7 +393,8 @@ def zero_init(*layers: nn.Linear | nn.Conv2d) -> None:
     """Zeros: blocks start as identities and the output as zero (Peebles & Xie 2023, section 3.2, adaLN-Zero)."""
     for layer in layers:
         nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def swiglu_hidden(width: int) -> int:
