@@ -22,7 +22,7 @@ class Costs:
     Attributes:
         parameters: Those of the denoiser, and of its partner where it has one.
         seconds: Of training, of both; validations do not count.
-        gflops: Operations of drawing one latent, in 10⁹: all products, at two for a multiplication and addition.
+        gflops: Operations of drawing one latent, in 10⁹.
     """
 
     parameters: int
@@ -44,7 +44,7 @@ def costs_of(plan: Plan, name: str) -> Costs | None:
         given = {"scale": guided.scales[-1]} | ({"partner": str(checkpoints[1])} if guided.partner else {})
         models[0].guidance = class_at(own["class_path"])(**own.get("init_args", {}) | given)
     parameters = sum(each.numel() for model in models for each in model.parameters())
-    return Costs(parameters, sum(map(_seconds, runs)), _operations(models[0]) / 1e9)
+    return Costs(parameters, sum(map(_seconds, runs)), operations(models[0]) / 1e9)
 
 
 def _seconds(run: Path) -> float:
@@ -52,8 +52,9 @@ def _seconds(run: Path) -> float:
     return steps * seconds_per_step(run)
 
 
-def _operations(model: LatentDiffusion) -> int:
-    # Other kernels of attention than that of plain products are not counted on every device.
+def operations(model: LatentDiffusion) -> int:
+    """Operations of drawing one latent: of all products, at two for a multiplication and addition."""
+    # Only attention by plain products is counted on every device.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.draw(torch.arange(1), seed=0)
     return int(counter.get_total_flops())

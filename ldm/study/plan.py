@@ -1,7 +1,7 @@
 """What a study trains and measures, and the parts that this takes."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -195,7 +195,7 @@ def read_plan(file: str, **changes: object) -> Plan:
     _check_guided(plan)
     if plan.ablation is not None:
         _check_names("ablation.baseline", [plan.ablation.baseline], plan.denoisers)
-        _check_names("ablation.additions", plan.ablation.additions, plan.denoisers | plan.guided)
+        _check_names("ablation.additions", plan.ablation.additions, [*plan.denoisers, *plan.guided])
     return plan
 
 
@@ -214,7 +214,7 @@ def _check_guided(plan: Plan) -> None:
             )
 
 
-def _check_names(option: str, names: Iterable[str], known: Mapping[str, object]) -> None:
+def _check_names(option: str, names: Iterable[str], known: Collection[str]) -> None:
     for name in names:
         if name not in known:
             raise ValueError(f"{option}: there is no {name!r}; the plan has {', '.join(known)}")
