@@ -82,7 +82,7 @@ DEMO_GUIDED = $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo tokenizer-study test test-all lint format bench bench-gpu tensorboard embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
+.PHONY: help install demo tokenizer-study ablation test test-all lint format bench bench-gpu tensorboard embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -119,6 +119,9 @@ STUDY = $(if $(GIVEN),study/imagenet/plan.yaml --jobs=1 --tokenizers="$(IMAGENET
 
 tokenizer-study: install ## train tokenizers, a diffusion model on each, and compare, on the embedded photographs, or: DATA=/path GPUS=8
 	$(TUNED) $(BIN)/python -m ldm.study $(STUDY) $(ARGS)
+
+ablation: install ## add to a diffusion model what came after the paper, one thing at a time, and compare, on the embedded photographs
+	$(TUNED) $(BIN)/python -m ldm.study study/ablation.yaml $(ARGS)
 
 test: install ## run the fast tests
 	$(BIN)/pytest $(PARALLEL) $(ARGS)

@@ -291,7 +291,7 @@ def test_small_gpus_take_fewer_at_a_time():
 
 def test_arguments_have_the_last_word():
     targets = (*STAGES, "latents", "ldm", "samples", "evaluate", "demo", "tokenizer-study", "bench-gpu", "test")
-    targets += ("embedded-vfm", "embedded-judge")
+    targets += ("ablation", "embedded-vfm", "embedded-judge")
     said = [command for command in commands(*targets, ARGS="--seed_everything 1") if not command[0].endswith("convert")]
     assert len(said) > 18 and all(command[-2:] == ["--seed_everything", "1"] for command in said)
 
