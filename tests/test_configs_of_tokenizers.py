@@ -155,8 +155,14 @@ def test_baselines_have_the_published_settings(full_size, name):
     assert (module.discriminator is None) == (module.patchgan is not None) == (name != "rae")
     assert module.patchgan is None or (module.patchgan.loss, len(module.patchgan.scales)) == ("hinge", 1)
     betas = (0.9, 0.95) if name == "rae" else (0.5, 0.9)
-    for optimizer in module.configure_optimizers():
+    made = module.configure_optimizers()
+    optimizers, schedules = made if name == "rae" else (made, [])
+    for optimizer in optimizers:
         assert (optimizer.defaults["lr"], tuple(optimizer.defaults["betas"])) == (rate, betas)
+    for schedule in schedules:
+        (factor,), epoch = schedule["scheduler"].lr_lambdas, 1_281_167 // 512
+        assert [factor(epoch * n) for n in (0, 1, 8.5, 16, 17)] == pytest.approx([1 / epoch, 1, 0.55, 0.1, 0.1])
+    assert len(schedules) == (2 if name == "rae" else 0)
     grid = {"sdvae": (4, 8), "vavae": (32, 16), "rae": (768, 16)}[name]
     assert (model.latent_channels, model.compression) == grid and (model.vfm is None) == (name == "sdvae")
     if name == "vavae":  # in its 224 px there are as many tokens as positions of the latent
