@@ -12,7 +12,15 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ldm import path
 from ldm.alignment import REPA
-from ldm.compatibility import DIFFUSION, begin_from, check_checkpoint, check_data, check_parts, check_untrained
+from ldm.compatibility import (
+    DIFFUSION,
+    begin_from,
+    check_checkpoint,
+    check_data,
+    check_parts,
+    check_predicts,
+    check_untrained,
+)
 from ldm.condition import Conditioning, LabelMode
 from ldm.drawing import Content, DrawingModule
 from ldm.guidance import Guidance
@@ -29,7 +37,7 @@ from vfm_vae.contracts import VFM
 from vfm_vae.data.latents import RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.images import Rounding, from_uint8
-from vfm_vae.joined import join, matrices_of, number_as_in
+from vfm_vae.joined import check_resumed, join, matrices_of, number_as_in
 from vfm_vae.lightning_private import has_trainer, logs_now, undeclared
 from vfm_vae.metrics.reconstruction import MeanOverImages
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
@@ -290,6 +298,8 @@ class DiffusionModule(DrawingModule):
 
     def configure_optimizers(self) -> Any:
         """The denoiser's, and the schedule of its learning rates."""
+        if has_trainer(self):
+            check_resumed(self.trainer.ckpt_path, self.matrix_optimizer)
         model = self.model
         optimizer = join(model.parameters(), self.optimizer, matrices_of(model.blocks), self.matrix_optimizer)
         self.skipped.watch(optimizer)
@@ -369,6 +379,7 @@ class DiffusionModule(DrawingModule):
         stored = schema.take(checkpoint, DIFFUSION, "ckpt_path: the checkpoint")
         check_checkpoint(stored, self.pipeline.latent_source, self.normalization, "ckpt_path")
         check_state(self, checkpoint, "ckpt_path")
+        check_predicts(stored, self.model, "ckpt_path")
         if has_trainer(self) and self.trainer.state.fn == TrainerFn.FITTING:
             check_schedules(self.schedules, checkpoint)
         if self.alignment is not None:

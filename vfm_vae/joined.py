@@ -1,14 +1,17 @@
 """Several optimisers, each with its own weights, as one."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Muon, Optimizer
+
+from vfm_vae.checkpoints import read_checkpoint
 
 FOUND_INF = "found_inf"  # by which fused optimisers are told to leave a step out
 
@@ -101,24 +104,19 @@ def join(
     matrices: Iterable[nn.Parameter],
     matrix_optimizer: Callable[..., Optimizer] | None,
 ) -> Optimizer:
-    """The optimiser of a model, some of whose matrices may have one of their own.
-
-    A checkpoint with the states of other optimisers is refused with a ValueError that says so.
+    """The optimizer of a model, some of whose matrices may have one of their own.
 
     Args:
         parameters: All that the model trains.
-        optimizer: Makes the optimiser of all, or of what `matrix_optimizer` leaves.
+        optimizer: Makes the optimizer of all, or of what `matrix_optimizer` leaves.
         matrices: Those among them that `matrix_optimizer` is for.
-        matrix_optimizer: Makes their optimiser; None to leave them to the other.
+        matrix_optimizer: Makes their optimizer; None to leave them to the other.
     """
     if matrix_optimizer is None:
-        joined = optimizer(parameters)
-    else:
-        own = dict.fromkeys(matrices)
-        rest = optimizer([parameter for parameter in parameters if parameter not in own])
-        joined = Joined(rest, matrix_optimizer(list(own)))
-    joined.register_load_state_dict_pre_hook(_check_groups)
-    return joined
+        return optimizer(parameters)
+    own = dict.fromkeys(matrices)
+    rest = optimizer([parameter for parameter in parameters if parameter not in own])
+    return Joined(rest, matrix_optimizer(list(own)))
 
 
 def matrices_of(blocks: nn.Module) -> list[nn.Parameter]:
@@ -147,6 +145,30 @@ def number_as_in(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) 
     ]
 
 
+def check_resumed(path: str | Path | None, matrix_optimizer: Callable[..., Optimizer] | None) -> None:
+    """Checks that matrices have an optimizer of their own where they had one in a checkpoint, and nowhere else.
+
+    Loading the state of a sharded model, torch would mix both kinds.
+
+    Args:
+        path: The checkpoint that training goes on from; None for none. What is no file is left to torch.
+        matrix_optimizer: What is to make the optimizer of matrices; None where they have none.
+
+    Raises:
+        ValueError: if the checkpoint is of the other kind.
+    """
+    if path is None or not Path(path).is_file():
+        return
+    states = read_checkpoint(path, "ckpt_path", mmap=True).get("optimizer_states")
+    had, have = bool(states) and len(states[0]["param_groups"]) > 1, matrix_optimizer is not None
+    if states and had != have:
+        told, change = ("one", "give it again") if had else ("none", "leave it out")
+        raise ValueError(
+            f"matrix_optimizer: the run that wrote the checkpoint had {told}, so its optimizer's state does not fit; "
+            f"{change}, or begin from the checkpoint's weights alone by init_from"
+        )
+
+
 def _is_sharded(optimizer: Optimizer) -> bool:
     return any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"])
 
@@ -155,14 +177,3 @@ def _sharded_like(shard: DTensor, whole: Tensor) -> DTensor:
     """This rank's part of what all ranks have; nothing is exchanged."""
     everywhere = DTensor.from_local(whole.detach(), shard.device_mesh, [Replicate()] * shard.device_mesh.ndim)
     return everywhere.redistribute(placements=shard.placements)
-
-
-def _check_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Refuses a state in which matrices have an optimizer of their own, where they have none here; and the reverse."""
-    found, wanted = len(state["param_groups"]), len(optimizer.param_groups)
-    if found != wanted:
-        had, change = ("one", "give it again") if found > wanted else ("none", "leave it out")
-        raise ValueError(
-            f"matrix_optimizer: the run that wrote the checkpoint had {had}, so its optimizer's state does not fit; "
-            f"{change}, or begin from the checkpoint's weights alone by init_from"
-        )
