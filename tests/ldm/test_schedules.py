@@ -150,6 +150,13 @@ def test_a_checkpoint_of_before_there_were_schedules_goes_on_without(fit):
         fit(2, resume_from=1)
 
 
+@pytest.mark.parametrize("fit", ["diffusion"], indirect=True)
+def test_a_resumed_run_may_have_other_options(fit):
+    fit(2, lr_scheduler=WarmupDecay)
+    _, watch = fit(5, resume_from=2, lr_scheduler=partial(WarmupDecay, constant_steps=2, decay="linear", decay_steps=4))
+    assert [rate for (rate,) in watch.seen] == pytest.approx([FULL, 0.75 * FULL, 0.5 * FULL])
+
+
 def test_any_schedule_that_counts_steps_will_do(diffusion, latents, trainer):
     for make in (partial(StepLR, step_size=2, gamma=0.5), partial(CosineAnnealingLR, T_max=4)):
         watch, other = Rates(), AdamW([torch.nn.Parameter(torch.zeros(1))], lr=FULL)
