@@ -167,9 +167,9 @@ class DiTDH(Denoiser):
             if channels % (4 * heads):
                 raise ValueError(f"{prefix}width: {channels} does not divide by 4 · {prefix}num_heads = {4 * heads}")
         if align_channels and align_depth > depth:
-            raise ValueError(f"align_depth: a block of the body, from 1 to depth = {depth}, given {align_depth}")
+            raise ValueError(f"align_depth: a block from 1 to depth = {depth}, given {align_depth}")
         if base_depth > depth:
-            raise ValueError(f"base_depth: a block of the body, from 1 to depth = {depth}, or 0, given {base_depth}")
+            raise ValueError(f"base_depth: a block from 1 to depth = {depth}, or 0 for no head, given {base_depth}")
         self.grid = token_grid(self.input_size, patch_size)
         self.patch_size, self.depth, self.align_depth = patch_size, depth, align_depth
         self.activation_checkpointing = activation_checkpointing

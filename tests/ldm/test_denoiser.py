@@ -2,12 +2,15 @@
 an internal head besides.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
 from ldm import path
 from ldm.condition import Labels
 from ldm.models.denoiser import Denoiser, Prediction
+from ldm.models.ditdh import DiTDH
 from ldm.models.lightningdit import LightningDiT
 from ldm.models.sit import SiT
 from vfm_vae.description import describe
@@ -22,9 +25,17 @@ ALIGNMENTS = {
     "base": {"cls_channels": 6, "base_depth": 1} | PROJECTOR,
 }
 ALL = {"align": True, "base": True}  # that can be asked for
-CLASSES = {"lightningdit": LightningDiT, "sit": SiT}
+CLASSES = {
+    "lightningdit": LightningDiT,
+    "sit": SiT,
+    "ditdh": partial(DiTDH, head_depth=1, head_width=24, head_num_heads=3),
+}
 
 every_class = pytest.mark.parametrize("kind", CLASSES)
+# Where another class takes seconds, and goes through the same code.
+every_class_in_time = pytest.mark.parametrize(
+    "kind", ["lightningdit", "sit", pytest.param("ditdh", marks=pytest.mark.slow)]
+)
 every_alignment = pytest.mark.parametrize("alignment", ALIGNMENTS)
 with_all_or_nothing = pytest.mark.parametrize("alignment", ["none", "base"])
 
@@ -144,13 +155,13 @@ def test_block_features_leave_the_class_token_out(kind, alignment):
     model = randomised(small(kind, alignment)).eval()
     blocks = outputs_of_blocks(model)
     features = model.block_features(*inputs(model))
-    assert [f.shape for f in features] == [(2, 16)] * 2
+    assert [f.shape for f in features] == [(2, 16)] * 2 + [(2, 24)] * (kind == "ditdh")
     prefix = model.num_prefix_tokens
     assert all(torch.equal(f, tokens[:, prefix:].mean(1)) for f, tokens in zip(features, blocks, strict=True))
     assert blocks[0].shape[1] == prefix + 16
 
 
-@every_class
+@every_class_in_time
 @pytest.mark.parametrize("alignment", ["none", "repa", "base"])
 def test_one_batch_trains_everything(kind, alignment):
     model = small(kind, alignment)
@@ -203,7 +214,7 @@ def test_activation_checkpointing_changes_no_gradient(kind, alignment):
 
 
 @torch.no_grad()
-@every_class
+@every_class_in_time
 @with_all_or_nothing
 def test_compiled_in_one_graph_it_is_the_same(kind, alignment):
     torch.compiler.reset()  # forms of the other models count towards one limit
@@ -238,7 +249,8 @@ def test_a_model_is_made_again_from_its_description(kind, alignment):
 
 @every_class
 def test_what_is_fixed_is_not_stored(kind):
-    assert not any(part in name for name in small(kind).state_dict() for part in ("position", "rotary", "frequencies"))
+    parts = ["position", "rotary", "cos", "sin", *(["frequencies"] if kind != "ditdh" else [])]  # which are random
+    assert not any(part in name for name in small(kind).state_dict() for part in parts)
 
 
 @every_class
