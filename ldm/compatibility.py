@@ -186,6 +186,9 @@ def begin_from(
     stored = read(source, "init_from", DIFFUSION)
     check_checkpoint(stored, latent_source, normalization, "init_from")
     fill(module, stored.averaged(), f"{stored.place} holds another model")
+    denoiser = module.get_submodule("model")
+    assert isinstance(denoiser, Denoiser)
+    check_predicts(stored, denoiser, "init_from")
     return latent_source or stored.content["tokenizer"]
 
 
@@ -213,6 +216,27 @@ def check_checkpoint(
     if missing := set(names) - state.keys():
         raise ValueError(f"{option}: the checkpoint is of another model: missing {few(missing)}")
     check_statistics(LatentStatistics(*(state[name] for name in names)), normalization, option)
+
+
+def check_predicts(stored: Stored, denoiser: Denoiser, option: str) -> None:
+    """Checks that a checkpoint's weights predict what the denoiser predicts: their names and shapes don't tell.
+
+    Args:
+        stored: A checkpoint of a diffusion model's training.
+        denoiser: Takes the weights.
+        option: Names the checkpoint.
+
+    Raises:
+        ValueError: if the one predicts velocities and the other data.
+    """
+    pipeline = stored.content.get("config", {}).get("model", {})  # older ones predict velocities and may not say so
+    described = (pipeline.get("init_args") or {}).get("model") or {}
+    theirs = (described.get("init_args") or {}).get("predicts", "velocity")
+    if theirs != denoiser.predicts:
+        raise ValueError(
+            f"{option}: the checkpoint's denoiser predicts {theirs!r}, but model.predicts is {denoiser.predicts!r}; "
+            f"set it to {theirs!r}"
+        )
 
 
 def check_statistics(stored: LatentStatistics, normalization: LatentNormalization, option: str) -> None:

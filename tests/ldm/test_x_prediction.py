@@ -132,3 +132,22 @@ def test_one_batch_is_learned(diffusion, latents, trainer):
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     samples = module.draw(torch.arange(6), torch.tensor([0, 1, 2] * 2), decode=False).latents
     assert samples.isfinite().all()
+
+
+def test_weights_of_a_velocity_are_not_taken_for_those_of_data(diffusion, latents, trainer, tmp_path):
+    """Nor the other way round, when training goes on as when it begins from them."""
+    files = {}
+    for predicts in ("velocity", "data"):
+        run = trainer(max_steps=1, limit_val_batches=0)
+        run.fit(diffusion({"predicts": predicts}), latents())
+        files[predicts] = tmp_path / f"{predicts}.ckpt"
+        run.save_checkpoint(files[predicts])
+    for predicts, other in (("velocity", "data"), ("data", "velocity")):
+        message = f"predicts '{other}', but model.predicts is '{predicts}'; set it to '{other}'"
+        with pytest.raises(ValueError, match=f"^ckpt_path: the checkpoint's denoiser {message}"):
+            trainer().validate(diffusion({"predicts": predicts}), latents(), ckpt_path=files[other], weights_only=True)
+        with pytest.raises(ValueError, match=f"^init_from: the checkpoint's denoiser {message}"):
+            trainer(max_steps=1).fit(diffusion({"predicts": predicts}, init_from=str(files[other])), latents())
+        trainer(max_steps=2, limit_val_batches=0).fit(
+            diffusion({"predicts": predicts}), latents(), ckpt_path=files[predicts], weights_only=True
+        )
