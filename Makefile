@@ -6,7 +6,7 @@ GPUS ?= 1
 STAGE ?= patchgan
 ARGS ?=
 RUN ?= epochs64
-RUN_REG := $(if $(filter reg%,$(RUN)),_reg)
+RUN_REG := $(if $(filter reg% best,$(RUN)),_reg)
 # A variant of the tokenizer's training, with runs of its own, and of what is trained on its latents.
 RECIPES := as_published discrete
 RECIPE ?=
@@ -176,12 +176,12 @@ patchgan: install ## stage 4, PatchGAN fine-tuning, from the SSIM stage
 baseline: install ## another tokenizer: make baseline BASELINE=sdvae|vavae|rae DATA=/path GPUS=8; then latents, ldm, … with this BASELINE
 	$(FIT) $(BASELINE_CONFIGS) $(IMAGENET) $(TRAINER) $(AT_A_TIME) $(ARGS)
 
-latents: install ## cache the latents of the data that STAGE was trained on, with features for RUN=reg…: make latents GPUS=8
+latents: install ## cache the latents of the data that STAGE was trained on, with features for RUN=reg…|best: make latents GPUS=8
 	$(TOKENIZER) predict -c $(OF_STAGE)/config.yaml -c configs/vfm_vae/latents$(RUN_REG).yaml $(TRAINER) $(MEASURED) \
 	  --trainer.precision=32-true $(VARIANT_LATENTS) \
 	  --ckpt_path $(OF_STAGE)/checkpoints/last.ckpt $(ARGS)
 
-ldm: install ## train LightningDiT or REG on cached latents: make ldm RUN=epochs64|epochs80|epochs560|reg80|reg480|reg640 GPUS=8
+ldm: install ## train LightningDiT or REG on cached latents: make ldm RUN=epochs64|epochs80|epochs560|reg80|reg480|reg640|best GPUS=8
 	$(LDM) fit $(if $(RUN_REG),-c configs/ldm/reg.yaml,-c configs/ldm/lightningdit.yaml -c configs/data/latents.yaml) \
 	  -c configs/ldm/$(notdir $(OF_RUN)).yaml $(TRAINER_LDM) $(AT_A_TIME) $(VARIANT_LDM) $(ARGS)
 

@@ -59,7 +59,7 @@ def test_every_config_is_covered_here():
     seen |= {"data/latents.yaml", "data/imagenet_centre.yaml", "demo/latents.yaml", "vfm_vae/latents.yaml"}
     seen |= {"demo/ldm.yaml", "demo/ldm_train.yaml", "demo/ldm_guided.yaml", "demo/weak_test.yaml"}
     seen |= {"vfm_vae/test.yaml", "vfm_vae/test_published.yaml", "ldm/test.yaml", "ldm/cknna.yaml"}
-    seen |= {"ldm/test_published.yaml"}
+    seen |= {"ldm/test_published.yaml", "ldm/best.yaml"}
     seen |= {"ldm/reg.yaml", *(f"ldm/{run}.yaml" for run in REG_RUNS), "vfm_vae/latents_reg.yaml"}
     seen |= {"demo/latents_reg.yaml", "demo/reg.yaml", "demo/reg_guided.yaml"}
     seen |= {f"study/{name}.yaml" for name in STUDY}  # built by tests/ldm/test_study.py

@@ -57,6 +57,14 @@ def test_full_size_reg_runs_are_the_published_ones(run):
     assert callback(cli, "EMA").decay == 0.9999
 
 
+def test_what_is_recommended_is_reg_with_an_internal_head():
+    with torch.device("meta"):
+        reg, best = (build_ldm("ldm/reg.yaml", f"ldm/{run}.yaml", "trainer/cpu.yaml") for run in ("reg640", "best"))
+    assert best.model.model.base_depth == 8 and best.trainer.max_steps == reg.trainer.max_steps
+    assert best.model.weights == reg.model.weights | {"base": 1.0}
+    assert 0 < count(best.model.model) - count(reg.model.model) < 0.01 * count(reg.model.model)
+
+
 @pytest.mark.parametrize(("size", "parameters"), [("b", 12), ("l", 24), ("1p0b", 24), ("1p6b", 28)])
 def test_sizes_of_diffusion_models(size, parameters):
     with torch.device("meta"):

@@ -216,7 +216,7 @@ MISTAKES = [
     ("ldm", "MICRO=few", "GPUS, MICRO: whole numbers; given '1', 'few'"),
     ("latents", "STAGE=patchgam", "STAGE: one of strong weak ssim patchgan; given 'patchgam'"),
     ("evaluate-tokenizer", "STAGE=", "STAGE: one of strong weak ssim patchgan; given ''"),
-    ("ldm", "RUN=epochs65", "RUN: one of epochs560 epochs560_uniform epochs64 epochs80 reg480 reg640 reg80; given"),
+    ("ldm", "RUN=epochs65", "RUN: one of best epochs560 epochs560_uniform epochs64 epochs80 reg480 reg640 reg80; given"),
     ("samples", "RUN=epochs64 reg80", "given 'epochs64 reg80'"),
     ("demo", "DENOISER=regg", "DENOISER: one of lightningdit reg; given 'regg'"),
 ]
