@@ -139,9 +139,10 @@ class Results(NamedTuple):
         write_text(folder / "sweep.md", self._markdown())
         write_text(folder / "best.yaml", self._overlay(checkpoint))
         logger = TensorBoardLogger(folder.parent, folder.name, version="")
-        logger.experiment.add_image(f"sweep/{self.goal.name}", torch.from_numpy(picture).permute(2, 0, 1), step)
+        board = logger.experiment  # which begins a file
         hide_from(logger, step)
-        logger.experiment.close()
+        board.add_image(f"sweep/{self.goal.name}", torch.from_numpy(picture).permute(2, 0, 1), step)
+        board.close()
 
     def _markdown(self) -> str:
         written = io.StringIO()

@@ -67,12 +67,12 @@ class Sweeper:
         has_average = any(isinstance(callback, WeightAverage) for callback in callbacks)
         self.averages = Averages(Path(checkpoint), has_average)
         self.averages.check([length for length in options.lengths if length is not None])
+        self._shared = self._shared_settings()
         is_trial = cut_short_by(vars(trainer), "sweep") is not None
         self.folder = None if is_trial else Path(options.folder or self.averages.run / "sweep")
         self.records = Records(self.folder)
         if trainer.is_global_zero:
             self.records.check_place()
-        self._depends = self._shared_settings()
         self._loaded: list[float | None] = []  # the average that the model has
         self._watch = Watch(module)
         callbacks.append(self._watch)
@@ -170,7 +170,7 @@ class Sweeper:
         """What the numbers of a task depend on, as plain data."""
         own = {"guidance": task.setting.of(self.guidance).settings(), "seed": task.seed}
         weights = self.averages.identity(task.setting.length)
-        depends = self._depends | {"model": self._depends["model"] | own, "weights": weights}
+        depends = self._shared | {"model": self._shared["model"] | own, "weights": weights}
         return dict(json.loads(json.dumps(depends)))
 
     def _found(self, task: Task) -> Record | None:
@@ -179,7 +179,7 @@ class Sweeper:
     def _results(self) -> Results:
         found = [(setting, self._found(Task(setting.measured, self.seed))) for setting in self.settings]
         rows = [(setting, record) for setting, record in found if record is not None]
-        return Results(rows, self.goal, self.seed, self._depends, self.averages.checkpoint, self.guidance)
+        return Results(rows, self.goal, self.seed, self._shared, self.averages.checkpoint, self.guidance)
 
     # Telling
 
@@ -228,7 +228,7 @@ class Watch(Callback):
                 try:
                     return draw(index, *args, **kwargs)
                 except NotFinite as error:
-                    self.broken = str(error)
+                    self.broken = str(error).partition(";")[0]  # without advice
             return blank(module, index)
 
         watched["draw"] = draw_while_finite
@@ -251,9 +251,8 @@ class Watch(Callback):
 @torch.no_grad()
 def blank(module: DiffusionModule, index: Tensor) -> Samples:
     """Samples that are nothing, by their numbers `[B]`."""
-    assert module.tokenizer is not None  # without one, no callback would look at samples
     latents = torch.zeros(len(index), *module.model.latent_shape, device=module.device)
-    images = quantised(module.tokenizer.decode(latents), module.rounding)
+    images = None if module.tokenizer is None else quantised(module.tokenizer.decode(latents), module.rounding)
     return Samples(images, latents, module.sample_condition(index), index)
 
 

@@ -1,0 +1,376 @@
+"""A sweep measures what tests measure, goes on where it was stopped, and gives its best setting to other commands."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from building import Build
+from command_line import run
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchmetrics import MeanMetric
+
+from callbacks.ema import EMA
+from callbacks.evaluation import EvaluationCallback
+from ldm.guidance import Autoguidance, Guidance, InternalGuidance
+from ldm.models.lightningdit import LightningDiT
+from ldm.module import DiffusionModule
+from ldm.samplers import Euler
+from ldm.sweep.command import SweepingTrainer
+from ldm.sweep.figure import heat_map
+from ldm.sweep.goal import Goal, goal_of
+from ldm.sweep.grid import Setting, Sweep
+from ldm.sweep.records import Record
+from ldm.sweep.results import Results
+from vfm_vae.checkpoints import read_checkpoint
+from vfm_vae.data.datamodule import ImageNetDataModule
+
+NAME = "test/fd_size"
+CONFIG = """
+seed_everything: 0
+model:
+  model:
+    class_path: LightningDiT
+    init_args: {in_channels: 4, input_size: 4, depth: 2, width: 32, num_heads: 2, num_classes: 3}
+  optimizer: {class_path: AdamW, init_args: {lr: 2.0e-3}}
+  sampler: {class_path: Euler, init_args: {steps: 4}}
+  predict: latents
+  seed: 1
+data: {root: cache, source: latents, val_batch_size: 4, num_workers: 0, num_samples: 10}
+trainer:
+  accelerator: cpu
+  enable_progress_bar: false
+  callbacks: [EMA, test_sweep.Size, Report, EndTogether]
+"""
+
+
+class Size(EvaluationCallback):
+    """Logs the mean square of samples; `at` is told of each beginning."""
+
+    def __init__(self, num_images: int | None = None) -> None:
+        super().__init__(num_images)
+        self.at: Callable[[Any], None] = lambda module: None
+
+    def names(self) -> set[str]:
+        return {"fd_size", "accuracy"}
+
+    def start(self, trainer, pl_module) -> None:
+        self.at(pl_module)
+        self.size = MeanMetric().to(pl_module.device)
+
+    def update(self, pl_module, batch) -> None:
+        batch = self.select(batch)
+        for latents in pl_module.draw(batch.index, decode=False).latents[batch.index >= 0]:
+            self.size.update(latents.square().mean())
+
+    def results(self) -> dict[str, torch.Tensor]:
+        size = self.size.compute()
+        return {"fd_size": size, "accuracy": size / (1 + size)}
+
+
+class Fixture(SimpleNamespace):
+    """A run with a checkpoint, and how to sweep over it."""
+
+    def trainer(self, size: Size | None = None, ema: bool = True) -> SweepingTrainer:
+        callbacks = [*([EMA(decay=0.5)] if ema else []), size or Size()]
+        options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        return SweepingTrainer(accelerator="cpu", logger=False, callbacks=callbacks, **options)
+
+    def data(self, **options) -> ImageNetDataModule:
+        given = {"source": "latents", "batch_size": 8, "val_batch_size": 4, "num_workers": 0, "num_samples": 10}
+        return ImageNetDataModule(self.cache, **given | options)
+
+    def module(self, guidance: Guidance | None = None) -> DiffusionModule:
+        torch.manual_seed(0)
+        denoiser = LightningDiT(4, 4, depth=2, width=32, num_heads=2, num_classes=3)
+        optimizer = partial(torch.optim.AdamW, lr=2e-3)
+        return DiffusionModule(denoiser, optimizer, Euler(4), guidance, predict="latents", seed=1)
+
+    def sweep(
+        self, size: Size | None = None, guidance: Guidance | None = None, data: dict | None = None, **options
+    ) -> dict[str, Any]:
+        """Sweeps, and returns what the file says."""
+        sweep = Sweep(**{"scales": [1, 2.5], "folder": str(self.folder / "sweep")} | options)
+        self.trainer(size).sweep(self.module(guidance), self.data(**data or {}), sweep, self.checkpoint)
+        return json.loads((self.folder / "sweep/sweep.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, cache) -> Path:
+    made = Fixture(cache=cache)
+    file = tmp_path_factory.mktemp("run") / "checkpoints/last.ckpt"
+    trainer, module = made.trainer(), made.module()
+    trainer.fit_loop.epoch_loop.max_steps = 3
+    trainer.limit_val_batches = 0
+    trainer.fit(module, datamodule=made.data())
+    for parameter in module.model.final.parameters():  # which begin with zeros
+        torch.nn.init.normal_(parameter, std=0.1)
+    trainer.save_checkpoint(file)
+    return file
+
+
+@pytest.fixture
+def made(trained, cache, tmp_path) -> Fixture:
+    return Fixture(cache=cache, folder=tmp_path, checkpoint=str(trained))
+
+
+@pytest.fixture
+def counted() -> Iterator[tuple[Size, list[tuple[float, float, int]]]]:
+    """A callback, and the scale, start and seed of each measurement that it began."""
+    size, begun = Size(), []
+    size.at = lambda module: begun.append((module.pipeline.guidance.scale, module.pipeline.guidance.start, module.seed))
+    return size, begun
+
+
+def measured(content: dict[str, Any], seed: int = 1) -> dict[tuple, float]:
+    return {
+        (each["scale"], each["start"], each["length"]): each["metrics"].get(NAME)
+        for each in content["measured"]
+        if each["seed"] == seed
+    }
+
+
+# The grid
+
+
+def test_a_grid_has_each_setting_once_and_no_interval_that_ends_before_it_starts():
+    sweep = Sweep(scales=[2, 1, 2], starts=[0, 0.5], ends=[0.25, 1], lengths=[None, 0.1])
+    settings = sweep.settings(Guidance())
+    intervals = [(0, 0.25), (0, 1), (0.5, 1)]
+    wanted = [(s, *interval, length) for length in (None, 0.1) for interval in intervals for s in (1, 2)]
+    assert settings == [Setting(*each) for each in wanted]
+    assert len({setting.measured for setting in settings}) == 2 * 4  # without guidance, intervals are alike
+    own = Sweep(scales=[3]).settings(Guidance(start=0.25, end=0.5))
+    assert own == [Setting(3, 0.25, 0.5, None)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scales": []}, "scales: there is nothing to try in an empty list"),
+        ({"lengths": []}, "lengths: there is nothing to try in an empty list"),
+        ({"scales": [1, -1]}, r"scales: must be at least 0, given \[1, -1\]"),
+        ({"starts": [2]}, r"starts: must be in \[0, 1\]"),
+        ({"lengths": [None, 0]}, r"lengths: must be above 0"),
+        ({"starts": [0.5, 0.75], "ends": [0.25]}, "every interval would end before it starts, given .0.5, 0.75. and"),
+    ],
+)
+def test_senseless_grids_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sweep(**options).settings(Guidance())
+
+
+def test_the_first_distance_decides_unless_another_number_is_named():
+    inception = SimpleNamespace(names=lambda: {"sfid", "precision", "gfid", "inception_score"})
+    probes = SimpleNamespace(names=lambda: {"probe/<feature>", "class_accuracy"})
+    assert goal_of(Sweep(), [probes, inception]) == Goal("gfid", lower=True)
+    for name, lower in {"sfid": True, "inception_score": False, "probe/block_01": False}.items():
+        assert goal_of(Sweep(metric=f"val/{name}"), [probes, inception]) == Goal(name, lower)
+    assert not goal_of(Sweep(metric="gfid", mode="max"), [inception]).lower
+    with pytest.raises(ValueError, match="no callback logs 'fid'; they log gfid, inception_score, precision, sfid"):
+        goal_of(Sweep(metric="fid"), [inception])
+    with pytest.raises(ValueError, match="the callbacks log no distance; name one of class_accuracy, probe/<feature>"):
+        goal_of(Sweep(), [probes])
+    with pytest.raises(ValueError, match="trainer.callbacks: nothing measures samples here"):
+        goal_of(Sweep(), [])
+
+
+# Measuring
+
+
+def test_each_setting_is_measured_as_a_test_of_its_own_would(made):
+    content = made.sweep(starts=[0, 0.5])
+    trainer = made.trainer()
+    found = {}
+    for guidance in (Guidance(1.0), Guidance(2.5), Guidance(2.5, start=0.5)):
+        trainer.test(made.module(guidance), datamodule=made.data(), ckpt_path=made.checkpoint, verbose=False)
+        found[guidance.scale, guidance.start, None] = trainer.callback_metrics[NAME].item()
+    assert measured(content) == found and len(set(found.values())) == 3
+    best = min(found, key=found.get)
+    assert content["best"] == {
+        "scale": best[0], "start": best[1], "end": 1.0, "length": None, "value": found[best], "seed": 1,
+    }  # fmt: skip
+    guidance = Guidance(best[0], start=best[1])
+    module = made.module(guidance)
+    module.seed = 2
+    trainer.test(module, datamodule=made.data(), ckpt_path=made.checkpoint, verbose=False)
+    assert content["confirmed"] == {"value": trainer.callback_metrics[NAME].item(), "seed": 2}
+
+
+def test_what_is_measured_is_not_measured_again_unless_something_changed(made, counted, capsys):
+    size, begun = counted
+    made.sweep(size, starts=[0, 0.5])
+    assert begun == [(1, 0, 1), (2.5, 0, 1), (2.5, 0.5, 1), begun[-1]] and begun[-1][2] == 2
+    begun.clear()
+    again = made.sweep(size, starts=[0, 0.5], scales=[1, 2.5, 4], confirm=False)
+    assert begun == [(4, 0, 1), (4, 0.5, 1)]
+    assert "5 settings" in (out := capsys.readouterr().out) and "; 3 of them are measured already" in out
+    begun.clear()
+    fewer = made.sweep(size, data={"num_samples": 9}, confirm=False)
+    assert begun == [(1, 0, 1), (2.5, 0, 1)]
+    changed = "measured anew: 2, because of what changed: num_samples, Size.num_images"
+    assert changed in capsys.readouterr().out
+    assert measured(fewer)[1, 0, None] != measured(again)[1, 0, None]
+    assert measured(fewer)[4, 0, None] == measured(again)[4, 0, None]  # which is no part of that sweep
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_sweep_that_is_stopped_goes_on_from_there(made, counted, number):
+    size, begun = counted
+    note, handlers = size.at, {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop_in_the_third(module) -> None:
+        note(module)
+        if len(begun) == 3:
+            os.kill(os.getpid(), number)
+
+    size.at = stop_in_the_third
+    try:
+        with pytest.raises(SystemExit):
+            made.sweep(size, scales=[1, 2, 3, 4])
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    begun.clear()
+    size.at = note
+    content = made.sweep(size, scales=[1, 2, 3, 4], confirm=False)
+    assert [scale for scale, *_ in begun] == [3, 4]
+    assert measured(content) == measured(
+        Fixture(cache=made.cache, folder=made.folder / "whole", checkpoint=made.checkpoint).sweep(scales=[1, 2, 3, 4])
+    )
+
+
+def test_a_setting_whose_samples_are_not_finite_is_told_and_the_sweep_goes_on(made, capsys):
+    content = made.sweep(scales=[1e300, 1, 2.5])
+    (broken,) = [each for each in content["measured"] if each["broken"]]
+    assert broken["scale"] == 1e300 and broken["metrics"] == {} and "hold nan or inf" in broken["broken"]
+    whole = Fixture(cache=made.cache, folder=made.folder / "whole", checkpoint=made.checkpoint)
+    assert measured(content) == measured(whole.sweep()) | {(1e300, 0, None): None}
+    text = (made.folder / "sweep/sweep.md").read_text()
+    assert [line.rstrip(" |").endswith("not finite") for line in text.splitlines() if "1e+300 |" in line] == [True]
+    with pytest.raises(ValueError, match="no setting gave a finite test/fd_size: samples: 4 of 4 hold nan or inf"):
+        made.sweep(scales=[1e300])
+
+
+def test_a_trial_writes_nothing(made):
+    trainer = made.trainer()
+    trainer.limit_test_batches = 1
+    sweep = Sweep(scales=[1, 2.5], folder=str(made.folder / "sweep"))
+    trainer.sweep(made.module(), made.data(), sweep, made.checkpoint)
+    assert not list(made.folder.iterdir())
+
+
+def test_mistakes_are_seen_before_anything_is_measured(made, counted):
+    size, begun = counted
+    for options, message in (
+        ({"data": {"num_samples": None}}, "data.num_samples: give the number of samples"),
+        ({"lengths": [0.1]}, "sweep.lengths: there are no snapshots in"),
+        ({"metric": "gfid"}, "sweep.metric: no callback logs 'gfid'; they log accuracy, fd_size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made.sweep(size, **options)
+    with pytest.raises(ValueError, match="sweep.lengths: no callback uses averages here; add EMA"):
+        made.trainer(size, ema=False).sweep(made.module(), made.data(), Sweep(lengths=[0.1]), made.checkpoint)
+    with pytest.raises(ValueError, match="ckpt_path: there is no checkpoint 'nowhere.ckpt'"):
+        made.trainer(size).sweep(made.module(), made.data(), Sweep(), "nowhere.ckpt")
+    with pytest.raises(ValueError, match="ckpt_path: a sweep looks at one checkpoint; give --ckpt_path FILE"):
+        made.trainer(size).sweep(made.module(), made.data(), Sweep(), "last")
+    assert not list(made.folder.iterdir())
+    (made.folder / "sweep").mkdir()
+    (made.folder / "sweep/sweep.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds no sweep; give another folder"):
+        made.sweep(size)
+    assert not begun
+
+
+# What it leaves
+
+
+def overlaid(folder: Path, overlay: Path, command: str = "predict") -> Build:
+    arguments = [command, "-c", str(folder / "config.yaml"), "-c", str(overlay)]
+    return Build(DiffusionModule, ImageNetDataModule, args=arguments, auto_configure_optimizers=False)
+
+
+@pytest.mark.parametrize("kind", ["classifier-free", "autoguidance", "classifier-free on top of internal"])
+def test_the_best_setting_is_an_overlay_that_predict_takes(made, kind):
+    guidance = {
+        "classifier-free": Guidance(channels=2, cls_scale=3.0),
+        "autoguidance": Autoguidance(made.checkpoint, channels=3),
+        "classifier-free on top of internal": Guidance(inner=InternalGuidance(1.5)),
+    }[kind]
+    setting = Setting(2.5, 0.25, 0.75, None)
+    shared = {"model": {"sampler": {"class": "Euler", "steps": 4}}, "num_samples": 10}
+    rows = [(setting, Record({NAME: 3.0}, {}, 1.0))]
+    found = Results(rows, Goal("fd_size", lower=True), 1, shared, Path(made.checkpoint), guidance)
+    found.write(made.folder / "sweep", Path(made.checkpoint), 7)
+    (made.folder / "config.yaml").write_text(CONFIG.replace("depth: 2", "depth: 2, base_depth: 1"))
+    cli = overlaid(made.folder, made.folder / "sweep/best.yaml")
+    taken = cli.model.pipeline.guidance
+    assert type(taken) is type(guidance) and taken.arguments.keys() == guidance.arguments.keys()
+    assert (taken.scale, taken.start, taken.end) == (2.5, 0.25, 0.75)
+    assert (taken.channels, taken.cls_scale) == (guidance.channels, guidance.cls_scale)
+    if kind.endswith("internal"):
+        assert isinstance(taken.inner, InternalGuidance) and taken.inner.scale == 1.5
+    assert cli.config.predict.ckpt_path == made.checkpoint
+
+
+def test_the_picture_is_a_file_and_in_tensorboard(made):
+    made.sweep(starts=[0, 0.5])
+    made.sweep(starts=[0, 0.5], scales=[1, 2.5, 3])
+    picture = np.asarray(Image.open(made.folder / "sweep/sweep.png").convert("RGB"))
+    events = EventAccumulator(str(made.folder / "sweep"), size_guidance={"images": 0}).Reload()
+    (shown,) = events.Images("sweep/fd_size")
+    assert shown.step == 3 and (shown.height, shown.width) == picture.shape[:2]
+
+
+def test_the_map_frames_the_best_and_has_a_panel_for_each_interval_or_average():
+    sweep = Sweep(scales=[1, 2], starts=[0, 0.25, 0.5], ends=[0.25, 1], lengths=[None, 0.1])
+    rows = [
+        (setting, Record({} if setting.start == 0.5 else {NAME: setting.scale + setting.start}, {}, 1.0))
+        for setting in sweep.settings(Guidance())
+    ]
+    figure = heat_map(rows, Setting(1, 0, 1, 0.1), Goal("fd_size", lower=True))
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    ends, averages = (0.25, 1), ("own", 0.1)
+    titles = [f"guidance ends at {end}, average {average}" for end in ends for average in averages]
+    assert [panel.get_title() for panel in panels] == titles
+    frames = {panel.get_title(): len(panel.patches) for panel in panels}
+    assert [frames[title] for title in titles] == [0, 3, 0, 3]  # without guidance, all intervals are the best
+    texts = [text.get_text() for text in panels[0].texts]
+    assert texts == ["1", "2", "1.25", "2.25", "", ""]  # the interval from 0.5 to 0.25 is none
+    assert [text.get_text() for text in panels[2].texts][-2:] == ["not\nfinite"] * 2
+
+
+# The command line
+
+
+def test_by_the_command_line(made):
+    (made.folder / "cache").symlink_to(made.cache)
+    (made.folder / "config.yaml").write_text(CONFIG)
+    words = ["-c", "config.yaml", f"--ckpt_path={made.checkpoint}", "--sweep.folder=found", "--sweep.scales=[1,2.5]"]
+    code, out, err = run(made.folder, "ldm", "sweep", *words)
+    assert code == 0, err
+    assert "sweep: 2 settings by test/fd_size, lower is better" in out and "2 of 2: scale 2.5 from 0 to 1" in out
+    names = {"sweep.json", "sweep.md", "sweep.png", "best.yaml"}
+    assert names == {file.name for file in (made.folder / "found").iterdir() if "tfevents" not in file.name}
+    assert {file.name for file in made.folder.iterdir()} == {"cache", "config.yaml", "found"}  # no report, no logs
+    overlay = yaml.safe_load((made.folder / "found/best.yaml").read_text())
+    assert overlay["ckpt_path"] == made.checkpoint
+    best = ["-c", "config.yaml", "-c", "found/best.yaml", "--trainer.logger=false"]
+    code, _, err = run(made.folder, "ldm", "test", *best)
+    assert code == 0, err
+    again = json.loads((made.folder / "metrics.json").read_text())["run"]["metrics"][NAME]
+    assert again == json.loads((made.folder / "found/sweep.json").read_text())["best"]["value"]
+    code, _, err = run(made.folder, "ldm", "sweep", *words, "--sweep.scales=[]")
+    assert code == 2 and err.count("\n") <= 3 and "scales: there is nothing to try in an empty list" in err
