@@ -37,7 +37,7 @@ from vfm_vae.contracts import VFM
 from vfm_vae.data.latents import RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.images import Rounding, from_uint8
-from vfm_vae.joined import check_resumed, join, matrices_of, number_as_in
+from vfm_vae.joined import join, matrices_of, number_as_in
 from vfm_vae.lightning_private import has_trainer, logs_now, undeclared
 from vfm_vae.metrics.reconstruction import MeanOverImages
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
@@ -298,8 +298,6 @@ class DiffusionModule(DrawingModule):
 
     def configure_optimizers(self) -> Any:
         """The denoiser's, and the schedule of its learning rates."""
-        if has_trainer(self):
-            check_resumed(self.trainer.ckpt_path, self.matrix_optimizer)
         model = self.model
         optimizer = join(model.parameters(), self.optimizer, matrices_of(model.blocks), self.matrix_optimizer)
         self.skipped.watch(optimizer)

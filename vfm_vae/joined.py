@@ -1,17 +1,14 @@
 """Several optimisers, each with its own weights, as one."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Muon, Optimizer
-
-from vfm_vae.checkpoints import read_checkpoint
 
 FOUND_INF = "found_inf"  # by which fused optimisers are told to leave a step out
 
@@ -106,17 +103,20 @@ def join(
 ) -> Optimizer:
     """The optimizer of a model, some of whose matrices may have one of their own.
 
+    A checkpoint's state is refused with a ValueError where they had one and have none now, or the other way round.
+
     Args:
         parameters: All that the model trains.
         optimizer: Makes the optimizer of all, or of what `matrix_optimizer` leaves.
         matrices: Those among them that `matrix_optimizer` is for.
         matrix_optimizer: Makes their optimizer; None to leave them to the other.
     """
-    if matrix_optimizer is None:
-        return optimizer(parameters)
-    own = dict.fromkeys(matrices)
-    rest = optimizer([parameter for parameter in parameters if parameter not in own])
-    return Joined(rest, matrix_optimizer(list(own)))
+    own = {} if matrix_optimizer is None else dict.fromkeys(matrices)
+    whole = optimizer([parameter for parameter in parameters if parameter not in own])
+    if matrix_optimizer is not None:
+        whole = Joined(whole, matrix_optimizer(list(own)))
+    whole.register_load_state_dict_pre_hook(_check_state)
+    return whole
 
 
 def matrices_of(blocks: nn.Module) -> list[nn.Parameter]:
@@ -145,26 +145,21 @@ def number_as_in(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) 
     ]
 
 
-def check_resumed(path: str | Path | None, matrix_optimizer: Callable[..., Optimizer] | None) -> None:
-    """Checks that matrices have an optimizer of their own where they had one in a checkpoint, and nowhere else.
-
-    Loading the state of a sharded model, torch would mix both kinds.
-
-    Args:
-        path: The checkpoint that training goes on from; None for none. What is no file is left to torch.
-        matrix_optimizer: What is to make the optimizer of matrices; None where they have none.
-
-    Raises:
-        ValueError: if the checkpoint is of the other kind.
-    """
-    if path is None or not Path(path).is_file():
-        return
-    states = read_checkpoint(path, "ckpt_path", mmap=True).get("optimizer_states")
-    had, have = bool(states) and len(states[0]["param_groups"]) > 1, matrix_optimizer is not None
-    if states and had != have:
-        told, change = ("one", "give it again") if had else ("none", "leave it out")
+def _check_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Refuses the state of matrices that had an optimizer of their own and have none now, or the other way round."""
+    have, groups = isinstance(optimizer, Joined), state["param_groups"]
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    names = chain.from_iterable(group["params"] for group in groups)
+    # That of a sharded model comes in groups as there are now, and mixed with what `optimizer` has begun with.
+    mixed = {
+        bool(state["state"].get(name, {}).keys() - optimizer.state[parameter].keys())
+        for parameter, name in zip(parameters, names, strict=False)
+        if parameter in optimizer.state
+    }
+    if len(groups) != len(optimizer.param_groups) or len(mixed) > 1:
+        had, change = ("none", "leave it out") if have else ("one", "give it again")
         raise ValueError(
-            f"matrix_optimizer: the run that wrote the checkpoint had {told}, so its optimizer's state does not fit; "
+            f"matrix_optimizer: the run that wrote the checkpoint had {had}, so its optimizer's state does not fit; "
             f"{change}, or begin from the checkpoint's weights alone by init_from"
         )
 
