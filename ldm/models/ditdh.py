@@ -256,7 +256,7 @@ class DiTDH(Denoiser):
             if base and self.base_final is not None and number == self.base_depth:
                 base_velocity = velocity_of(*self.base_final(tokens, modulation))
         modulation = F.silu(self.to_head(F.silu(time + tokens)))  # [B, prefix + N, H], for each token its own
-        tokens = self.head_embed(x, cls_token)
+        tokens = self.head_embed(x, cls_token).to(tokens.dtype)  # float32 between blocks, under autocast, too
         for block in list(self.blocks)[self.depth :]:
             tokens = run_block(block, tokens, modulation, (self.head_cos, self.head_sin), recompute=recompute)
         return Prediction(velocity_of(*self.final(tokens, modulation)), projected, base_velocity)
