@@ -56,7 +56,7 @@ FORMER_ssim := weak
 FORMER_patchgan := ssim
 STAGES := strong weak ssim patchgan
 OF_STAGE = $(if $(BASELINE),$(RUNS)/tokenizer,$(call one_of,STAGE,$(STAGES))$(RUNS)/$(STAGE))
-RUN_CONFIGS := $(filter-out cknna lightningdit reg samples test%,$(basename $(notdir $(wildcard configs/ldm/*.yaml))))
+RUN_CONFIGS := $(filter-out cknna lightningdit reg samples sweep test%,$(basename $(notdir $(wildcard configs/ldm/*.yaml))))
 OF_RUN = $(call one_of,RUN,$(RUN_CONFIGS))$(RUNS)/ldm/$(RUN)
 former = $(if $(FORMER_$(1)),--model.init_from=$(RUNS)/$(FORMER_$(1))/checkpoints/last.ckpt)
 VARIANT = $(if $(RECIPE),-c configs/vfm_vae/$(RECIPE).yaml $(call former,$@))
@@ -82,7 +82,7 @@ DEMO_GUIDED = $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo tokenizer-study ablation test test-all lint format bench bench-gpu tensorboard embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples evaluate evaluate-tokenizer evaluate-ldm clean
+.PHONY: help install demo tokenizer-study ablation test test-all lint format bench bench-gpu tensorboard embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples sweep evaluate evaluate-tokenizer evaluate-ldm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -189,6 +189,11 @@ samples: install ## draw 50 000 samples from a trained LightningDiT: make sample
 	$(LDM) predict -c $(OF_RUN)/config.yaml -c configs/ldm/samples.yaml $(TRAINER_LDM) $(MEASURED) \
 	  --trainer.precision=32-true \
 	  --ckpt_path $(OF_RUN)/checkpoints/last.ckpt --run.output=$(OF_RUN)/samples $(ARGS)
+
+sweep: install ## find the best guidance of a trained diffusion model: make sweep RUN=epochs64 GPUS=8
+	$(LDM) sweep -c $(OF_RUN)/config.yaml -c configs/ldm/sweep.yaml $(TRAINER_LDM) $(MEASURED) \
+	  --trainer.precision=32-true \
+	  --ckpt_path $(OF_RUN)/checkpoints/last.ckpt $(ARGS)
 
 evaluate: evaluate-tokenizer evaluate-ldm ## measure tokenizer and diffusion model: make evaluate STAGE=patchgan RUN=epochs64 GPUS=8
 

@@ -3,11 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from building import CONFIGS, OFFLINE, build, build_ldm, callback
+from building import CONFIGS, OFFLINE, Build, build, build_ldm, callback
+from lightning.pytorch.callbacks import Checkpoint
 
+from ldm.module import DiffusionModule
+from ldm.sweep.command import SweepingCLI, SweepingTrainer
+from ldm.sweep.goal import goal_of
+from vfm_vae.contracts import Measures
+from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.transforms import CentreCrop, ResizeAndCrop
 from vfm_vae.metrics.inception import Inception, InceptionNetwork
+from vfm_vae.trial import Output
 from vfm_vae.vit import create_vit
+
+
+class BuildSweep(Build, SweepingCLI):
+    """Builds what a sweep takes."""
 
 
 @pytest.fixture
@@ -72,6 +83,29 @@ def test_evaluation_of_diffusion_models_builds(offline_networks, tmp_path, name,
     with torch.device("meta"), pytest.raises(ValueError, match="reference: nothing at 'data/VIRTUAL_imagenet256"):
         configs = ("ldm/lightningdit.yaml", "ldm/epochs64.yaml", f"ldm/{name}.yaml", "data/latents.yaml")
         build_ldm(*configs, command="test")
+
+
+def test_sweeps_build(offline_networks, tmp_path, photos):
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
+    config = (CONFIGS / "ldm/sweep.yaml").read_text().replace("data/VIRTUAL_imagenet256_labeled.npz", str(reference))
+    (tmp_path / "sweep.yaml").write_text(config)
+    (tmp_path / "demo.yaml").write_text(
+        (CONFIGS / "demo/ldm_sweep.yaml").read_text().replace("data/photos", str(photos))
+    )
+    imagenet = ("ldm/lightningdit.yaml", "ldm/size/b.yaml", tmp_path / "sweep.yaml", "trainer/cpu.yaml")
+    demo = ("demo/ldm.yaml", "demo/ldm_train.yaml", tmp_path / "demo.yaml")
+    for configs, samples, metric in ((imagenet, 10_000, "gfid"), (demo, 260, "fd_vit_photos_patch8_64/train")):
+        words = [word for config in configs for word in ("-c", str(CONFIGS / config))]
+        made = {"trainer_class": SweepingTrainer, "auto_configure_optimizers": False, "save_config_callback": None}
+        arguments = ["sweep", *words, "--model.tokenizer=null", f"--run.folder={tmp_path}"]
+        with torch.device("meta" if configs is imagenet else "cpu"):
+            cli = BuildSweep(DiffusionModule, ImageNetDataModule, args=arguments, **made)
+        measuring = [each for each in cli.trainer.callbacks if isinstance(each, Measures)]
+        assert goal_of(cli.config_init.sweep.sweep, measuring).name == metric
+        assert cli.datamodule.num_samples == samples and not cli.trainer.loggers
+        assert not [each for each in cli.trainer.callbacks if isinstance(each, Output | Checkpoint)]
+    assert not (tmp_path / "ldm").exists()
 
 
 def test_alignment_of_blocks_builds(offline_networks, photos, tmp_path):

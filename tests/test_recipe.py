@@ -285,12 +285,12 @@ def test_the_number_of_gpus_is_said_once(gpus: int):
 def test_small_gpus_take_fewer_at_a_time():
     targets = ("strong", "ldm")
     assert all("--data.micro_batch_size=4" in command for command in commands(*targets, MICRO="4"))
-    evaluations = commands("latents", "samples", "evaluate", MICRO="4", GPUS="2")
+    evaluations = commands("latents", "samples", "sweep", "evaluate", MICRO="4", GPUS="2")
     assert all("--data.val_batch_size=8" in command for command in evaluations)
 
 
 def test_arguments_have_the_last_word():
-    targets = (*STAGES, "latents", "ldm", "samples", "evaluate", "demo", "tokenizer-study", "bench-gpu", "test")
+    targets = (*STAGES, "latents", "ldm", "samples", "sweep", "evaluate", "demo", "tokenizer-study", "bench-gpu", "test")
     targets += ("ablation", "embedded-vfm", "embedded-judge")
     said = [command for command in commands(*targets, ARGS="--seed_everything 1") if not command[0].endswith("convert")]
     assert len(said) > 18 and all(command[-2:] == ["--seed_everything", "1"] for command in said)

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,7 +31,6 @@ from ldm.sweep.goal import Goal, goal_of
 from ldm.sweep.grid import Setting, Sweep
 from ldm.sweep.records import Record
 from ldm.sweep.results import Results
-from vfm_vae.checkpoints import read_checkpoint
 from vfm_vae.data.datamodule import ImageNetDataModule
 
 NAME = "test/fd_size"
@@ -182,7 +179,7 @@ def test_the_first_distance_decides_unless_another_number_is_named():
         goal_of(Sweep(metric="fid"), [inception])
     with pytest.raises(ValueError, match="the callbacks log no distance; name one of class_accuracy, probe/<feature>"):
         goal_of(Sweep(), [probes])
-    with pytest.raises(ValueError, match="trainer.callbacks: nothing measures samples here"):
+    with pytest.raises(ValueError, match=r"trainer.callbacks: nothing measures samples here"):
         goal_of(Sweep(), [])
 
 
@@ -280,9 +277,9 @@ def test_mistakes_are_seen_before_anything_is_measured(made, counted):
     ):
         with pytest.raises(ValueError, match=message):
             made.sweep(size, **options)
-    with pytest.raises(ValueError, match="sweep.lengths: no callback uses averages here; add EMA"):
+    with pytest.raises(ValueError, match=r"sweep.lengths: no callback uses averages here; add EMA"):
         made.trainer(size, ema=False).sweep(made.module(), made.data(), Sweep(lengths=[0.1]), made.checkpoint)
-    with pytest.raises(ValueError, match="ckpt_path: there is no checkpoint 'nowhere.ckpt'"):
+    with pytest.raises(ValueError, match=r"ckpt_path: there is no checkpoint 'nowhere.ckpt'"):
         made.trainer(size).sweep(made.module(), made.data(), Sweep(), "nowhere.ckpt")
     with pytest.raises(ValueError, match="ckpt_path: a sweep looks at one checkpoint; give --ckpt_path FILE"):
         made.trainer(size).sweep(made.module(), made.data(), Sweep(), "last")
