@@ -98,7 +98,7 @@ def test_sweeps_build(offline_networks, tmp_path, photos):
     for configs, samples, metric in ((imagenet, 10_000, "gfid"), (demo, 260, "fd_vit_photos_patch8_64/train")):
         words = [word for config in configs for word in ("-c", str(CONFIGS / config))]
         made = {"trainer_class": SweepingTrainer, "auto_configure_optimizers": False, "save_config_callback": None}
-        arguments = ["sweep", *words, "--model.tokenizer=null", f"--run.folder={tmp_path}"]
+        arguments = ["sweep", *words, "--model.tokenizer=null", "--data.root=nowhere", f"--run.folder={tmp_path}"]
         with torch.device("meta" if configs is imagenet else "cpu"):
             cli = BuildSweep(DiffusionModule, ImageNetDataModule, args=arguments, **made)
         measuring = [each for each in cli.trainer.callbacks if isinstance(each, Measures)]
