@@ -24,8 +24,8 @@ class WarmupDecay(LambdaLR):
     decay at `final + (1 − final) · f(k / decay_steps)`, where f(p) is `1 − p`, or `(1 + cos πp) / 2` (Loshchilov &
     Hutter 2017, arXiv 1608.03983, eq. 5).
 
-    A checkpoint holds how many steps were counted. A resumed run takes its first step at the rate of the checkpoint, and
-    goes on from there by the options that it is given.
+    A checkpoint holds how many steps were counted, and the rate of the next. A resumed run goes on from there by the
+    options that it is given.
 
     Args:
         optimizer: The optimizer whose rate changes, in all of its groups alike.
