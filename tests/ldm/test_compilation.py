@@ -11,7 +11,7 @@ from test_denoiser import ALL, every_class_in_time, inputs, parts, randomised, s
 import vfm_vae.compilation
 from callbacks.ema import EMA
 from callbacks.throughput import Throughput
-from ldm.models.layers import Block, FinalLayer, Projector
+from ldm.models.layers import Block, ConvProjector, FinalLayer
 from ldm.pipeline import LatentDiffusion
 from vfm_vae.compilation import is_compiled
 from vfm_vae.data.latents import LatentStatistics
@@ -49,7 +49,7 @@ def graphs(monkeypatch):
 def regions(kind: str, alignment: str, sizes: int = 1) -> dict[str, int]:
     """How often what is compiled for so many sizes of batches; a wide head's parts are others than the body's."""
     towers = 1 + (kind == "ditdh")
-    projector = {} if alignment == "none" else {"Sequential": sizes}
+    projector = {} if alignment == "none" else {"ConvProjector" if alignment == "base" else "Sequential": sizes}
     return {"Block": sizes * towers, "FinalLayer": sizes * (towers if alignment == "base" else 1), **projector}
 
 
@@ -75,7 +75,7 @@ def test_equal_blocks_are_compiled_once(kind, alignment, graphs):
     gradients(model, *inputs(model))
     assert graphs == regions(kind, alignment)
     compiled = [module for module in model.modules() if is_compiled(module)]
-    after = [FinalLayer] if alignment == "none" else [FinalLayer, FinalLayer, Projector]
+    after = [FinalLayer] if alignment == "none" else [FinalLayer, FinalLayer, ConvProjector]
     assert Counter(map(type, compiled)) == Counter([Block] * len(model.blocks) + after)
 
 

@@ -22,7 +22,7 @@ ALIGNMENTS = {
     "none": {"cls_channels": 0, "align_channels": 0},
     "repa": {"cls_channels": 0} | PROJECTOR,
     "reg": {"cls_channels": 6} | PROJECTOR,
-    "base": {"cls_channels": 6, "base_depth": 1} | PROJECTOR,
+    "base": {"cls_channels": 6, "base_depth": 1, "projector": "conv"} | PROJECTOR,
 }
 ALL = {"align": True, "base": True}  # that can be asked for
 CLASSES = {
