@@ -114,6 +114,12 @@ def test_finer_grids_leave_a_little_noise(sampler):
     assert left.std() < 1e-3
 
 
+def test_a_wide_last_step_of_heun_goes_half_the_way():
+    """At t = 1 there is nowhere left to go, and it takes the mean of both ends of the step."""
+    data, noise, found = sampled(Heun(2))
+    assert torch.allclose(found, (data + noise) / 2, atol=1e-5)
+
+
 @pytest.mark.parametrize(("last", "share"), [(0.05, 1.0), (0.04, 0.985)])
 def test_the_sde_is_free_of_bias_where_its_last_step_begins_at_the_limit(last, share):
     """The score is made of the velocity, so beyond the limit it pulls towards zero."""
