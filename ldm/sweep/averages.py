@@ -1,19 +1,22 @@
 """The averaged weights that a sweep compares: the checkpoint's own, and others from the snapshots of its run."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ldm.compatibility import DIFFUSION
-from vfm_vae import schema
+from vfm_vae import post_hoc, schema
 from vfm_vae.checkpoints import read_checkpoint
 from vfm_vae.frozen import sha256_of
+from vfm_vae.options import about, within
 from vfm_vae.writing import write_torch
 
 OPTION = "ckpt_path"
-SNAPSHOTS = "post_hoc_ema"  # folder within the run's
 MADE_OF = "made_of"  # in a checkpoint that a sweep has written, what it was made of
 LEFT_OUT = ("optimizer_states", "lr_schedulers", "loops")  # of training
 
@@ -40,11 +43,6 @@ class Averages:
         self.stored = schema.take(content, DIFFUSION, f"{OPTION}: {str(checkpoint)!r}")
 
     @property
-    def snapshots(self) -> Path:
-        """Folder of the run's snapshots."""
-        return self.run / SNAPSHOTS
-
-    @property
     def step(self) -> int:
         """Steps of training that the checkpoint has seen."""
         return int(self.stored.content["global_step"])
@@ -55,6 +53,12 @@ class Averages:
         tensors: dict[str, Tensor] = self.stored.averaged() if self.has_average else content["state_dict"]
         return sha256_of(tensors)
 
+    @cached_property
+    def _snapshots(self) -> list[dict[str, Any]]:
+        """What identifies the snapshots up to the checkpoint's moment."""
+        found = post_hoc.snapshots(post_hoc.find(self.run))
+        return [asdict(each) for each in found if each.start + each.images <= self.stored.images_seen]
+
     def identity(self, length: float | None) -> dict[str, Any]:
         """What identifies the weights, as plain data.
 
@@ -62,24 +66,24 @@ class Averages:
             length: Length of the average; None for the checkpoint's own.
         """
         own = {"checkpoint": self._fingerprint, "images_seen": self.stored.images_seen}
-        if length is None:
-            return own
-        files = {file.name: file.stat().st_size for file in sorted(self.snapshots.iterdir()) if file.is_file()}
-        return own | {"length": length, "snapshots": files}
+        return own if length is None else own | {"length": length, "snapshots": self._snapshots}
 
-    def check(self, lengths: list[float]) -> None:
-        """Checks that averages can be reconstructed.
+    def check(self, lengths: Sequence[float]) -> None:
+        """Checks that averages can be reconstructed, and warns of those that are not met well.
 
         Raises:
-            ValueError: if there are no snapshots, or nothing puts averages into the place of the weights in training.
+            ValueError: if there are no snapshots of that moment, a length is out of range, or nothing puts averages
+                into the place of the weights in training.
         """
-        if lengths and not self.has_average:
+        if not lengths:
+            return
+        if not self.has_average:
             raise ValueError("sweep.lengths: no callback uses averages here; add EMA to trainer.callbacks")
-        if lengths and not self.snapshots.is_dir():
-            raise ValueError(
-                f"sweep.lengths: there are no snapshots in {str(self.snapshots)!r}, of which averages could be "
-                "reconstructed; train with the callback PostHocEMA, or leave lengths out"
-            )
+        within(post_hoc.SHORTEST, post_hoc.LONGEST, **{"sweep.lengths": lengths})
+        with about("sweep.lengths", instead_of="run"):
+            low, high = post_hoc.reliable(self.run, self.stored.images_seen)
+        if not low <= min(lengths) <= max(lengths) <= high:
+            rank_zero_warn(f"sweep.lengths: the run's snapshots meet lengths from {low:g} to {high:g}, others roughly")
 
     def write(self, length: float, file: Path) -> None:
         """Writes a checkpoint like this one, with another average and nothing that only training takes.
@@ -93,9 +97,7 @@ class Averages:
         identity = self.identity(length)
         if file.is_file() and read_checkpoint(file, "sweep.folder", mmap=True).get(MADE_OF) == identity:
             return
-        from vfm_vae import post_hoc
-
-        weights = post_hoc.reconstruct(self.snapshots, length, self.stored.images_seen)
+        weights = post_hoc.reconstruct(self.run, length, self.stored.images_seen)
         checkpoint = {name: part for name, part in self.stored.content.items() if name not in LEFT_OUT}
         schema.write_average(checkpoint, weights, self.stored.images_seen)
         write_torch(file, checkpoint | {MADE_OF: identity})

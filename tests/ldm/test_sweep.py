@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -31,7 +32,9 @@ from ldm.sweep.goal import Goal, goal_of
 from ldm.sweep.grid import Setting, Sweep
 from ldm.sweep.records import Record
 from ldm.sweep.results import Results
+from vfm_vae.checkpoints import read_checkpoint
 from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.post_hoc import FOLDER, Snapshot, reconstruct
 
 NAME = "test/fd_size"
 CONFIG = """
@@ -260,6 +263,40 @@ def test_a_setting_whose_samples_are_not_finite_is_told_and_the_sweep_goes_on(ma
         made.sweep(scales=[1e300])
 
 
+def test_averages_of_any_length_are_reconstructed_and_the_best_is_kept(made, counted):
+    size, begun = counted
+    run, stored = made.folder / "run", read_checkpoint(made.checkpoint, "")
+    (run / "checkpoints").mkdir(parents=True)
+    made.checkpoint = str(shutil.copy(made.checkpoint, run / "checkpoints"))
+    average = stored["ema"]["weights"]
+    for step, images in enumerate((8, 16, 24), 1):
+        tracks = [{name: (factor + step) / 3 * tensor for name, tensor in average.items()} for factor in (0.0, 1.0)]
+        Snapshot(step, images, 0, (0.05, 0.2), "run").write(run / FOLDER, tracks)
+    sweep = Sweep(scales=[1, 2], lengths=[None, 0.05, 0.1, 0.2], mode="max")
+    made.trainer(size).sweep(made.module(), made.data(), sweep, made.checkpoint)
+    content = json.loads((run / "sweep/sweep.json").read_text())
+    found = {(scale, length): value for (scale, _, length), value in measured(content).items()}
+    assert len(found) == len(set(found.values())) == 8
+    trainer = made.trainer()
+    for length in (0.05, 0.1, 0.2):
+        path = made.folder / "averaged.ckpt"
+        torch.save(stored | {"ema": {"weights": reconstruct(run, length, 24), "images_seen": 24}}, path)
+        trainer.test(made.module(Guidance(2)), datamodule=made.data(), ckpt_path=path, verbose=False)
+        assert found[2, length] == trainer.callback_metrics[NAME].item()
+    best = content["best"]["length"]
+    assert best == max(found, key=found.get)[1] == 0.05 and content["best"]["value"] == max(found.values())
+    (kept,) = (run / "sweep").glob("length_*.ckpt")
+    overlay = yaml.safe_load((run / "sweep/best.yaml").read_text())
+    assert overlay["ckpt_path"] == str(kept) and kept.name == "length_0.05.ckpt"
+    assert kept.stat().st_size < Path(made.checkpoint).stat().st_size  # nothing of the optimizer's
+    trainer.test(made.module(Guidance(content["best"]["scale"])), datamodule=made.data(), ckpt_path=kept, verbose=False)
+    assert trainer.callback_metrics[NAME].item() == content["best"]["value"]
+    begun.clear()
+    Snapshot(2, 16, 0, (0.05, 0.2), "another").write(run / FOLDER, tracks)
+    made.trainer(size).sweep(made.module(), made.data(), sweep, made.checkpoint)
+    assert len(begun) == 2 * 3 + 1  # all but the checkpoint's own average
+
+
 def test_a_trial_writes_nothing(made):
     trainer = made.trainer()
     trainer.limit_test_batches = 1
@@ -272,7 +309,8 @@ def test_mistakes_are_seen_before_anything_is_measured(made, counted):
     size, begun = counted
     for options, message in (
         ({"data": {"num_samples": None}}, "data.num_samples: give the number of samples"),
-        ({"lengths": [0.1]}, "sweep.lengths: there are no snapshots in"),
+        ({"lengths": [0.1]}, "sweep.lengths: '.*' has no snapshots of averages"),
+        ({"lengths": [0.5]}, r"sweep.lengths: must be in \[0.01, 0.28\], given \[0.5\]"),
         ({"metric": "gfid"}, "sweep.metric: no callback logs 'gfid'; they log accuracy, fd_size"),
     ):
         with pytest.raises(ValueError, match=message):
