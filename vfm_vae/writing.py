@@ -35,6 +35,8 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+# Metadata of a safetensors file that says no more than others do.
+PLAIN: Mapping[str, str] = {"format": "pt"}
 
 
 class NotWritten(OSError, ValueError):
@@ -135,20 +137,20 @@ def write_torch(path: str | Path, content: Any) -> None:
         torch.save(content, file)
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file, as `whole_file` does, tensor by tensor."""
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] = PLAIN) -> None:
+    """Writes a safetensors file with its metadata, as `whole_file` does, tensor by tensor."""
     with whole_file(path, sum(tensor.nbytes for tensor in tensors.values())) as file:
-        put_tensors(file, tensors)
+        put_tensors(file, tensors, facts)
 
 
-def put_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors by name as safetensors.
+def put_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], facts: Mapping[str, str] = PLAIN) -> None:
+    """Writes tensors by name, and metadata, as safetensors.
 
     The bytes are those of the library's own function, which leaves a file of random name behind where it is killed,
     and does not wait for the disk.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so all lie aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(facts)}
     end = 0
     for name in order:
         tensor = tensors[name]
