@@ -110,6 +110,7 @@ from callbacks.probe import ClassAccuracyCallback, LinearProbeCallback
 from callbacks.writers import LatentWriter, SampleWriter
 from ldm.alignment import REG
 from ldm.guidance import Guidance
+from ldm.models.ditdh import DiTDH
 from ldm.models.lightningdit import LightningDiT
 from ldm.models.sit import SiT
 from ldm.module import DiffusionModule
@@ -184,6 +185,12 @@ trainer(SampleWriter(str(samples), npz=True)).predict(module, datamodule=data)
 run = trainer(EMA(decay=0.9), max_steps=3, limit_val_batches=0)
 run.fit(module, datamodule=data)
 result = {"metrics": metrics, "weights": dict(module.state_dict()), "images_seen": module.images_seen}
+torch.manual_seed(0)
+wide = DiTDH(4, 8, 2, 2, 32, 2, 1, 48, 2, num_classes=13)
+module = DiffusionModule(wide, partial(torch.optim.AdamW, lr=1e-3), predict="latents", shift="auto")
+result["metrics"] |= {f"wide/{key}": value for key, value in trainer().validate(module, datamodule=data)[0].items()}
+trainer(EMA(decay=0.9), max_steps=3, limit_val_batches=0).fit(module, datamodule=data)
+result["weights"] |= {f"wide.{key}": weight for key, weight in module.state_dict().items()}
 torch.save(result, out / f"{devices}_{run.global_rank}.pt")
 """
 )

@@ -40,12 +40,10 @@ def latents(cache: Path) -> Callable[..., ImageNetDataModule]:
 def diffusion() -> Callable[..., DiffusionModule]:
     """Builds a DiffusionModule for latents `[B, 4, 4, 4]` of three classes; `model` are options of its denoiser."""
 
-    def build(model: dict | None = None, **kwargs) -> DiffusionModule:
+    def build(model: dict | None = None, kind: type = LightningDiT, **kwargs) -> DiffusionModule:
         torch.manual_seed(0)
         sizes = {"in_channels": 4, "input_size": 4, "depth": 2, "width": 32, "num_heads": 2, "num_classes": NUM_CLASSES}
         options = {"sampler": Euler(10), "predict": "latents", "seed": 1}
-        return DiffusionModule(
-            LightningDiT(**sizes | (model or {})), partial(torch.optim.AdamW, lr=2e-3), **options | kwargs
-        )
+        return DiffusionModule(kind(**sizes | (model or {})), partial(torch.optim.AdamW, lr=2e-3), **options | kwargs)
 
     return build

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from ldm.alignment import REG, REPA, alignment_error
 from ldm.condition import Labels
+from ldm.models.ditdh import DiTDH
 from ldm.models.lightningdit import LightningDiT
 from ldm.models.sit import SiT
 from ldm.module import DiffusionModule
@@ -27,7 +28,12 @@ ALIGNED = {
     "repa": {"align_channels": WIDTH, "cls_channels": 0},
     "reg": {"align_channels": WIDTH, "cls_channels": WIDTH},
 }
-MODELS = {"lightningdit": LightningDiT, "sit": SiT}
+MODELS = {
+    "lightningdit": LightningDiT,
+    "sit": SiT,
+    "ditdh": partial(DiTDH, head_depth=1, head_width=48, head_num_heads=2),
+}
+every_model = pytest.mark.parametrize("model", ["lightningdit", "sit", pytest.param("ditdh", marks=pytest.mark.slow)])
 ALIGNMENTS = {"repa": REPA, "reg": REG}
 
 
@@ -80,7 +86,7 @@ def test_the_error_is_minus_the_mean_cosine():
 
 
 @pytest.mark.parametrize("alignment", [None, *ALIGNED])
-@pytest.mark.parametrize("model", MODELS)
+@every_model
 def test_every_combination_learns_samples_and_is_watched(model, alignment, features, trainer):
     module = module_of(model, alignment)
     first, last = [], []
@@ -98,8 +104,10 @@ def test_every_combination_learns_samples_and_is_watched(model, alignment, featu
     assert samples.latents.shape == (4, 4, 4, 4)
     batch = next(iter(features_ready(features).val_dataloader()[0]))
     watched = module.alignment_features(batch)
-    assert list(watched) == ["block_01", "block_02", "block_03"]
-    assert all(values.shape == (len(batch.labels), 32) for values in watched.values())
+    widths = {"block_01": 32, "block_02": 32, "block_03": 32} | ({"block_04": 48} if model == "ditdh" else {})
+    assert {name: values.shape for name, values in watched.items()} == {
+        n: (len(batch.labels), w) for n, w in widths.items()
+    }
 
 
 def features_ready(features) -> ImageNetDataModule:
@@ -151,10 +159,18 @@ def module_ready(module: DiffusionModule, features) -> DiffusionModule:
     return module
 
 
-@pytest.mark.parametrize("parts", [{}, {"base_depth": 1, "predicts": "data", "projector": "conv"}])
-def test_resumed_equals_uninterrupted(parts, features, trainer, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "alignment", "parts"),
+    [
+        ("sit", "reg", {}),
+        ("sit", "reg", {"base_depth": 1, "predicts": "data", "projector": "conv"}),
+        ("ditdh", "repa", {}),
+        pytest.param("ditdh", "reg", {"base_depth": 1, "predicts": "data"}, marks=pytest.mark.slow),
+    ],
+)
+def test_resumed_equals_uninterrupted(model, alignment, parts, features, trainer, tmp_path):
     """Noise of the class token and fresh samples of the cached posterior included."""
-    whole, begun, resumed = (module_of("sit", "reg", parts) for _ in range(3))
+    whole, begun, resumed = (module_of(model, alignment, parts) for _ in range(3))
     trainer(max_steps=6, limit_val_batches=0).fit(whole, features())
     checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True)  # one batch before an epoch's end
     trainer(max_steps=2, limit_val_batches=0, enable_checkpointing=True, callbacks=[checkpoint]).fit(begun, features())
@@ -210,7 +226,7 @@ def test_features_of_another_vfm_are_named():
         REG(vfm).check_features((17, 128), vfm.source() | {"input_scale": 1.0}, model, "'cache'")
 
 
-@pytest.mark.parametrize("model", MODELS)
+@every_model
 def test_trainings_differ_in_their_alignment_alone(model, features, trainer, monkeypatch):
     """The same seed gives the same first weights, noise, times and dropped labels, whatever the alignment."""
     seen = {}

@@ -27,15 +27,17 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from callbacks.ema import EMA
 from callbacks.images import SampleImages
 from ldm.guidance import Guidance, InternalGuidance
+from ldm.models.ditdh import DiTDH
 from ldm.models.lightningdit import LightningDiT
 from ldm.module import DiffusionModule
 from ldm.samplers import Euler
 from vfm_vae.compilation import is_compiled
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.saving import WholeCheckpoints
+from vfm_vae.schedules import WarmupDecay
 from vfm_vae.frozen import Frozen
 
-cache, out, compiled = sys.argv[1], Path(sys.argv[2]), sys.argv[3] in ("compiled", "base")
+cache, out, compiled = sys.argv[1], Path(sys.argv[2]), sys.argv[3] in ("compiled", "base", "ditdh")
 parts, inner = ({"base_depth": 1, "predicts": "data"}, InternalGuidance(1.5)) if sys.argv[3] == "base" else ({}, None)
 matrices, clip = (partial(torch.optim.Muon, lr=2e-2), None) if sys.argv[3] == "muon" else (None, 0.5)
 torch.compile = partial(torch.compile, backend="eager")
@@ -53,12 +55,14 @@ class Colours(Frozen):  # shows latents as they are
 
 def fit(name, strategy, max_steps):
     torch.manual_seed(0)
-    denoiser = LightningDiT(4, 4, 2, 2, 32, 2, num_classes=3, activation_checkpointing=compiled, **parts)
+    kind = partial(DiTDH, head_depth=1, head_width=48, head_num_heads=2) if sys.argv[3] == "ditdh" else LightningDiT
+    denoiser = kind(4, 4, 2, 2, 32, 2, num_classes=3, activation_checkpointing=compiled, **parts)
     for parameter in filter(lambda p: p.requires_grad, denoiser.parameters()):  # many begin at zero
         torch.nn.init.normal_(parameter, std=0.05)
     optimizer, decoder = partial(torch.optim.AdamW, lr=1e-3, fused=True), Colours(torch.nn.Identity())
     module = DiffusionModule(denoiser, optimizer, Euler(4), Guidance(2.0, inner=inner), decoder,
-                             torch_compile=compiled, matrix_optimizer=matrices)
+                             torch_compile=compiled, matrix_optimizer=matrices,
+                             lr_scheduler=partial(WarmupDecay, warmup_steps=4))
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy=strategy, precision="bf16-mixed", gradient_clip_val=clip,
         max_steps=max_steps, max_epochs=-1, check_val_every_n_epoch=None, val_check_interval=2, num_sanity_val_steps=0,
@@ -101,7 +105,7 @@ def close(ours: object, theirs: object) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["eager", "compiled", "muon", "base"])
+@pytest.mark.parametrize("how", ["eager", "compiled", "muon", "base", "ditdh"])
 def test_sharded_and_resumed_equals_whole(tmp_path: Path, cache: Path, how: str):
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
@@ -124,5 +128,5 @@ def test_sharded_and_resumed_equals_whole(tmp_path: Path, cache: Path, how: str)
     assert len(pictures) == 2  # all ranks draw, or a sharded model would wait for ever
     whole, *others = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in names)
     assert whole["global_step"] == 5
-    for part in ("state_dict", "ema", "optimizer_states", "images_seen", "global_step"):
+    for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "images_seen", "global_step"):
         assert all(close(other[part], whole[part]) for other in others), part
