@@ -7,6 +7,7 @@ STAGE ?= patchgan
 ARGS ?=
 RUN ?= epochs64
 RUN_REG := $(if $(filter reg% best,$(RUN)),_reg)
+RUN_BASE = $(if $(RUN_REG),reg,$(if $(findstring ditdh,$(RUN)),ditdh,lightningdit))
 # A variant of the tokenizer's training, with runs of its own, and of what is trained on its latents.
 RECIPES := as_published discrete
 RECIPE ?=
@@ -56,7 +57,7 @@ FORMER_ssim := weak
 FORMER_patchgan := ssim
 STAGES := strong weak ssim patchgan
 OF_STAGE = $(if $(BASELINE),$(RUNS)/tokenizer,$(call one_of,STAGE,$(STAGES))$(RUNS)/$(STAGE))
-RUN_CONFIGS := $(filter-out cknna lightningdit reg samples sweep test%,$(basename $(notdir $(wildcard configs/ldm/*.yaml))))
+RUN_CONFIGS := $(filter-out cknna ditdh lightningdit reg samples sweep test%,$(basename $(notdir $(wildcard configs/ldm/*.yaml))))
 OF_RUN = $(call one_of,RUN,$(RUN_CONFIGS))$(RUNS)/ldm/$(RUN)
 former = $(if $(FORMER_$(1)),--model.init_from=$(RUNS)/$(FORMER_$(1))/checkpoints/last.ckpt)
 VARIANT = $(if $(RECIPE),-c configs/vfm_vae/$(RECIPE).yaml $(call former,$@))
@@ -181,8 +182,8 @@ latents: install ## cache the latents of the data that STAGE was trained on, wit
 	  --trainer.precision=32-true $(VARIANT_LATENTS) \
 	  --ckpt_path $(OF_STAGE)/checkpoints/last.ckpt $(ARGS)
 
-ldm: install ## train LightningDiT or REG on cached latents: make ldm RUN=epochs64|epochs80|epochs560|reg80|reg480|reg640|best GPUS=8
-	$(LDM) fit $(if $(RUN_REG),-c configs/ldm/reg.yaml,-c configs/ldm/lightningdit.yaml -c configs/data/latents.yaml) \
+ldm: install ## train a denoiser on cached latents: make ldm RUN=epochs64|epochs80|epochs560|reg80|reg480|reg640|best|rae_ditdh_xl GPUS=8
+	$(LDM) fit -c configs/ldm/$(RUN_BASE).yaml $(if $(filter lightningdit,$(RUN_BASE)),-c configs/data/latents.yaml) \
 	  -c configs/ldm/$(notdir $(OF_RUN)).yaml $(TRAINER_LDM) $(AT_A_TIME) $(VARIANT_LDM) $(ARGS)
 
 samples: install ## draw 50 000 samples from a trained LightningDiT: make samples RUN=epochs64 GPUS=8

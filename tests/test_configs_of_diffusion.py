@@ -57,6 +57,29 @@ def test_full_size_reg_runs_are_the_published_ones(run):
     assert callback(cli, "EMA").decay == 0.9999
 
 
+@pytest.mark.parametrize(("size", "parameters"), [("", 838_675_796), ("ditdh_s", 196_455_764)])
+def test_the_run_with_a_wide_head_is_the_published_one(size, parameters):
+    overlay = [f"ldm/size/{size}.yaml"] if size else []
+    plain = ["--model.optimizer.init_args.fused=false"]
+    with torch.device("meta"):
+        cli = build_ldm("ldm/ditdh.yaml", "ldm/rae_ditdh_xl.yaml", *overlay, "trainer/cpu.yaml", options=plain)
+    module, model = cli.model, cli.model.model
+    assert count(model) + model.position.numel() + model.time_embed.frequencies.numel() == parameters
+    images, epoch = 1_281_167, 1251
+    assert epoch == images // 1024 and cli.trainer.max_steps == 80 * epoch
+    assert (module.times, module.weights["cosine"]) == ("lognormal", 0.0)
+    noise_shift = 1 / module.pipeline.sampler.fitted_to(model.latent_shape).shift
+    assert noise_shift == pytest.approx((768 * 16 * 16 / 4096) ** 0.5) == pytest.approx(6.93, abs=0.01)
+    assert (module.pipeline.sampler.steps, module.pipeline.sampler.end) == (50, 0.999)
+    (optimizer,), (settings,) = module.configure_optimizers()
+    (group,), schedule = optimizer.param_groups, settings["scheduler"].lr_lambdas[0]
+    assert (group["initial_lr"], tuple(group["betas"]), group["weight_decay"]) == (2e-4, (0.9, 0.95), 0)
+    assert [schedule(n * epoch) for n in (0, 40, 420, 800, 1400)] == pytest.approx([1, 1, 0.55, 0.1, 0.1])
+    assert cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches == 1024
+    assert cli.trainer.gradient_clip_val == 1.0
+    assert callback(cli, "EMA").decay == 0.9995
+
+
 def test_what_is_recommended_is_reg_with_an_internal_head():
     with torch.device("meta"):
         reg, best = (build_ldm("ldm/reg.yaml", f"ldm/{run}.yaml", "trainer/cpu.yaml") for run in ("reg640", "best"))

@@ -185,7 +185,7 @@ def test_the_recipe_as_published(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_recipe_of_its_own_has_runs_of_its_own():
     targets = (*STAGES, "latents", "ldm", "samples", "evaluate")
-    for run in ("epochs64", "reg80"):
+    for run in ("epochs64", "reg80", "rae_ditdh_xl"):
         for command in commands(*targets, RECIPE="as_published", RUN=run, GPUS="8"):
             places = [word for word in command if "runs/" in word]
             assert all("runs/as_published/" in word for word in places)
@@ -216,7 +216,11 @@ MISTAKES = [
     ("ldm", "MICRO=few", "GPUS, MICRO: whole numbers; given '1', 'few'"),
     ("latents", "STAGE=patchgam", "STAGE: one of strong weak ssim patchgan; given 'patchgam'"),
     ("evaluate-tokenizer", "STAGE=", "STAGE: one of strong weak ssim patchgan; given ''"),
-    ("ldm", "RUN=epochs65", "RUN: one of best epochs560 epochs560_uniform epochs64 epochs80 reg480 reg640 reg80; given"),
+    (
+        "ldm",
+        "RUN=epochs65",
+        "RUN: one of best epochs560 epochs560_uniform epochs64 epochs80 rae_ditdh_xl reg480 reg640 reg80; given",
+    ),
     ("samples", "RUN=epochs64 reg80", "given 'epochs64 reg80'"),
     ("demo", "DENOISER=regg", "DENOISER: one of lightningdit reg; given 'regg'"),
 ]
@@ -258,6 +262,16 @@ def test_the_environment_may_lie_there_too_and_a_tilde_is_home(tmp_path: Path):
     assert "--data.root ~/'my images' " in line
 
 
+def test_a_run_goes_after_what_runs_of_its_denoiser_share():
+    for run, expected in (
+        ("epochs64", ["ldm/lightningdit", "data/latents", "ldm/epochs64"]),
+        ("reg80", ["ldm/reg", "ldm/reg80"]),
+        ("rae_ditdh_xl", ["ldm/ditdh", "ldm/rae_ditdh_xl"]),
+    ):
+        (fit,) = commands("ldm", RUN=run, GPUS="8")
+        assert [word for word in fit if word.endswith(".yaml")][:-1] == [f"configs/{name}.yaml" for name in expected]
+
+
 def align(folder: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, str]) -> None:
     """The recipe's other end: REG on the same tokenizer."""
     predict, fit, test = commands("latents", "ldm", "evaluate-ldm", RUN="reg80", **data)
@@ -290,7 +304,18 @@ def test_small_gpus_take_fewer_at_a_time():
 
 
 def test_arguments_have_the_last_word():
-    targets = (*STAGES, "latents", "ldm", "samples", "sweep", "evaluate", "demo", "tokenizer-study", "bench-gpu", "test")
+    targets = (
+        *STAGES,
+        "latents",
+        "ldm",
+        "samples",
+        "sweep",
+        "evaluate",
+        "demo",
+        "tokenizer-study",
+        "bench-gpu",
+        "test",
+    )
     targets += ("ablation", "embedded-vfm", "embedded-judge")
     said = [command for command in commands(*targets, ARGS="--seed_everything 1") if not command[0].endswith("convert")]
     assert len(said) > 18 and all(command[-2:] == ["--seed_everything", "1"] for command in said)
