@@ -5,6 +5,7 @@ from callbacks.cknna import CKNNACallback
 from callbacks.distribution import DistributionCallback
 from callbacks.ema import EMA
 from callbacks.images import ReconstructionImages, SampleImages
+from callbacks.post_hoc_ema import PostHocEMA
 from callbacks.preemption import StopOnSignal
 from callbacks.probe import ClassAccuracyCallback, LinearProbeCallback
 from callbacks.rank_failure import EndTogether
@@ -22,6 +23,7 @@ __all__ = [
     "LastCheckpoint",
     "LatentWriter",
     "LinearProbeCallback",
+    "PostHocEMA",
     "ReconstructionImages",
     "ReconstructionWriter",
     "Report",

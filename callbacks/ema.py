@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from callbacks.averaged import check_modules, parameters_of, placed_like, precise, whole
 from vfm_vae.contracts import CountsImages
 from vfm_vae.options import positive
 from vfm_vae.schema import AVERAGE, write_average
@@ -61,7 +61,7 @@ class EMA(Callback):
 
     def load_average(self, state: Mapping[str, Any]) -> None:
         """Continues from `state`, as a checkpoint holds it under the key `ema`."""
-        self.weights = {name: _precise(tensor).clone() for name, tensor in state["weights"].items()}
+        self.weights = {name: precise(tensor).clone() for name, tensor in state["weights"].items()}
         self.images_seen = int(state["images_seen"])
 
     def beta(self, num_images: int) -> float:
@@ -79,10 +79,7 @@ class EMA(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks whether the module has what is needed, before anything is loaded."""
-        missing = [name for name in self.modules if not hasattr(pl_module, name)]
-        if missing:
-            children = [name for name, _ in pl_module.named_children()]
-            raise ValueError(f"modules: {type(pl_module).__name__} has no {missing}; its parts are {children}.")
+        check_modules(pl_module, self.modules)
         if stage == "fit" and self.decay is None and not isinstance(pl_module, CountsImages):
             raise ValueError(
                 f"half_life_images counts images, but {type(pl_module).__name__} has no images_seen; give `decay`."
@@ -93,7 +90,7 @@ class EMA(Callback):
         started = bool(self.weights)
         for name, parameter in self._parameters(pl_module).items():
             if parameter.requires_grad and name not in self.weights:
-                self.weights[name] = _precise(parameter).clone()
+                self.weights[name] = precise(parameter).clone()
         if not self.weights:
             raise ValueError(f"modules: nothing in {list(self.modules)} trains, so there is nothing to average.")
         self._match(pl_module)
@@ -118,7 +115,7 @@ class EMA(Callback):
     def _update(self, pl_module: LightningModule, beta: float) -> None:
         parameters = self._parameters(pl_module)
         averages = list(self.weights.values())
-        torch._foreach_lerp_(averages, [_precise(parameters[name]) for name in self.weights], 1 - beta)
+        torch._foreach_lerp_(averages, [precise(parameters[name]) for name in self.weights], 1 - beta)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The average stands in for the weights."""
@@ -137,9 +134,9 @@ class EMA(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the average; in the module's state, puts the weights in training where it stands in for them."""
-        checkpoint["state_dict"].update(_whole(self._trained))
+        checkpoint["state_dict"].update(whole(self._trained))
         if self.weights:
-            write_average(checkpoint, _whole(self.weights), self.images_seen)
+            write_average(checkpoint, whole(self.weights), self.images_seen)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restores the average, for training and for evaluation."""
@@ -149,8 +146,7 @@ class EMA(Callback):
             rank_zero_warn("The checkpoint holds no averaged weights (key 'ema'): its trained weights are used.")
 
     def _parameters(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
-        prefixes = tuple(f"{name}." for name in self.modules)
-        return {name: p for name, p in pl_module.named_parameters() if name.startswith(prefixes)}
+        return parameters_of(pl_module, self.modules)
 
     def _match(self, pl_module: LightningModule) -> None:
         """Brings the average to the module's device; checks that they belong together."""
@@ -159,7 +155,7 @@ class EMA(Callback):
             if name not in parameters or parameters[name].shape != average.shape:
                 found = tuple(parameters[name].shape) if name in parameters else "no such parameter"
                 raise ValueError(f"ema: the average of {name!r}, {tuple(average.shape)}, does not fit: {found} here.")
-            self.weights[name] = _placed_like(parameters[name], average)
+            self.weights[name] = placed_like(parameters[name], average)
 
     @torch.no_grad()
     def _swap_in(self, pl_module: LightningModule) -> None:
@@ -177,21 +173,3 @@ class EMA(Callback):
         for name, trained in self._trained.items():
             parameters[name].copy_(trained)
         self._trained = {}
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    """The tensor in float32 or better, as small steps would be lost in bfloat16."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _placed_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor on the parameter's device, and sharded over the ranks as the parameter is."""
-    tensor = tensor.to(parameter.device)
-    if isinstance(parameter, DTensor) and not isinstance(tensor, DTensor):
-        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor
-
-
-def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sharded tensors put together, on the CPU: all ranks must ask."""
-    return {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in tensors.items()}

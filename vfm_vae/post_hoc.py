@@ -12,8 +12,9 @@ the coefficients add up to about 1, the sum has the rounding error of a file, an
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from vfm_vae.options import within
 from vfm_vae.writing import write_tensors
 
 FOLDER = "post_hoc_ema"
+FILES = "step*.safetensors"
 SHORTEST, LONGEST = 0.01, 0.28  # 1 / sqrt(12) = 0.289 is equal weight for all; beyond it the past would weigh more
 RELIABLE = 0.01  # up to this error of its profile, as a fraction of the profile's norm, a length is relied on
 ENTRY = "post_hoc_ema"  # of a file's metadata
@@ -79,7 +81,29 @@ def snapshots(folder: Path) -> list[Snapshot]:
     Raises:
         ValueError: if a file is damaged or something else.
     """
-    return [_facts(path)[0] for path in sorted(folder.glob("step*.safetensors"))]
+    return [_facts(path)[0] for path in sorted(folder.glob(FILES))]
+
+
+def num_bytes(tracks: Sequence[Mapping[str, Tensor]]) -> int:
+    """What the tensors of a snapshot take."""
+    return sum(2 * tensor.numel() for track in tracks for tensor in track.values())
+
+
+def remove_all_but(folder: Path, steps: Container[int], run: str) -> None:
+    """Removes snapshots of other steps or another run from a folder, and what can't be read.
+
+    Args:
+        folder: The folder.
+        steps: Those whose snapshots stay.
+        run: The run whose snapshots stay.
+    """
+    for path in folder.glob(FILES):
+        try:
+            found, _ = _facts(path)
+        except ValueError:
+            found = None
+        if found is None or found.run != run or found.step not in steps:
+            path.unlink()
 
 
 def find(folder: str | Path) -> Path:
@@ -89,7 +113,7 @@ def find(folder: str | Path) -> Path:
         ValueError: if there are none.
     """
     for place in (Path(folder, FOLDER), Path(folder)):
-        if any(place.glob("step*.safetensors")):
+        if any(place.glob(FILES)):
             return place
     raise ValueError(
         f"run: {str(folder)!r} has no snapshots of averages; give the folder of a run that was trained with "
@@ -131,6 +155,12 @@ def reconstruct(folder: str | Path, length: float, images_seen: int | None = Non
     return average
 
 
+def last_until(folder: str | Path, images_seen: int | None = None) -> Snapshot:
+    """The snapshot that an average ends with; arguments and errors are those of `reconstruct`."""
+    used, _ = _until(find(folder), images_seen)
+    return used[-1]
+
+
 def reliable(folder: str | Path, images_seen: int | None = None) -> tuple[float, float]:
     """The shortest and the longest length, in hundredths, whose profiles a run's snapshots meet to within 1 %.
 
@@ -144,6 +174,7 @@ def reliable(folder: str | Path, images_seen: int | None = None) -> tuple[float,
     return min(met, default=min(stored)), max(met, default=max(stored))
 
 
+@cache
 def exponent_of(length: float) -> float:
     """The exponent gamma of the power function whose standard deviation is `length`.
 
