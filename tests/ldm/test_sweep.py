@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -56,11 +58,12 @@ trainer:
 
 
 class Size(EvaluationCallback):
-    """Logs the mean square of samples; `at` is told of each beginning."""
+    """Logs the mean square of samples; `at` is told of each beginning, and rank 1 finds inf at scale `breaks`."""
 
-    def __init__(self, num_images: int | None = None) -> None:
+    def __init__(self, num_images: int | None = None, breaks: float | None = None) -> None:
         super().__init__(num_images)
         self.at: Callable[[Any], None] = lambda module: None
+        self.breaks = breaks
 
     def names(self) -> set[str]:
         return {"fd_size", "accuracy"}
@@ -71,7 +74,13 @@ class Size(EvaluationCallback):
 
     def update(self, pl_module, batch) -> None:
         batch = self.select(batch)
-        for latents in pl_module.draw(batch.index, decode=False).latents[batch.index >= 0]:
+        std, breaks = pl_module.normalization.std, pl_module.pipeline.guidance.scale == self.breaks
+        kept = std.clone()
+        if breaks and pl_module.global_rank == 1:
+            std.fill_(3e38)
+        drawn = pl_module.draw(batch.index, decode=False)
+        std.copy_(kept)
+        for latents in drawn.latents[batch.index >= 0]:
             self.size.update(latents.square().mean())
 
     def results(self) -> dict[str, torch.Tensor]:
@@ -409,3 +418,25 @@ def test_by_the_command_line(made):
     assert again == json.loads((made.folder / "found/sweep.json").read_text())["best"]["value"]
     code, _, err = run(made.folder, "ldm", "sweep", *words, "--sweep.scales=[]")
     assert code == 2 and err.count("\n") <= 3 and "scales: there is nothing to try in an empty list" in err
+
+
+@pytest.mark.slow
+def test_two_processes_sweep_as_one_does(made):
+    (made.folder / "cache").symlink_to(made.cache)
+    (made.folder / "config.yaml").write_text(
+        CONFIG.replace("test_sweep.Size", "{class_path: test_sweep.Size, init_args: {breaks: 3}}")
+    )
+    paths = [str(Path(__file__).parents[level]) for level in range(3)]
+    environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    found = []
+    for number, devices in enumerate((1, 2, 2)):
+        words = ["-c", "config.yaml", f"--ckpt_path={made.checkpoint}", f"--trainer.devices={devices}"]
+        words += ["--sweep.scales=[1,2,3,4]", f"--sweep.folder={min(number, 1)}", "--trainer.strategy=ddp"]
+        command = [sys.executable, "-m", "ldm", "sweep", *words]
+        ended = subprocess.run(command, cwd=made.folder, env=environment, capture_output=True, text=True, timeout=200)
+        assert ended.returncode == 0, ended.stderr
+        found.append(measured(json.loads((made.folder / f"{min(number, 1)}/sweep.json").read_text())))
+    one, two, again = found
+    assert "4 of them are measured already" in ended.stdout and again == two
+    assert two.pop((3, 0, None)) is None and one.pop((3, 0, None)) is not None
+    assert two == pytest.approx(one, rel=1e-5) and len(two) == 3
