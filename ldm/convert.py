@@ -2,21 +2,26 @@
 
 from argparse import Namespace
 from collections.abc import Mapping
+from math import prod, sqrt
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser
 
 from ldm.compatibility import DIFFUSION
 from ldm.guidance import Guidance
 from ldm.models.denoiser import Denoiser
 from ldm.models.sit import SiT
+from ldm.path import UNSHIFTED_SIZE, Shift
 from ldm.pipeline import LatentDiffusion
 from ldm.published import (
     denoiser_from_published,
+    ditdh_from_published,
     lightningdit_from_published,
     reg_from_published,
     to_published,
 )
+from ldm.published_configs import parameters
 from ldm.samplers import Euler, EulerMaruyama, Sampler
 from vfm_vae import schema
 from vfm_vae.checkpoints import read_weights
@@ -25,7 +30,13 @@ from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.description import describe
 from vfm_vae.published_files import pick, read_yaml, remove_training, write_training
 
-__all__ = ["denoiser_from_published", "lightningdit_from_published", "reg_from_published", "to_published"]
+__all__ = [
+    "denoiser_from_published",
+    "ditdh_from_published",
+    "lightningdit_from_published",
+    "reg_from_published",
+    "to_published",
+]
 
 
 def convert(
@@ -46,7 +57,8 @@ def convert(
         out: The folder, which is made if it is missing.
         config: The public YAML that belongs to published weights. It is not needed if the file holds the arguments of
             its training script.
-        statistics: The file `latents_stats.pt` of the latents that published weights were trained on.
+        statistics: The file `latents_stats.pt` of the latents that published weights were trained on. RAE's tokenizer
+            normalises its latents itself, so DiTDH's weights go without.
         tokenizer: The tokenizer that makes these latents: a folder, a checkpoint, or `owner/model`. The model is then
             marked as trained on its latents.
     """
@@ -59,13 +71,15 @@ def convert(
         return
     trained, averaged = pick(content, "x_embedder.")
     if (weights := averaged or trained) is None:
-        raise ValueError(f"source: {source!r} holds no weights of a LightningDiT or a SiT (x_embedder.…)")
-    if statistics is None:
+        raise ValueError(f"source: {source!r} holds no weights of a LightningDiT, a SiT or a DiTDH (x_embedder.…)")
+    is_ditdh = any(name.startswith("s_embedder.") for name in weights)
+    if statistics is None and not is_ditdh:
         raise ValueError("statistics: latents are normalised by those of training: give the model's latents_stats.pt")
     published = _read_config(content, config)
     network = denoiser_from_published(weights, published)
-    model = LatentDiffusion(network, *_sampling(network, published.get("sample") or {})).eval()
-    model.normalization.take(_matching(LatentStatistics.read(statistics), network))
+    sampling = _sampling_of_rae(network, published) if is_ditdh else _sampling(network, published.get("sample") or {})
+    model = LatentDiffusion(network, *sampling).eval()
+    model.normalization.take(_statistics(statistics, network))
     if tokenizer is not None:
         model.use_tokenizer(tokenizer)
         assert model.tokenizer is not None
@@ -107,6 +121,34 @@ def _sampling(network: Denoiser, options: Mapping[str, Any]) -> tuple[Sampler, G
     steps, shift = options.get("num_sampling_steps", 250), options.get("timestep_shift", 0.3)
     guidance = Guidance(options.get("cfg_scale", 1.0), start=options.get("cfg_interval_start", 0.125), channels=3)
     return Euler(steps, shift or 1.0), guidance
+
+
+def _sampling_of_rae(network: Denoiser, config: Mapping[str, Any]) -> tuple[Sampler, Guidance]:
+    """How RAE's published samples were drawn, at times that are noise levels; without autoguidance and its partner.
+
+    Raises:
+        ValueError: if by another method than Euler's.
+    """
+    options, guidance, misc = parameters(config, "sampler"), config.get("guidance") or {}, config.get("misc") or {}
+    if (method := options.get("sampling_method", "euler")) != "euler":
+        raise ValueError(f"config: sampler.sampling_method {method!r} is not supported, only 'euler' is; change it")
+    usual = prod(network.latent_shape), UNSHIFTED_SIZE
+    size, base = misc.get("time_dist_shift_dim") or usual[0], misc.get("time_dist_shift_base") or usual[1]
+    shift: Shift = "auto" if (size, base) == usual else sqrt(base / size)
+    sampler = Euler(options.get("num_steps", 50), shift, end=0.999)
+    if guidance.get("method", "cfg") != "cfg":
+        print(f"guidance is off: the config's {guidance['method']} needs a partner, which model.guidance may name")
+        return sampler, Guidance()
+    interval = {"start": 1 - guidance.get("t_max", 1.0), "end": 1 - guidance.get("t_min", 0.0)}
+    return sampler, Guidance(guidance.get("scale", 1.0), **interval)
+
+
+def _statistics(path: str | None, network: Denoiser) -> LatentStatistics:
+    """Those of a file; without one, of latents that are normalised already."""
+    if path is None:
+        shape = 1, network.latent_shape[0], 1, 1
+        return LatentStatistics(torch.zeros(shape), torch.ones(shape))
+    return _matching(LatentStatistics.read(path), network)
 
 
 def _matching(statistics: LatentStatistics, network: Denoiser) -> LatentStatistics:

@@ -12,6 +12,7 @@ import yaml
 from callbacks.ema import EMA
 from ldm import convert
 from ldm.guidance import Guidance
+from ldm.models.ditdh import DiTDH
 from ldm.models.lightningdit import LightningDiT
 from ldm.models.sit import SiT
 from ldm.pipeline import LatentDiffusion
@@ -80,7 +81,7 @@ def test_averages_sample_as_published(converted, models):
     assert torch.equal(loaded.normalization.std, statistics.std)
     assert isinstance(loaded.sampler, Euler)
     assert (loaded.sampler.steps, loaded.sampler.shift) == (250, 0.3)
-    assert loaded.guidance.arguments == {"scale": 1.0, "start": 0.125, "end": 1.0, "channels": 3, "cls_scale": 0.0}
+    assert loaded.guidance.arguments == Guidance(start=0.125, channels=3).arguments
     loaded.sampler = Euler(4)
     assert loaded.sample([0, 1]).latents.isfinite().all()
 
@@ -192,7 +193,7 @@ MISTAKES = {
     ),
     "other config": (["published.pt", "--config=deep.yaml", "--statistics=latents_stats.pt"], "missing ['blocks.2."),
     "other statistics": (["published.pt", "--config=published.yaml", "--statistics=wide.pt"], "statistics: of 8 chan"),
-    "other weights": (["else.pt", "--config=published.yaml"], "holds no weights of a LightningDiT or a SiT"),
+    "other weights": (["else.pt", "--config=published.yaml"], "holds no weights of a LightningDiT, a SiT or a DiTDH"),
 }
 
 
@@ -209,3 +210,112 @@ def test_a_mistake_ends_with_one_line(published, monkeypatch, capsys, mistake):
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+DITDH_YAML = {
+    "stage_1": {"target": "stage1.RAE", "params": {"noise_tau": 0.0}},
+    "stage_2": {
+        "target": "stage2.models.DDT.DiTwDDTHead",
+        "params": {
+            "input_size": 4,
+            "patch_size": 1,
+            "in_channels": 4,
+            "hidden_size": [32, 48],
+            "depth": [2, 1],
+            "num_heads": [2, 3],
+            "mlp_ratio": 4.0,
+            "class_dropout_prob": 0.1,
+            "num_classes": 3,
+            "use_qknorm": False,
+            "use_swiglu": True,
+            "use_rope": True,
+            "use_rmsnorm": True,
+            "wo_shift": False,
+            "use_pos_embed": True,
+        },
+    },
+    "transport": {"params": {"path_type": "Linear", "prediction": "velocity", "time_dist_type": "logit-normal_0_1"}},
+    "sampler": {"mode": "ODE", "params": {"sampling_method": "euler", "num_steps": 5}},
+    "guidance": {"method": "cfg", "scale": 1.5, "t_min": 0.25, "t_max": 0.75},
+    "misc": {"latent_size": [4, 4, 4], "time_dist_shift_dim": 64, "time_dist_shift_base": 4096},
+}
+
+
+def random_ditdh() -> DiTDH:
+    torch.manual_seed(0)
+    model = DiTDH(**SIZES, head_depth=1, head_width=48, head_num_heads=3)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture
+def rae(tmp_path, monkeypatch):
+    """Converts a DiTDH, published with this YAML."""
+    model = random_ditdh()
+    torch.save({"ema": convert.to_published(model)}, tmp_path / "rae.pt")
+
+    def convert_with(config: dict) -> tuple[DiTDH, LatentDiffusion]:
+        (tmp_path / "rae.yaml").write_text(yaml.safe_dump(config))
+        run(monkeypatch, tmp_path / "rae.pt", "--config", tmp_path / "rae.yaml", "--out", tmp_path / "out")
+        return model, LatentDiffusion.from_pretrained(tmp_path / "out")
+
+    return convert_with
+
+
+def test_a_published_ditdh_samples_latents_that_its_tokenizer_has_normalised(rae, tmp_path):
+    model, loaded = rae(DITDH_YAML)
+    assert loaded.model.arguments == model.arguments
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(loaded.model.state_dict()[name], tensor, rtol=0, atol=1e-6), name
+    assert (loaded.normalization.mean == 0).all() and (loaded.normalization.std == 1).all()
+    assert (loaded.sampler.steps, loaded.sampler.shift, loaded.sampler.end) == (5, "auto", 0.999)
+    assert (loaded.guidance.scale, loaded.guidance.start, loaded.guidance.end) == (1.5, 0.25, 0.75)
+    assert loaded.sample([0, 1]).latents.isfinite().all()
+    assert yaml.safe_load((tmp_path / "out/model.yaml").read_text())["model"]["model"]["class_path"].endswith("DiTDH")
+
+
+def test_a_published_shift_is_of_noise_and_autoguidance_waits_for_its_partner(rae, capsys):
+    config = {"misc": {"time_dist_shift_dim": 16384}, "guidance": {"method": "autoguidance", "scale": 1.42}}
+    _, loaded = rae(DITDH_YAML | config)
+    assert loaded.sampler.shift == 0.5 and loaded.guidance.scale == 1.0
+    assert "guidance is off: the config's autoguidance needs a partner" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("section", "options", "message"),
+    [
+        ("stage_2", {"target": "stage2.models.lightningDiT.LightningDiT", "params": {}}, "stage_2.target must be"),
+        ("stage_2", {"target": "DiTwDDTHead"}, r"stage_2\.params, which has the arguments of the network, is missing"),
+        ("transport", {"params": {"prediction": "x"}}, "transport.prediction must be velocity, given 'x'"),
+    ],
+)
+def test_what_rae_trains_otherwise_is_named(section, options, message):
+    with pytest.raises(ValueError, match=message):
+        convert.denoiser_from_published(convert.to_published(random_ditdh()), DITDH_YAML | {section: options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_size": 32}, "hidden_size is a list of two numbers, of body and head, given 32"),
+        ({"use_swiglu": False}, r"\['use_swiglu'\] is not supported"),
+        ({"depth": [3, 1]}, r"missing \['blocks.3"),
+    ],
+)
+def test_what_is_no_ditdh_is_named(options, message):
+    config = DITDH_YAML["stage_2"]["params"] | options
+    with pytest.raises(ValueError, match=message):
+        convert.ditdh_from_published(convert.to_published(random_ditdh()), config)
+
+
+def test_what_a_public_ditdh_lacks_is_left_out_or_refused():
+    plain = random_ditdh()
+    more = DiTDH(**plain.arguments | {"align_channels": 4, "align_depth": 1, "base_depth": 1})
+    assert convert.to_published(more).keys() == convert.to_published(plain).keys()
+    for options, message in (
+        ({"predicts": "data"}, "model.predicts: the public DiTDH"),
+        ({"cls_channels": 4}, "the public DiTDH has no class token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert.to_published(DiTDH(**plain.arguments | options))
