@@ -9,7 +9,7 @@ import pytest
 from callbacks.cknna import CKNNACallback
 from callbacks.ema import EMA
 from ldm.alignment import REG, REPA
-from ldm.guidance import Guidance
+from ldm.guidance import Autoguidance, Guidance, InternalGuidance
 from ldm.module import DiffusionModule
 from ldm.samplers import Dopri5, Euler, EulerMaruyama, Heun, time_grid
 from vfm_vae.data.datamodule import ImageNetDataModule
@@ -110,7 +110,9 @@ DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
     },
     # LightningDiT (arXiv 2501.01423) and its public code; SiT (arXiv 2401.08740) for the samplers.
     DiffusionModule: {"times": "lognormal", "cosine_weight": 1.0, "label_drop": 0.1, "statistics_images": 10_000},
-    Guidance: {"scale": 1.0, "start": 0.0, "end": 1.0, "channels": None, "cls_scale": 0.0},
+    Guidance: {"scale": 1.0, "start": 0.0, "end": 1.0, "channels": None, "cls_scale": 0.0, "inner": None},
+    Autoguidance: {"scale": 1.0, "start": 0.0, "end": 1.0, "channels": None, "cls_scale": 0.0},
+    InternalGuidance: {"scale": 1.0, "start": 0.0, "end": 1.0, "channels": None, "cls_scale": 0.0},
     time_grid: {"shift": 1.0},
     Euler: {"steps": 250, "shift": 1.0},
     Heun: {"steps": 250, "shift": 1.0},

@@ -98,6 +98,7 @@ REQUIRED: dict[str, Callable[[], dict[str, Any]]] = {
         "feature_channels": [128, 128], "layer_channels": [8, 8], "latent_channels": 4, "unshuffle": 1,
         "decoded_channels": 16, "alignment_channels": 128,
     },
+    "Autoguidance": lambda: {"partner": "nowhere"},
     "CKNNACallback": lambda: {"vfms": [vfm()]},
     "ClassAccuracyCallback": lambda: {"vfm": vfm(), "images": "photos"},
     "Decoder": lambda: {"in_channels": 16, "channels": [8] * 5, "route_channels": [8], "num_res_blocks": 0},

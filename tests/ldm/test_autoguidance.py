@@ -203,8 +203,9 @@ OTHER_VAE = SOURCE | {"fingerprint": "b" * 64}
 )
 def test_a_partner_that_does_not_fit_is_refused(weak, options, message):
     _, folder = weak(**options | {"network": options.get("network", denoiser)()})
-    with pytest.raises(ValueError, match=rf"^guidance\.partner: .*{message}"):
-        diffusion_of(denoiser(), Autoguidance(folder, 1.5)).sample([0])
+    for guidance in (Autoguidance(folder, 1.5), Guidance(2.0, inner=Autoguidance(folder, 1.5))):
+        with pytest.raises(ValueError, match=rf"^guidance\.partner: .*{message}"):
+            diffusion_of(denoiser(), guidance).sample([0])
 
 
 def test_a_tokenizer_is_no_partner(tiny_model, tmp_path):
