@@ -21,6 +21,7 @@ FIGURES = {
     "tokenizer_16_eager": TRAINING,
     "vavae": TRAINING,
     "rae": TRAINING,
+    "ditdh": TRAINING,
     "sampling": {"compiled_latents_per_s", "guided_speedup", "decoded_images_per_s", "guided_minutes_of_50000"},
     "cknna": {"samples", "seconds"},
     "evaluation": {"images_per_s", "distances_s", "precision_recall_s"},

@@ -1,7 +1,7 @@
 """The full-size models by the published configs, with random weights, and what one image costs to train on.
 
     python tests/bench/full_size.py tokenizer --count               # strong stage: FLOPs and activations of one image
-    python tests/bench/full_size.py diffusion --count               # LightningDiT-XL/1; reg for SiT-XL/1
+    python tests/bench/full_size.py diffusion --count               # LightningDiT-XL/1; reg: SiT-XL/1; ditdh: DiTDH-XL/1
 
 This needs no GPU; `gpu.py` measures one. Random weights cost the same as trained ones.
 """
@@ -30,6 +30,7 @@ from vfm_vae.types import Batch, LatentBatch
 
 NONE = "trainer: {accelerator: cpu, callbacks: [], logger: false, enable_checkpointing: false}"
 TOY = {"depth": 2, "width": 48, "num_heads": 4}
+TOY_DITDH = {"in_channels": 32, **TOY, "head_depth": 1, "head_width": 64, "head_num_heads": 4}
 TOY_REG = TOY | {"cls_channels": 24, "align_channels": 24, "align_depth": 1, "projector_width": 32}
 
 
@@ -112,6 +113,14 @@ def reg(
     return _diffusion(folder, configs, batch_size, [*_sizes(TOY_REG if toy else {}), *more], device)
 
 
+def ditdh(
+    folder: str, batch_size: int, more: list[str], device: str = "cpu", toy: bool = False
+) -> tuple[DiffusionModule, LatentBatch]:
+    """DiTDH-XL/1, and a batch of noise as large as RAE's latents."""
+    configs = ["ldm/ditdh.yaml", "ldm/rae_ditdh_xl.yaml"]
+    return _diffusion(folder, configs, batch_size, [*_sizes(TOY_DITDH if toy else {}), *more], device)
+
+
 def _sizes(sizes: dict[str, int]) -> list[str]:
     return [f"--model.model.init_args.{name}={value}" for name, value in sizes.items()]
 
@@ -129,7 +138,8 @@ def _diffusion(
     return module, LatentBatch(latents, index % model.num_classes, index, features)
 
 
-MODELS = {"tokenizer": tokenizer, "vavae": vavae, "rae": rae, "diffusion": diffusion, "reg": reg}
+DENOISERS = {"diffusion": diffusion, "reg": reg, "ditdh": ditdh}
+MODELS = {"tokenizer": tokenizer, "vavae": vavae, "rae": rae, **DENOISERS}
 
 
 class FlopCount(Callback):
@@ -183,7 +193,7 @@ def saved_bytes() -> Iterator[Callable[[], int]]:
 def count(what: str, batch_size: int, more: list[str], toy: bool = False) -> tuple[int, int]:
     """FLOPs of a training step on the CPU, and bytes that autograd keeps in it."""
     gc.collect()  # what a former count left
-    optimizers = ("optimizer", *(() if what in ("diffusion", "reg") else ("discriminator_optimizer",)))
+    optimizers = ("optimizer", *(() if what in DENOISERS else ("discriminator_optimizer",)))
     stateless = [f"--model.{name}={{class_path: torch.optim.SGD, init_args: {{lr: 0.0}}}}" for name in optimizers]
     with tempfile.TemporaryDirectory() as folder:
         module, batch = MODELS[what](folder, batch_size, [*stateless, *more], toy=toy)

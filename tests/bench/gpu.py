@@ -53,6 +53,7 @@ RUNS = {
     "evaluation": Run(15, 40),
     "vavae": Run(100, 180),
     "rae": Run(30, 90),
+    "ditdh": Run(60, 120),
     "tokenizer": Run(90, 400),  # last, since its compilation may take long
     "tokenizer_16": Run(35, 80),
 }

@@ -189,7 +189,7 @@ def train(
     trainer = Trainer(
         accelerator="gpu" if bench.device == "cuda" else "cpu", devices=1, precision="bf16-mixed", max_epochs=1,
         strategy=OneDevice(torch.device("cuda", 0) if bench.device == "cuda" else "cpu"),
-        gradient_clip_val=1.0 if what == "reg" else None, logger=False, enable_checkpointing=False,
+        gradient_clip_val=1.0 if what in ("reg", "ditdh") else None, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[average, clock, count],
     )  # fmt: skip
     bench.note(batch_size=batch_size)
@@ -288,6 +288,7 @@ RUNS: dict[str, Callable[[Bench], None]] = {
     "evaluation": evaluation,
     "vavae": partial(train, what="vavae", batch_size=16, steps=13),
     "rae": partial(train, what="rae", batch_size=64, steps=13),
+    "ditdh": partial(train, what="ditdh", batch_size=128, steps=13),
     "tokenizer": partial(train, what="tokenizer", batch_size=64, steps=9, every_shape=True),
     "tokenizer_16": partial(train, what="tokenizer", batch_size=16, steps=13),
 }
