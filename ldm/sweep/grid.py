@@ -24,7 +24,8 @@ class Sweep:
             the callbacks log.
         mode: Whether the smallest (`min`) or the largest (`max`) number is the best; null for the smallest distance,
             and the largest of anything else.
-        confirm: Whether to measure the best setting once more at the end, with the next seed.
+        confirm: Whether to measure the best setting once more at the end, with the next seed; and no guidance as well,
+            where the grid has it.
         folder: Folder for the results; null for `sweep` in the run that the checkpoint belongs to.
 
     Raises:
@@ -95,7 +96,12 @@ class Setting:
     @property
     def measured(self) -> "Setting":
         """The setting that is measured in its place: without guidance, the interval makes no difference."""
-        return Setting(1.0, 0.0, 1.0, self.length) if self.scale == 1 else self
+        return self.unguided if self.scale == 1 else self
+
+    @property
+    def unguided(self) -> "Setting":
+        """No guidance of the same average."""
+        return Setting(1.0, 0.0, 1.0, self.length)
 
     def of(self, guidance: Guidance) -> Guidance:
         """A guidance with this scale and interval."""

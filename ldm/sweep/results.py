@@ -3,8 +3,10 @@
 import io
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +44,7 @@ class Results(NamedTuple):
         shared: What all numbers depend on.
         checkpoint: The checkpoint that was looked at.
         guidance: The config's guidance, of which settings change scale and interval.
-        confirmed: Record of the best setting with the next seed; None where there is none.
+        confirmed: Records of the best setting, and of no guidance, with the next seed; none where that was not wanted.
     """
 
     rows: list[tuple[Setting, Record]]
@@ -51,7 +53,7 @@ class Results(NamedTuple):
     shared: dict[str, Any]
     checkpoint: Path
     guidance: Guidance
-    confirmed: Record | None = None
+    confirmed: Mapping[Setting, Record] = MappingProxyType({})
 
     def value(self, record: Record) -> float | None:
         """The number that decides; None where there is no finite one."""
@@ -96,13 +98,21 @@ class Results(NamedTuple):
         return table
 
     def answer(self) -> str:
-        """The best setting in a sentence."""
-        best = dict(self.rows)[self.best]
-        text = f"The best by {self.goal.logged} ({self.goal.direction}) is {self.best}: {_cell(self.value(best))}"
-        if self.confirmed is None:
-            return f"{text}, with seed {self.seed}."
-        again = _cell(self.value(self.confirmed)) or "not finite"
-        return f"{text}, with seed {self.seed}; with seed {self.seed + 1}, which chose nothing, {again}."
+        """The best setting in a sentence, beside no guidance where that was measured, too."""
+        measured = {setting.measured: record for setting, record in self.rows}
+        text = f"The best by {self.goal.logged} ({self.goal.direction}) is {self.best}: "
+        text += f"{self._numbers(measured)}, with seed {self.seed}"
+        if self.confirmed:
+            text += f"; {self._numbers(self.confirmed)}, with seed {self.seed + 1}, which chose nothing"
+        return f"{text}."
+
+    def _numbers(self, measured: Mapping[Setting, Record]) -> str:
+        """The number of the best setting, and that of no guidance."""
+        best, plain = self.best.measured, self.best.unguided
+        text = _cell(self.value(measured[best])) or "not finite"
+        if plain == best or plain not in measured:
+            return text
+        return f"{text} (no guidance: {_cell(self.value(measured[plain])) or 'not finite'})"
 
     def measured(self) -> str:
         """What was measured, in a sentence."""
@@ -123,7 +133,10 @@ class Results(NamedTuple):
             "command": _command(),
             "versions": versions(),
             "best": asdict(best) | {"value": self.value(record), "seed": self.seed},
-            "confirmed": self.confirmed and {"value": self.value(self.confirmed), "seed": self.seed + 1},
+            "confirmed": [
+                asdict(setting) | {"value": self.value(record), "seed": self.seed + 1}
+                for setting, record in self.confirmed.items()
+            ],
         }
 
     def write(self, folder: Path, checkpoint: Path, step: int) -> None:

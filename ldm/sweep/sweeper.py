@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.module import DiffusionModule
 from ldm.sweep.averages import Averages
 from ldm.sweep.goal import goal_of
-from ldm.sweep.grid import Sweep
+from ldm.sweep.grid import Setting, Sweep
 from ldm.sweep.records import Record, Records, Task
 from ldm.sweep.results import Results
 from vfm_vae.contracts import Measures, WeightAverage
@@ -91,14 +91,20 @@ class Sweeper:
             self._tell(task, f"{place} of {len(left)}", len(left) - place)
         results = self._results()
         if self.options.confirm:
-            task = Task(results.best.measured, self.seed + 1)
-            if self._found(task) is None:
-                self._say(f"the best once more, with seed {task.seed}")
-                self._measure(task)
-            results = results._replace(confirmed=self._found(task))
+            results = results._replace(confirmed=self._confirmed(results.best, {task.setting for task in tasks}))
         checkpoint = self._checkpoint(results.best.length)
         alike(self.trainer.strategy, lambda: self._write(results, checkpoint))
         return results
+
+    def _confirmed(self, best: Setting, grid: set[Setting]) -> dict[Setting, Record]:
+        """The best setting with another seed, and no guidance, as seeds may differ by more than settings do."""
+        tasks = [Task(setting, self.seed + 1) for setting in dict.fromkeys((best.measured, best.unguided))]
+        tasks = [task for task in tasks if task.setting in grid]
+        if left := [task for task in tasks if self._found(task) is None]:
+            self._say(f"once more, with seed {self.seed + 1}: {' · '.join(str(task.setting) for task in left)}")
+        for task in left:
+            self._measure(task)
+        return {task.setting: record for task in tasks if (record := self._found(task)) is not None}
 
     def _measure(self, task: Task) -> None:
         """Measures a setting and writes that down, on all ranks alike."""
