@@ -1,5 +1,7 @@
 """The configs of tokenizers build the published stages, at full size and in the demo."""
 
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -27,8 +29,17 @@ STAGES = ["strong", "weak", "ssim", "patchgan"]
 VFMS = {"vfm_vae/vfm/dinov2_large.yaml": 1, "vfm_vae/vfm/dinov2_large_reg.yaml": 5}  # class token and registers
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("vfm", [[], ["vfm_vae/vfm/dinov2_large.yaml"]])
+DINO = ["vfm_vae/vfm/dinov2_large.yaml"]
+
+
+def slow_but(*fast: tuple, cases: Iterable[tuple]) -> list:
+    """Cases of which some prove the kind, and the rest its every member."""
+    return [case if case in fast else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("stage", "vfm"), slow_but(("strong", []), ("patchgan", DINO), cases=product(STAGES, ([], DINO)))
+)
 def test_full_size_stages_have_the_published_parameters(full_size, stage, vfm):
     with torch.device("meta"):
         module = full_size(f"vfm_vae/{stage}.yaml", "data/imagenet.yaml", *vfm).model
@@ -66,8 +77,11 @@ PAPER = {
 MECHANICS = ("simultaneous", "mode", "round", CentreCrop)  # where they are not as published
 
 
-@pytest.mark.parametrize("recipe", ["recommended", "as_published"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "recipe"),
+    [(stage, "recommended") for stage in STAGES]
+    + slow_but(("patchgan", "as_published"), cases=[(stage, "as_published") for stage in STAGES]),
+)
 def test_stages_are_the_papers(full_size, stage, recipe):
     as_published = ["vfm_vae/as_published.yaml"] if recipe == "as_published" else []
     with torch.device("meta"):
@@ -96,7 +110,7 @@ def test_stages_are_the_papers(full_size, stage, recipe):
     assert stage != "ssim" or adapter == {"adapter.widen"}
 
 
-@pytest.mark.parametrize("data", ["imagenet", "imagenet_wds"])
+@pytest.mark.parametrize("data", [pytest.param("imagenet", marks=pytest.mark.slow), "imagenet_wds"])
 def test_512_px_takes_the_same_model(full_size, data):
     configs = ("vfm_vae/ssim.yaml", "vfm_vae/512px.yaml", f"data/{data}.yaml", "data/512px.yaml")
     with torch.device("meta"):
@@ -111,8 +125,7 @@ def test_512_px_takes_the_same_model(full_size, data):
     module.model.check_image_size(512)
 
 
-@pytest.mark.parametrize("stage", ["strong", "weak"])
-@pytest.mark.parametrize("vfm", [[], ["vfm_vae/vfm/dinov2_large.yaml"]])
+@pytest.mark.parametrize(("stage", "vfm"), slow_but(("weak", []), cases=product(["strong", "weak"], ([], DINO))))
 def test_discrete_stages_build(full_size, stage, vfm):
     with torch.device("meta"):
         module = full_size(f"vfm_vae/{stage}.yaml", "vfm_vae/discrete.yaml", "data/imagenet.yaml", *vfm).model

@@ -70,8 +70,12 @@ SAVES = {
 }
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize(
+    ("save", "num_workers"),
+    [(save, 0) for save in SAVES]
+    + [("mid second epoch", 2)]
+    + [pytest.param(save, 2, marks=pytest.mark.slow) for save in SAVES if save != "mid second epoch"],
+)
 def test_a_killed_run_resumes_with_the_very_next_batch(tree, tmp_path, save, num_workers):
     def data():
         return datamodule(tree, num_workers=num_workers, seed=3)  # 12 images: 3 batches an epoch

@@ -229,7 +229,7 @@ def test_features_change_nothing_else(tmp_path):
     assert torch.equal(*(LatentStatistics.read(tmp_path / name).std for name in ("with", "without")))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_datamodule_serves_features(tmp_path, num_workers):
     for split, size in (("train", 40), ("val", 7)):
         write(tmp_path / split, size=size, moments=True, features=torch.bfloat16)

@@ -118,8 +118,11 @@ def epoch_of(loader, epoch):
     return [list(zip(*(column.tolist() for column in batch), strict=True)) for batch in iterator]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("num_batches", [0, 1, 4, 5])
+@pytest.mark.parametrize(
+    ("num_workers", "num_batches"),
+    [(0, 0), (0, 1), (0, 4), (0, 5), (2, 4)]
+    + [pytest.param(2, number, marks=pytest.mark.slow) for number in (0, 1, 5)],
+)
 def test_a_loader_resumes_in_the_middle_of_an_epoch(num_workers, num_batches):
     uninterrupted = loader(num_workers)
     epochs = [epoch_of(uninterrupted, epoch) for epoch in range(3)]
