@@ -19,6 +19,7 @@ import callbacks
 import ldm.models
 from ldm.models.lightningdit import LightningDiT
 from ldm.module import DiffusionModule
+from ldm.sweep.grid import Sweep
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.evaluate import evaluate_samples
@@ -63,8 +64,10 @@ MEANT = {
         "subtracts nothing": ["spatial_norm"],
         "is never": ["probability", "prior_probability", "crop_probability", "label_drop"],
         "bears nothing": ["distmat_margin", "cos_margin", "max_bad_fraction"],
-        "is noise": ["start", "Guidance.end", "Autoguidance.end", "InternalGuidance.end", "times", "time"],
-        "is what the model says without a label": ["scale", "guidance_scales"],
+        "is noise": ["start", "Guidance.end", "Autoguidance.end", "InternalGuidance.end", "times", "time",
+            "starts", "ends",
+        ],
+        "is what the model says without a label": ["scale", "guidance_scales", "scales"],
         "leaves the class token unguided": ["cls_scale"],
         "averages nothing": ["decay"],
         "loads in the process itself": ["num_workers"],
@@ -76,7 +79,7 @@ MEANT = {
 }  # fmt: skip
 FRACTIONS = (
     "probability", "prior_probability", "crop_probability", "label_drop", "translation", "cutout", "max_bad_fraction",
-    "min_crop", "decay", "last", "start", "end", "times", "time",
+    "min_crop", "decay", "last", "start", "end", "times", "time", "starts", "ends",
 )  # fmt: skip
 
 
@@ -158,7 +161,7 @@ def configurable() -> list[Callable]:
         list(modules_of(package))
     callback_classes = {kind for kind in subclasses(Callback) if kind.__module__.startswith("callbacks.")}
     known: set[Callable] = {evaluate_samples}
-    open_ = {TokenizerModule, DiffusionModule, ImageNetDataModule, *callback_classes}
+    open_ = {TokenizerModule, DiffusionModule, ImageNetDataModule, Sweep, *callback_classes}
     while open_:
         kind = open_.pop()
         known.add(kind)
