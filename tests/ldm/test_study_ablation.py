@@ -74,9 +74,10 @@ def test_plans_that_make_no_ablation_are_refused(change, message, tmp_path):
 def test_each_addition_is_one_file_more_than_the_baseline():
     plan = read_plan(ABLATION)
     baseline = read_plan("study/photos.yaml").denoisers["vfm_vae"].configs
+    files = {name: [name] for name in plan.denoisers} | {"baseline": []}
+    files["early_data_prediction"] = ["data_prediction", "early_times"]  # each of them is a row of its own, too
     for name, denoiser in plan.denoisers.items():
-        own = [] if name == "baseline" else [f"study/ablation/{name}.yaml"]
-        assert denoiser.configs == [*baseline, *own]
+        assert denoiser.configs == [*baseline, *(f"study/ablation/{file}.yaml" for file in files[name])]
     scales = {tuple(guided.scales) for guided in plan.guided.values()}
     assert len(scales) == 1  # the same choice for guidance of all kinds
     assert {*plan.denoisers, *plan.guided} - {"baseline", "partner"} == set(plan.ablation.additions)
