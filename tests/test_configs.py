@@ -33,7 +33,7 @@ TOWERS = {
 
 STUDY = ["photos", "tokenizer", "conv", "aligned", "vfm_vae", "vfm_vae_strong", "rae", "latents", "latents_reg", "test"]
 STUDY += ["denoiser", "rae_latents", "repa", "reg"]
-ABLATION = ["partner", "shift", "wide_head", "internal_head", "data_prediction", "muon"]
+ABLATION = ["partner", "shift", "wide_head", "internal_head", "data_prediction", "early_times", "muon"]
 ABLATION += ["classifier_free", "autoguidance", "internal_guidance"]
 STUDY += ["ablation", *(f"ablation/{name}" for name in ABLATION)]
 STUDY += [
