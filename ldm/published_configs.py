@@ -144,9 +144,9 @@ def build(family: Family[Model], config: Mapping[str, Any]) -> Model:
 
 
 def parameters(config: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """The options within a section of RAE's YAML, which may be missing."""
+    """The options of a section of RAE's YAML, which may be missing; they stand below `params`, or directly."""
     content = config.get(section) or {}
-    return dict(content.get("params") or {})
+    return dict(content.get("params") or content)
 
 
 def of_both_towers(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.models.ditdh import DiTDH
 from ldm.models.lightningdit import LightningDiT
 from ldm.models.sit import SiT
 from vfm_vae.discriminators.patchgan import PatchGAN
@@ -42,6 +43,7 @@ FORMER = {
     "PatchGAN": (PatchGAN, 0.8555389642715454, 1415.5624963406522),
     "LightningDiT": (lambda: LightningDiT(4, **DENOISER), 0.8981122374534607, 215.96055096336852),
     "LightningDiT with REG": (lambda: LightningDiT(4, **DENOISER, **ALIGNED), 0.20275187492370605, 24.035926417475835),
+    "DiTDH": (lambda: DiTDH(4, **DENOISER, head_width=96, head_num_heads=4), 0.5543158650398254, 425.2832441515377),
     "SiT": (lambda: SiT(4, **DENOISER, **ALIGNED, projector_width=32), 0.7314580082893372, 57.49135165523749),
 }
 

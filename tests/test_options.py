@@ -107,6 +107,7 @@ REQUIRED: dict[str, Callable[[], dict[str, Any]]] = {
     "Decoder": lambda: {"in_channels": 16, "channels": [8] * 5, "route_channels": [8], "num_res_blocks": 0},
     "DiffusionModule": lambda: {"model": LightningDiT(**SMALL), "optimizer": ADAM},
     "DistributionCallback": lambda: {"network": vfm()},
+    "DiTDH": lambda: SMALL | {"head_depth": 1, "head_width": 16, "head_num_heads": 2},
     "evaluate_samples": lambda: {"samples": "nothing", "reference": "nothing"},
     "FrozenVFM": lambda: {"name": VFM},
     "ImageNetDataModule": lambda: {"root": "photos"},

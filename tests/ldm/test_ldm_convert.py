@@ -288,6 +288,7 @@ def test_a_published_shift_is_of_noise_and_autoguidance_waits_for_its_partner(ra
         ("stage_2", {"target": "stage2.models.lightningDiT.LightningDiT", "params": {}}, "stage_2.target must be"),
         ("stage_2", {"target": "DiTwDDTHead"}, r"stage_2\.params, which has the arguments of the network, is missing"),
         ("transport", {"params": {"prediction": "x"}}, "transport.prediction must be velocity, given 'x'"),
+        ("transport", {"prediction": "x"}, "transport.prediction must be velocity, given 'x'"),
     ],
 )
 def test_what_rae_trains_otherwise_is_named(section, options, message):
