@@ -105,6 +105,7 @@ from lightning.pytorch import Trainer
 
 from callbacks.cknna import CKNNACallback
 from callbacks.ema import EMA
+from callbacks.post_hoc_ema import PostHocEMA
 from callbacks.distribution import DistributionCallback
 from callbacks.probe import ClassAccuracyCallback, LinearProbeCallback
 from callbacks.writers import LatentWriter, SampleWriter
@@ -122,6 +123,7 @@ from vfm_vae.losses.objective import Objective
 from vfm_vae.module import TokenizerModule
 from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.decoder import Decoder
+from vfm_vae.post_hoc import find, reconstruct, snapshots
 from vfm_vae.tokenizer import VFMVAE
 from vfm_vae.vfm import FrozenVFM
 
@@ -182,7 +184,8 @@ for cached in (3, 0):  # what is missing is less than there are ranks, then noth
     assert shard.is_file()
 data.num_samples = 11  # one more than there are
 trainer(SampleWriter(str(samples), npz=True)).predict(module, datamodule=data)
-run = trainer(EMA(decay=0.9), max_steps=3, limit_val_batches=0)
+stored = out / f"stored{devices}"
+run = trainer(EMA(decay=0.9), PostHocEMA(), max_steps=3, limit_val_batches=0, default_root_dir=stored)
 run.fit(module, datamodule=data)
 result = {"metrics": metrics, "weights": dict(module.state_dict()), "images_seen": module.images_seen}
 torch.manual_seed(0)
@@ -191,6 +194,7 @@ module = DiffusionModule(wide, partial(torch.optim.AdamW, lr=1e-3), predict="lat
 result["metrics"] |= {f"wide/{key}": value for key, value in trainer().validate(module, datamodule=data)[0].items()}
 trainer(EMA(decay=0.9), max_steps=3, limit_val_batches=0).fit(module, datamodule=data)
 result["weights"] |= {f"wide.{key}": weight for key, weight in module.state_dict().items()}
+result |= {"stored": [one.images for one in snapshots(find(stored))], "average": reconstruct(stored, 0.05)}
 torch.save(result, out / f"{devices}_{run.global_rank}.pt")
 """
 )

@@ -83,6 +83,8 @@ def test_two_processes_cache_measure_and_sample_as_one(folder: Path):
         assert (ours["arr_1"] == theirs["arr_1"]).all()
     assert first["images_seen"] == one["images_seen"] == 24
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
+    assert first["stored"] == second["stored"] == one["stored"] == [8, 16, 24]  # images of both ranks
+    assert first["average"].keys() == one["average"].keys() and first["average"]
 
 
 def test_two_processes_align_as_one(folder: Path):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vfm_vae.post_hoc import find, reconstruct, snapshots
+
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
@@ -26,6 +28,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from callbacks.ema import EMA
 from callbacks.images import SampleImages
+from callbacks.post_hoc_ema import PostHocEMA
 from ldm.guidance import Guidance, InternalGuidance
 from ldm.models.ditdh import DiTDH
 from ldm.models.lightningdit import LightningDiT
@@ -68,7 +71,7 @@ def fit(name, strategy, max_steps):
         max_steps=max_steps, max_epochs=-1, check_val_every_n_epoch=None, val_check_interval=2, num_sanity_val_steps=0,
         logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=out / name,
-        callbacks=[WholeCheckpoints(), EMA(decay=0.9), SampleImages([0, 1], 2), ModelCheckpoint(
+        callbacks=[WholeCheckpoints(), EMA(decay=0.9), PostHocEMA(), SampleImages([0, 1], 2), ModelCheckpoint(
             out / name, save_last=True, save_top_k=0, every_n_train_steps=1, enable_version_counter=False)],
     )
     data = ImageNetDataModule(cache, source="latents", batch_size=4, val_batch_size=2, num_workers=0)
@@ -130,3 +133,9 @@ def test_sharded_and_resumed_equals_whole(tmp_path: Path, cache: Path, how: str)
     assert whole["global_step"] == 5
     for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "images_seen", "global_step"):
         assert all(close(other[part], whole[part]) for other in others), part
+    kept, *kept_by_others = (one["callbacks"]["PostHocEMA"]["tracks"] for one in (whole, *others))
+    assert kept[0].keys() == whole["ema"]["weights"].keys() and all(close(tracks, kept) for tracks in kept_by_others)
+    for name in names:
+        assert [one.step for one in snapshots(find(tmp_path / name))] == [1, 2, 3, 4, 5]
+        average = reconstruct(tmp_path / name, 0.05)
+        assert all(torch.allclose(average[key], tensor, atol=1e-3) for key, tensor in kept[0].items())
