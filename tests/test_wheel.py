@@ -90,6 +90,7 @@ def test_the_chain_runs_from_a_wheel(programs: Path, tmp_path: Path):
     call(tmp_path, programs / "python", "-c", load)
     assert "--samples" in call(tmp_path, programs / "vfm-vae-evaluate", "--help")
     assert "name=place" in call(tmp_path, programs / "vfm-vae-compare", "--help")
+    assert "--length" in call(tmp_path, programs / "vfm-vae-average", "--help")
 
 
 @pytest.mark.slow
