@@ -99,5 +99,6 @@ class Averages:
             return
         weights = post_hoc.reconstruct(self.run, length, self.stored.images_seen)
         checkpoint = {name: part for name, part in self.stored.content.items() if name not in LEFT_OUT}
+        checkpoint["callbacks"] = {}  # some hold averages of their own
         schema.write_average(checkpoint, weights, self.stored.images_seen)
         write_torch(file, checkpoint | {MADE_OF: identity})
