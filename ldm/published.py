@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ldm.models.denoiser import Denoiser
 from ldm.models.ditdh import DiTDH
-from ldm.models.layers import Projector, sincos_frequencies
+from ldm.models.layers import sincos_frequencies
 from ldm.models.lightningdit import LightningDiT
+from ldm.models.projectors import Projector
 from ldm.models.sit import SiT
 from ldm.published_configs import (
     DITDH_FAMILY,

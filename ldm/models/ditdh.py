@@ -21,11 +21,9 @@ from ldm.models.layers import (
     FinalLayer,
     MakesNorm,
     PatchEmbed,
-    Projects,
     RMSNorm,
     Size,
     layers_of,
-    make_projector,
     named_size,
     position_table,
     rotary_angles,
@@ -36,6 +34,7 @@ from ldm.models.layers import (
     xavier_init,
     zero_init,
 )
+from ldm.models.projectors import Projects, make_projector
 from vfm_vae.options import at_least
 
 SIZES = {

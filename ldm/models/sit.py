@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from ldm.models.denoiser import Predicts
-from ldm.models.layers import Projects, Size
+from ldm.models.layers import Size
 from ldm.models.lightningdit import LightningDiT
+from ldm.models.projectors import Projects
 
 SIZES = {
     "S": Size(12, 384, 6),

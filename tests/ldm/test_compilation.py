@@ -11,7 +11,8 @@ from test_denoiser import ALL, every_class_in_time, inputs, parts, randomised, s
 import vfm_vae.compilation
 from callbacks.ema import EMA
 from callbacks.throughput import Throughput
-from ldm.models.layers import Block, ConvProjector, FinalLayer
+from ldm.models.layers import Block, FinalLayer
+from ldm.models.projectors import ConvProjector
 from ldm.pipeline import LatentDiffusion
 from vfm_vae.compilation import is_compiled
 from vfm_vae.data.latents import LatentStatistics

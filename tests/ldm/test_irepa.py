@@ -7,8 +7,8 @@ import torch
 
 from ldm.alignment import REG, REPA, alignment_error, spatially_normalised
 from ldm.condition import Labels
-from ldm.models.layers import ConvProjector
 from ldm.models.lightningdit import LightningDiT
+from ldm.models.projectors import ConvProjector
 from ldm.module import DiffusionModule
 from ldm.objective import denoising_errors
 
