@@ -131,7 +131,7 @@ def number_as_in(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) 
 
     Args:
         model: Has the optimizer's parameters, and perhaps others.
-        optimizer: Whose state it is.
+        optimizer: The optimizer that the state is of.
         state: As `optimizer.state_dict()` gives it.
     """
     if not isinstance(optimizer, Joined) or _is_sharded(optimizer):
