@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from ldm.module import DiffusionModule
@@ -78,7 +79,7 @@ class SweepingCLI(CLI):
             options = self.config_init[SWEEP]["trainer"]
             given = options["callbacks"] or []
             given = given if isinstance(given, list) else [given]
-            options["callbacks"] = [callback for callback in given if not isinstance(callback, Output)]
+            options["callbacks"] = [callback for callback in given if not isinstance(callback, Output | Checkpoint)]
             options["enable_checkpointing"] = False
         return super().instantiate_trainer(**kwargs)
 

@@ -53,7 +53,7 @@ data: {root: cache, source: latents, val_batch_size: 4, num_workers: 0, num_samp
 trainer:
   accelerator: cpu
   enable_progress_bar: false
-  callbacks: [EMA, test_sweep.Size, Report, EndTogether]
+  callbacks: [EMA, test_sweep.Size, Report, ModelCheckpoint, EndTogether]
 """
 
 
