@@ -240,7 +240,7 @@ class Watch(Callback):
         watched["draw"] = draw_while_finite
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on, SIGTERM ends the process as Ctrl-C does; Lightning would wait for the end of the test."""
+        """From here on, SIGTERM ends the process as Ctrl-C does; Lightning would wait for the end of a batch."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)
 
