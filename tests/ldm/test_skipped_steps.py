@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import same, weights
 
 from callbacks.ema import EMA
+from callbacks.post_hoc_ema import PostHocEMA
 
 
 def adamw(fused):
@@ -107,7 +108,9 @@ def test_a_step_that_does_not_log_waits_for_nothing(diffusion, latents, trainer,
     module, step = diffusion(), Step(NothingIsRead())
     module.optimizer = adamw(fused=True)
     options = {"gradient_clip_val": clip, "log_every_n_steps": 100, "enable_progress_bar": True}
-    trainer(max_steps=4, callbacks=[EMA(decay=0.9), step], **options).fit(module, datamodule=latents())
+    trainer(max_steps=4, callbacks=[EMA(decay=0.9), PostHocEMA(every_n_steps=9), step], **options).fit(
+        module, datamodule=latents()
+    )
     assert step.steps == 3
     with pytest.raises(AssertionError, match="_local_scalar_dense"):
         trainer(max_steps=2, callbacks=[Step(NothingIsRead())], log_every_n_steps=1).fit(module, datamodule=latents())
