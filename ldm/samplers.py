@@ -24,7 +24,7 @@ Noise = Callable[[], Tensor]
 VelocityField = Callable[[Tensor, Tensor], Tensor]  # of states and one time for all
 
 
-def time_grid(steps: int, shift: float | None = None, end: float = 1.0) -> Tensor:
+def time_grid(steps: int, shift: float | None = 1.0, end: float = 1.0) -> Tensor:
     """Times from 0 to 1, spent mostly near noise for a shift below 1 and near data above.
 
     Args:

@@ -67,7 +67,7 @@ MEANT = {
         "is noise": ["start", "Guidance.end", "Autoguidance.end", "InternalGuidance.end", "times", "time",
             "starts", "ends",
         ],
-        "is what the model says without a label": ["scale", "guidance_scales", "scales"],
+        "is what the model says without a label": ["scale", "guidance_scales", "Sweep.scales"],
         "leaves the class token unguided": ["cls_scale"],
         "averages nothing": ["decay"],
         "loads in the process itself": ["num_workers"],
