@@ -208,7 +208,8 @@ def test_a_miniature_ablation_runs(tmp_path):
     subprocess.run([sys.executable, "-m", "ldm.study", "plan.yaml"], env=environment, cwd=tmp_path, check=True)
     text = (tmp_path / "runs/report.md").read_text()
     titles = [each["title"] for each in (*plan["denoisers"].values(), *plan["guided"].values())]
-    rows = {line.split("|")[1].strip().partition(" (scale")[0]: line.split("|") for line in text.splitlines()}
+    cells = [line.split("|") for line in text.partition("\n### ")[0].splitlines() if line.startswith("|")]
+    rows = {row[1].strip().partition(" (scale")[0]: row for row in cells}
     assert {*titles} - {"partner of autoguidance"} <= {*rows}
     costs = {title: float(rows[title][7]) for title in titles if title in rows}  # operations of a sample
     assert costs["+ internal guidance"] < 1.1 * costs["baseline"] < 1.2 * costs["+ autoguidance"]
