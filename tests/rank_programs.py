@@ -205,8 +205,8 @@ encoder = TokenizerModule(tokenizer, opponent, Objective(), optimizer, optimizer
                           features=FrozenVFM(name, input_scale=0.5))
 trainer(LatentWriter(str(cache), shard_size=10)).predict(encoder, datamodule=images)
 torch.manual_seed(0)
-denoiser = SiT(4, 8, 2, 2, 32, 2, 13, cls_channels=128, align_channels=128, align_depth=1, base_depth=1, predicts="data",
-               projector="conv")
+denoiser = SiT(4, 8, 2, 2, 32, 2, 13, cls_channels=128, align_channels=128, align_depth=1, base_depth=1,
+               predicts="data", projector="conv")
 module = DiffusionModule(denoiser, partial(torch.optim.AdamW, lr=1e-3), EulerMaruyama(4), Guidance(2.0, cls_scale=2.0),
                          alignment=REG(spatial_norm=1.0), times="uniform", cosine_weight=0.0, predict="latents")
 data = ImageNetDataModule(cache, source="latents", batch_size=8, val_batch_size=6, num_workers=0)

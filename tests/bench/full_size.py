@@ -1,7 +1,7 @@
 """The full-size models by the published configs, with random weights, and what one image costs to train on.
 
     python tests/bench/full_size.py tokenizer --count               # strong stage: FLOPs and activations of one image
-    python tests/bench/full_size.py diffusion --count               # LightningDiT-XL/1; reg: SiT-XL/1; ditdh: DiTDH-XL/1
+    python tests/bench/full_size.py diffusion --count               # LightningDiT-XL/1; or reg, ditdh
 
 This needs no GPU; `gpu.py` measures one. Random weights cost the same as trained ones.
 """
