@@ -57,8 +57,8 @@ class DiffusionModule(DrawingModule):
         matrix_optimizer: Optimizer of the matrices within the denoiser's blocks, such as `torch.optim.Muon`; all other
             weights are left to `optimizer`. Null leaves it all weights.
         sampler: Draws latents from noise in validation and prediction; null for the default, Euler.
-        guidance: How samples are guided, by `Guidance` (classifier-free), `Autoguidance` or `InternalGuidance`; null for
-            no guidance.
+        guidance: How samples are guided, by `Guidance` (classifier-free), `Autoguidance` or `InternalGuidance`; null
+            for no guidance.
         tokenizer: Decodes samples, and encodes images if the data has no latents; null if neither is needed.
         times: Distribution of training times: `uniform`, or `lognormal` to favour the middle of the path.
         cosine_weight: Weight of the velocity's cosine error, which is added to its squared error.
