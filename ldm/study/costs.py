@@ -21,7 +21,7 @@ class Costs:
 
     Attributes:
         parameters: Those of the denoiser, and of its partner where it has one.
-        seconds: Of training, of both; validations do not count.
+        seconds: Seconds that training takes, of both; validations do not count.
         gflops: Operations of drawing one latent, in 10⁹.
     """
 
