@@ -44,6 +44,11 @@ FORMER = {
     "LightningDiT": (lambda: LightningDiT(4, **DENOISER), 0.8981122374534607, 215.96055096336852),
     "LightningDiT with REG": (lambda: LightningDiT(4, **DENOISER, **ALIGNED), 0.20275187492370605, 24.035926417475835),
     "DiTDH": (lambda: DiTDH(4, **DENOISER, head_width=96, head_num_heads=4), 0.5543158650398254, 425.2832441515377),
+    "DiTDH with REG": (
+        lambda: DiTDH(4, **DENOISER, **ALIGNED, base_depth=1, head_width=96, head_num_heads=4),
+        0.04517316818237305,
+        86.20273788534159,
+    ),
     "SiT": (lambda: SiT(4, **DENOISER, **ALIGNED, projector_width=32), 0.7314580082893372, 57.49135165523749),
 }
 

@@ -8,33 +8,27 @@ latent with more channels than tokens are wide would lose rank in a narrow outpu
 from collections.abc import Mapping
 from functools import partial
 from math import pi
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.condition import Condition, labels_of
-from ldm.models.denoiser import Denoiser, Prediction, Predicts
+from ldm.models.denoiser import Prediction, Predicts
 from ldm.models.layers import (
     Block,
-    FinalLayer,
     MakesNorm,
     PatchEmbed,
     RMSNorm,
     Size,
     layers_of,
-    named_size,
-    position_table,
-    rotary_angles,
-    run_block,
     scaled_init,
-    token_grid,
-    unpatchify,
     xavier_init,
     zero_init,
 )
-from ldm.models.projectors import Projects, make_projector
+from ldm.models.projectors import Projects
+from ldm.models.transformer import DiffusionTransformer
 from vfm_vae.options import at_least
 
 SIZES = {
@@ -91,7 +85,7 @@ class StateEmbed(nn.Module):
         return torch.cat([self.cls_norm(self.cls(token))[:, None], patches], dim=1)
 
 
-class DiTDH(Denoiser):
+class DiTDH(DiffusionTransformer):
     """A body as LightningDiT's, and a wide head that the body's tokens condition one by one.
 
     Blocks have SwiGLU, RMSNorm and a rotary embedding.
@@ -130,7 +124,6 @@ class DiTDH(Denoiser):
     """
 
     sizes: ClassVar[Mapping[str, Size]] = SIZES
-    position: Tensor
     body_cos: Tensor
     body_sin: Tensor
     head_cos: Tensor
@@ -158,23 +151,26 @@ class DiTDH(Denoiser):
         predicts: Predicts = "velocity",
         projector: Projects = "mlp",
     ):
-        super().__init__(in_channels, input_size, num_classes, cls_channels, align_channels, base_depth, predicts)
-        at_least(1, patch_size=patch_size, depth=depth, width=width, num_heads=num_heads)
+        super().__init__(
+            in_channels,
+            input_size,
+            patch_size,
+            depth,
+            num_classes,
+            cls_channels,
+            align_channels,
+            align_depth,
+            activation_checkpointing,
+            base_depth,
+            predicts,
+        )
+        at_least(1, width=width, num_heads=num_heads, projector_width=projector_width)
         at_least(1, head_depth=head_depth, head_width=head_width, head_num_heads=head_num_heads)
-        at_least(1, align_depth=align_depth, projector_width=projector_width)
         for prefix, channels, heads in (("", width, num_heads), ("head_", head_width, head_num_heads)):
             if channels % (4 * heads):
                 raise ValueError(f"{prefix}width: {channels} does not divide by 4 · {prefix}num_heads = {4 * heads}")
-        if align_channels and align_depth > depth:
-            raise ValueError(f"align_depth: a block from 1 to depth = {depth}, given {align_depth}")
-        if base_depth > depth:
-            raise ValueError(f"base_depth: a block from 1 to depth = {depth}, or 0 for no head, given {base_depth}")
-        self.grid = token_grid(self.input_size, patch_size)
-        self.patch_size, self.depth, self.align_depth = patch_size, depth, align_depth
-        self.activation_checkpointing = activation_checkpointing
         norm: MakesNorm = partial(RMSNorm, eps=1e-6)
         make_block = partial(Block, norm=norm, qk_norm=norm if qk_norm else None, swiglu=True)
-        out_features = patch_size**2 * in_channels
         self.body_embed = StateEmbed(in_channels, width, patch_size, cls_channels)
         self.head_embed = StateEmbed(in_channels, head_width, patch_size, cls_channels)
         self.time_embed = GaussianTimeEmbedding(width)
@@ -182,36 +178,10 @@ class DiTDH(Denoiser):
         body = [make_block(width, num_heads) for _ in range(depth)]
         self.blocks = nn.ModuleList(body + [make_block(head_width, head_num_heads) for _ in range(head_depth)])
         self.to_head = nn.Identity() if width == head_width else nn.Linear(width, head_width)
-        self.final = FinalLayer(head_width, out_features, norm, cls_channels)
-        with torch.random.fork_rng(devices=[]):  # so that models with and without these parts begin alike in the others
-            self.projector = make_projector(
-                projector, width, projector_width, align_channels, self.grid, has_class_token=bool(cls_channels)
-            )
-            self.base_final = FinalLayer(width, out_features, norm, cls_channels) if base_depth else None
-        # Constants of the grid, made here and not stored. A class token has no place in it: it gets no position, and
-        # is not turned.
-        prefix_rows = (0, 0, self.num_prefix_tokens, 0)
-        self.register_buffer("position", F.pad(position_table(self.grid, width), prefix_rows), persistent=False)
-        for tower, channels in (("body", width // num_heads), ("head", head_width // head_num_heads)):
-            angles = F.pad(rotary_angles(self.grid, channels), prefix_rows)
-            self.register_buffer(f"{tower}_cos", angles.cos().float(), persistent=False)
-            self.register_buffer(f"{tower}_sin", angles.sin().float(), persistent=False)
+        self.final = self.final_layer(head_width, norm)
+        self.add_heads(width, norm, projector, projector_width)
+        self.add_tables(width, body=width // num_heads, head=head_width // head_num_heads)
         self.reset_parameters()
-
-    @classmethod
-    def of_size(cls, name: str, **kwargs: Any) -> Self:
-        """A named size with its patch size, such as `XL/1`; the wide head is the same in all.
-
-        Args:
-            name: One of `sizes`, a slash, and the side of a patch.
-            **kwargs: Further arguments, none that the name sets.
-
-        Raises:
-            ValueError: for a name that is not of this form.
-            TypeError: if an argument is given that the name sets.
-        """
-        sizes: dict[str, Any] = named_size(name, cls.sizes)
-        return cls(**sizes, **kwargs)
 
     def reset_parameters(self) -> None:
         """Sets what does not begin as PyTorch has it.
@@ -226,36 +196,19 @@ class DiTDH(Denoiser):
         zero_init(*modulations, *layers_of(self.final, self.base_final))
         xavier_init(*layers_of(self.body_embed.cls, self.head_embed.cls, self.projector))
 
-    @property
-    def regions(self) -> list[nn.Module]:
-        """Blocks, what follows them, and the projector; embeddings are a small share."""
-        after = (self.final, self.base_final, self.projector)
-        return [*super().regions, *(part for part in after if part is not None)]
-
     def forward(
         self, state: Tensor, t: Tensor, condition: Condition, align: bool = False, base: bool = False
     ) -> Prediction:
         """See `Denoiser.forward`."""
         x, cls_token = self.split(state)
+        body, head = list(self.blocks)[: self.depth], list(self.blocks)[self.depth :]
         time = self.time_embed(t)[:, None]  # [B, 1, D]
         told = F.silu(time + self.label_embed(labels_of(condition))[:, None])
         modulation = F.silu(told)  # a second time, as published weights take it
-        projected = base_velocity = None
-        recompute = self.activation_checkpointing
-
-        def velocity_of(patches: Tensor, token: Tensor | None) -> Tensor:  # [B, N, p·p·C], [B, cls_channels]
-            output = self.join(unpatchify(patches, self.grid, self.patch_size), token)
-            return self.as_velocity(output, state, t)
-
         tokens = self.body_embed(x, cls_token) + self.position  # [B, prefix + N, D]
-        for number, block in enumerate(list(self.blocks)[: self.depth], start=1):
-            tokens = run_block(block, tokens, modulation, (self.body_cos, self.body_sin), recompute=recompute)
-            if align and self.projector is not None and number == self.align_depth:
-                projected = self.projector(tokens)  # [B, prefix + N, align_channels]
-            if base and self.base_final is not None and number == self.base_depth:
-                base_velocity = velocity_of(*self.base_final(tokens, modulation))
+        rotary = self.body_cos, self.body_sin
+        tokens, projected, early = self.through(body, tokens, modulation, rotary, align, base)
         modulation = F.silu(self.to_head(F.silu(time + tokens)))  # [B, prefix + N, H], for each token its own
         tokens = self.head_embed(x, cls_token).to(tokens.dtype)  # float32 between blocks, under autocast, too
-        for block in list(self.blocks)[self.depth :]:
-            tokens = run_block(block, tokens, modulation, (self.head_cos, self.head_sin), recompute=recompute)
-        return Prediction(velocity_of(*self.final(tokens, modulation)), projected, base_velocity)
+        tokens, *_ = self.through(head, tokens, modulation, (self.head_cos, self.head_sin))
+        return self.predict(state, t, self.final(tokens, modulation), projected, early)

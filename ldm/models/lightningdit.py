@@ -6,34 +6,28 @@ project tokens within to the VFM's width, for their alignment (REPA, Yu et al. 2
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.condition import Condition, labels_of
-from ldm.models.denoiser import Denoiser, Prediction, Predicts
+from ldm.models.denoiser import Prediction, Predicts
 from ldm.models.layers import (
     Block,
-    FinalLayer,
     MakesNorm,
     PatchEmbed,
     RMSNorm,
     Size,
     TimeEmbedding,
     layers_of,
-    named_size,
-    position_table,
-    rotary_angles,
-    run_block,
     scaled_init,
-    token_grid,
-    unpatchify,
     xavier_init,
     zero_init,
 )
-from ldm.models.projectors import Projects, make_projector
+from ldm.models.projectors import Projects
+from ldm.models.transformer import DiffusionTransformer
 from vfm_vae.options import at_least
 
 SIZES = {
@@ -45,7 +39,7 @@ SIZES = {
 }
 
 
-class LightningDiT(Denoiser):
+class LightningDiT(DiffusionTransformer):
     """A transformer on patches of the latent, conditioned on time and class by adaptive norms.
 
     Args:
@@ -78,7 +72,6 @@ class LightningDiT(Denoiser):
     """
 
     sizes: ClassVar[Mapping[str, Size]] = SIZES
-    position: Tensor
     rotary_cos: Tensor
     rotary_sin: Tensor
 
@@ -104,20 +97,24 @@ class LightningDiT(Denoiser):
         predicts: Predicts = "velocity",
         projector: Projects = "mlp",
     ):
-        super().__init__(in_channels, input_size, num_classes, cls_channels, align_channels, base_depth, predicts)
-        at_least(1, patch_size=patch_size, depth=depth, width=width, num_heads=num_heads)
-        at_least(1, align_depth=align_depth, projector_width=projector_width)
+        super().__init__(
+            in_channels,
+            input_size,
+            patch_size,
+            depth,
+            num_classes,
+            cls_channels,
+            align_channels,
+            align_depth,
+            activation_checkpointing,
+            base_depth,
+            predicts,
+        )
+        at_least(1, width=width, num_heads=num_heads, projector_width=projector_width)
         if rotary and width % (4 * num_heads):
             raise ValueError(f"width: {width} does not divide by 4 · num_heads = {4 * num_heads}")
         if width % 4 or width % num_heads:
             raise ValueError(f"width: {width} does not divide by both 4 and num_heads = {num_heads}")
-        if align_channels and align_depth > depth:
-            raise ValueError(f"align_depth: a block from 1 to depth = {depth}, given {align_depth}")
-        if base_depth > depth:
-            raise ValueError(f"base_depth: a block from 1 to depth = {depth}, or 0 for no head, given {base_depth}")
-        self.grid = token_grid(self.input_size, patch_size)
-        self.patch_size, self.align_depth = patch_size, align_depth
-        self.activation_checkpointing = activation_checkpointing
         norm: MakesNorm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
         head_norm: MakesNorm = nn.LayerNorm
         if rms_norm:
@@ -128,38 +125,13 @@ class LightningDiT(Denoiser):
         self.blocks = nn.ModuleList(
             Block(width, num_heads, norm, head_norm if qk_norm else None, swiglu) for _ in range(depth)
         )
-        out_features = patch_size**2 * in_channels
-        self.final = FinalLayer(width, out_features, norm, cls_channels)
+        self.final = self.final_layer(width, norm)
         with torch.random.fork_rng(devices=[]):  # so that models with and without these parts begin alike in the others
             self.cls_embed = nn.Linear(cls_channels, width) if cls_channels else None
             self.cls_norm = nn.LayerNorm(width, eps=1e-6) if cls_channels else None
-            self.projector = make_projector(
-                projector, width, projector_width, align_channels, self.grid, has_class_token=bool(cls_channels)
-            )
-            self.base_final = FinalLayer(width, out_features, norm, cls_channels) if base_depth else None
-        # Constants of the grid, made here and not stored. A class token has no place in it: it gets no position, and
-        # is not turned.
-        prefix = (0, 0, self.num_prefix_tokens, 0)
-        self.register_buffer("position", F.pad(position_table(self.grid, width), prefix), persistent=False)
-        angles = F.pad(rotary_angles(self.grid, width // num_heads), prefix) if rotary else None
-        self.register_buffer("rotary_cos", None if angles is None else angles.cos().float(), persistent=False)
-        self.register_buffer("rotary_sin", None if angles is None else angles.sin().float(), persistent=False)
+        self.add_heads(width, norm, projector, projector_width)
+        self.add_tables(width, rotary=width // num_heads if rotary else None)
         self.reset_parameters()
-
-    @classmethod
-    def of_size(cls, name: str, **kwargs: Any) -> Self:
-        """A named size with its patch size, such as `XL/1`.
-
-        Args:
-            name: One of `sizes`, a slash, and the side of a patch.
-            **kwargs: Further arguments, none that the name sets.
-
-        Raises:
-            ValueError: for a name that is not of this form.
-            TypeError: if an argument is given that the name sets.
-        """
-        sizes: dict[str, Any] = named_size(name, cls.sizes)
-        return cls(**sizes, **kwargs)
 
     def reset_parameters(self) -> None:
         """Xavier for linear layers, N(0, 0.02²) for the embeddings, zeros for modulations and outputs."""
@@ -171,12 +143,6 @@ class LightningDiT(Denoiser):
         modulations = (block.modulation for block in self.blocks if isinstance(block, Block))
         zero_init(*modulations, self.final.modulation, self.final.out, *zero)
         xavier_init(*added)
-
-    @property
-    def regions(self) -> list[nn.Module]:
-        """Blocks, what follows them, and the projector; embeddings are a small share."""
-        after = (self.final, self.base_final, self.projector)
-        return [*super().regions, *(part for part in after if part is not None)]
 
     def embed(self, state: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Tokens `[B, prefix + N, D]` and activated modulation `[B, D]` for the blocks; arguments as of `forward`."""
@@ -194,16 +160,5 @@ class LightningDiT(Denoiser):
         tokens, modulation = self.embed(state, t, condition)  # [B, prefix + N, D], [B, D]
         modulation = modulation[:, None]  # alike for all tokens
         rotary = None if self.rotary_cos is None else (self.rotary_cos, self.rotary_sin)
-        projected = base_velocity = None
-
-        def velocity_of(patches: Tensor, token: Tensor | None) -> Tensor:  # [B, N, p·p·C], [B, cls_channels]
-            output = self.join(unpatchify(patches, self.grid, self.patch_size), token)
-            return self.as_velocity(output, state, t)
-
-        for number, block in enumerate(self.blocks, start=1):
-            tokens = run_block(block, tokens, modulation, rotary, recompute=self.activation_checkpointing)
-            if align and self.projector is not None and number == self.align_depth:
-                projected = self.projector(tokens)  # [B, prefix + N, align_channels]
-            if base and self.base_final is not None and number == self.base_depth:
-                base_velocity = velocity_of(*self.base_final(tokens, modulation))
-        return Prediction(velocity_of(*self.final(tokens, modulation)), projected, base_velocity)
+        tokens, projected, early = self.through(self.blocks, tokens, modulation, rotary, align, base)
+        return self.predict(state, t, self.final(tokens, modulation), projected, early)
