@@ -90,10 +90,10 @@ class REPA(nn.Module):
             projected: The denoiser's projected tokens, `[B, prefix + N, D]`.
             features: The VFM's of the clean images, `[B, 1 + N, D]`.
         """
-        class_token, patches = features.float().split([1, features.shape[1] - 1], dim=1)
         if self.spatial_norm is not None:
-            patches = spatially_normalised(patches, self.spatial_norm)
-        return alignment_error(projected, torch.cat([class_token, patches], 1) if self.has_class_token else patches)
+            class_token, patches = features[:, :1].float(), features[:, 1:].float()
+            features = torch.cat([class_token, spatially_normalised(patches, self.spatial_norm)], dim=1)
+        return alignment_error(projected, features if self.has_class_token else features[:, 1:])
 
     def check_model(self, model: Denoiser) -> None:
         """Checks that the denoiser has the parts that are aligned, and no others.
