@@ -96,14 +96,14 @@ class Denoiser(nn.Module, Described, ABC):
     def forward(self, state: Tensor, t: Tensor, condition: Condition, align: bool = False) -> Prediction:
         """The velocity of noisy states.
 
+        A denoiser with an internal head (`base_depth`) has a further argument, `base: bool = False`: whether to return
+        that head's prediction, too. It is never given to others.
+
         Args:
             state: Noisy states, `[B, *state_shape]`.
             t: Times in [0, 1], 0 being noise, `[B]`.
             condition: What the network is told of each.
             align: Whether to project tokens to the VFM's width; sampling does without.
-
-        A denoiser with an internal head (`base_depth`) has a further argument, `base: bool = False`: whether to return
-        that head's prediction, too. It is never given to others.
         """
 
     def as_velocity(self, output: Tensor, state: Tensor, t: Tensor) -> Tensor:

@@ -203,8 +203,8 @@ class DiTDH(DiffusionTransformer):
         x, cls_token = self.split(state)
         body, head = list(self.blocks)[: self.depth], list(self.blocks)[self.depth :]
         time = self.time_embed(t)[:, None]  # [B, 1, D]
-        told = F.silu(time + self.label_embed(labels_of(condition))[:, None])
-        modulation = F.silu(told)  # a second time, as published weights take it
+        labels = self.label_embed(labels_of(condition))[:, None]
+        modulation = F.silu(F.silu(time + labels))  # twice, as published weights take it
         tokens = self.body_embed(x, cls_token) + self.position  # [B, prefix + N, D]
         rotary = self.body_cos, self.body_sin
         tokens, projected, early = self.through(body, tokens, modulation, rotary, align, base)
