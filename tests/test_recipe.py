@@ -266,6 +266,7 @@ def test_a_run_goes_after_what_runs_of_its_denoiser_share():
     for run, expected in (
         ("epochs64", ["ldm/lightningdit", "data/latents", "ldm/epochs64"]),
         ("reg80", ["ldm/reg", "ldm/reg80"]),
+        ("best", ["ldm/reg", "ldm/best"]),
         ("rae_ditdh_xl", ["ldm/ditdh", "ldm/rae_ditdh_xl"]),
     ):
         (fit,) = commands("ldm", RUN=run, GPUS="8")
