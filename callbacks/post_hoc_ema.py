@@ -130,7 +130,10 @@ class PostHocEMA(Output):
         if not state_dict:
             return
         if tuple(state_dict["lengths"]) != self.lengths:
-            raise ValueError(f"lengths: the checkpoint's averages have {state_dict['lengths']}, given {self.lengths}")
+            raise ValueError(
+                f"lengths: the checkpoint's averages have {state_dict['lengths']}, given {list(self.lengths)}; give "
+                "the former, or begin from the checkpoint's weights alone by init_from"
+            )
         self.tracks = [{n: precise(tensor).clone() for n, tensor in track.items()} for track in state_dict["tracks"]]
         self.images, self._start, self._first = (int(state_dict[name]) for name in ("images", "start", "first"))
         self._interval, self._run = int(state_dict["interval"]), str(state_dict["run"])

@@ -4,7 +4,6 @@ The run was trained with `callbacks.post_hoc_ema.PostHocEMA`, whose snapshots th
 `validate`, `test` and `predict`, and `convert`, take the checkpoint like any other.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -13,7 +12,7 @@ from vfm_vae import schema
 from vfm_vae.checkpoints import read_checkpoint
 from vfm_vae.cli import short_errors
 from vfm_vae.options import within
-from vfm_vae.post_hoc import FOLDER, LONGEST, SHORTEST, find, last_until, reconstruct, reliable
+from vfm_vae.post_hoc import FOLDER, LONGEST, SHORTEST, check_run, find, last_until, reconstruct, reliable
 from vfm_vae.writing import write_torch
 
 
@@ -38,10 +37,8 @@ def average(run: str, out: str, length: float = 0.08, images: int | None = None)
     if images is not None and images > seen:
         raise ValueError(f"images: the run's last checkpoint has seen {seen} images, given {images}")
     until = seen if images is None else images
+    check_run(folder, checkpoint, until)
     last = last_until(folder, until)
-    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, Mapping)]
-    if any(state["run"] != last.run for state in states if "tracks" in state):
-        raise ValueError(f"run: the snapshots in {str(folder)!r} are of another run than the checkpoint; remove them")
     low, high = reliable(folder, until)
     end = last.start + last.images
     schema.write_average(checkpoint, reconstruct(folder, length, until), end)

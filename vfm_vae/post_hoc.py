@@ -161,6 +161,24 @@ def last_until(folder: str | Path, images_seen: int | None = None) -> Snapshot:
     return used[-1]
 
 
+def check_run(folder: str | Path, checkpoint: Mapping[str, Any], images_seen: int | None = None) -> None:
+    """Checks that snapshots are of the run that wrote a checkpoint, where that tells which one it was.
+
+    Args:
+        folder: Folder of the run, or of its snapshots.
+        checkpoint: The checkpoint.
+        images_seen: As for `reconstruct`.
+
+    Raises:
+        ValueError: if they are of another run, or there are none until then.
+    """
+    last = last_until(folder, images_seen)
+    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, Mapping)]
+    if any(state["run"] != last.run for state in states if "tracks" in state):
+        place = str(find(folder))
+        raise ValueError(f"run: the snapshots in {place!r} are of another run than the checkpoint; remove them")
+
+
 def reliable(folder: str | Path, images_seen: int | None = None) -> tuple[float, float]:
     """The shortest and the longest length, in hundredths, whose profiles a run's snapshots meet to within 1 %.
 

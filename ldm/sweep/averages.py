@@ -72,8 +72,8 @@ class Averages:
         """Checks that averages can be reconstructed, and warns of those that are not met well.
 
         Raises:
-            ValueError: if there are no snapshots of that moment, a length is out of range, or nothing puts averages
-                into the place of the weights in training.
+            ValueError: if there are no snapshots of that moment and run, a length is out of range, or nothing puts
+                averages into the place of the weights in training.
         """
         if not lengths:
             return
@@ -81,6 +81,7 @@ class Averages:
             raise ValueError("sweep.lengths: no callback uses averages here; add EMA to trainer.callbacks")
         within(post_hoc.SHORTEST, post_hoc.LONGEST, **{"sweep.lengths": lengths})
         with about("sweep.lengths", instead_of="run"):
+            post_hoc.check_run(self.run, self.stored.content, self.stored.images_seen)
             low, high = post_hoc.reliable(self.run, self.stored.images_seen)
         if not low <= min(lengths) <= max(lengths) <= high:
             rank_zero_warn(f"sweep.lengths: the run's snapshots meet lengths from {low:g} to {high:g}, others roughly")

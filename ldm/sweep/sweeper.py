@@ -70,6 +70,8 @@ class Sweeper:
         self._shared = self._shared_settings()
         is_trial = cut_short_by(vars(trainer), "sweep") is not None
         self.folder = None if is_trial else Path(options.folder or self.averages.run / "sweep")
+        if is_trial and any(length is not None for length in options.lengths):
+            raise ValueError("sweep.lengths: a trial run writes no checkpoints with other averages; leave them out")
         self.records = Records(self.folder)
         if trainer.is_global_zero:
             self.records.check_place()
@@ -146,8 +148,7 @@ class Sweeper:
         """The checkpoint with an average, which rank zero writes where there is none."""
         if length is None:
             return self.averages.checkpoint
-        if self.folder is None:
-            raise ValueError("sweep.lengths: a trial run writes no checkpoints with other averages; leave them out")
+        assert self.folder is not None  # or such lengths were refused
         file = self.folder / f"length_{length:g}.ckpt"
 
         def write() -> None:

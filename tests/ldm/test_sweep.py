@@ -28,12 +28,14 @@ from ldm.guidance import Autoguidance, Guidance, InternalGuidance
 from ldm.models.lightningdit import LightningDiT
 from ldm.module import DiffusionModule
 from ldm.samplers import Euler
+from ldm.sweep.averages import Averages
 from ldm.sweep.command import SweepingTrainer
 from ldm.sweep.figure import heat_map
 from ldm.sweep.goal import Goal, goal_of
 from ldm.sweep.grid import Setting, Sweep
 from ldm.sweep.records import Record
 from ldm.sweep.results import Results
+from ldm.sweep.sweeper import Sweeper
 from vfm_vae.checkpoints import read_checkpoint
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.post_hoc import FOLDER, Snapshot, reconstruct
@@ -308,12 +310,31 @@ def test_averages_of_any_length_are_reconstructed_and_the_best_is_kept(made, cou
     assert len({seed for *_, seed in begun}) == 2 and sum(seed == 1 for *_, seed in begun) == 2 * 3  # all but the own
 
 
+def averaged(made: Fixture, name: str) -> str:
+    """A checkpoint of the run with a name, in a folder that has a snapshot of the run `a`."""
+    run, content = made.folder / "run", read_checkpoint(made.checkpoint, "ckpt_path")
+    content["callbacks"]["PostHocEMA"] = {"tracks": [], "run": name}
+    run.mkdir(exist_ok=True)
+    torch.save(content, run / "last.ckpt")
+    Snapshot(1, 8, 0, (0.1,), "a").write(run / FOLDER, [{}])
+    return str(run / "last.ckpt")
+
+
 def test_a_trial_writes_nothing(made):
     trainer = made.trainer()
     trainer.limit_test_batches = 1
     sweep = Sweep(scales=[1, 2.5], folder=str(made.folder / "sweep"))
     trainer.sweep(made.module(), made.data(), sweep, made.checkpoint)
-    assert not list(made.folder.iterdir())
+    with pytest.raises(ValueError, match=r"^sweep.lengths: a trial run writes no checkpoints with other averages"):
+        Sweeper(trainer, made.module(), made.data(), Sweep(lengths=[None, 0.1]), averaged(made, "a"))
+    assert [file.name for file in made.folder.iterdir()] == ["run"]
+
+
+def test_snapshots_of_another_run_are_refused(made):
+    checkpoint = averaged(made, "a")
+    Averages(Path(checkpoint), has_average=True).check([0.1])
+    with pytest.raises(ValueError, match=r"^sweep.lengths: the snapshots in .* are of another run .*; remove them"):
+        Averages(Path(averaged(made, "b")), has_average=True).check([0.1])
 
 
 def test_mistakes_are_seen_before_anything_is_measured(made, counted):
