@@ -214,7 +214,7 @@ class EulerMaruyama(ShiftedSampler):
 
     Args:
         steps: Number of evaluations, including the last, noiseless one.
-        last: Noise level before the last step, in (0, 1).
+        last: Noise level before the last step, in (0, 1), as it is before a shift.
         shift: Warps the times of all levels: below 1 there are more near noise. `auto` takes `sqrt(4096 / (C·h·w))` for
             latents of that shape, null and 1 leave them even.
 
