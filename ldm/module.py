@@ -42,7 +42,7 @@ from vfm_vae.lightning_private import has_trainer, logs_now, undeclared
 from vfm_vae.metrics.reconstruction import MeanOverImages
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least, within
-from vfm_vae.schedules import SCHEDULES, check_schedules, schedule_of, try_schedules, with_schedules
+from vfm_vae.schedules import SCHEDULES, check_schedules, kinds_of, schedule_of, try_schedules, with_schedules
 from vfm_vae.tokenizer import FrozenTokenizer
 from vfm_vae.types import Batch, LatentBatch
 from vfm_vae.vfm import check_source
@@ -363,7 +363,7 @@ class DiffusionModule(DrawingModule):
             skipped_steps=self.skipped_steps,
             tokenizer=self.pipeline.latent_source,
             aligned_to=None if self.alignment is None else self.alignment.identity(),
-            **{SCHEDULES: list(self.schedules)},
+            **{SCHEDULES: kinds_of(self.schedules)},
         )
         if states := checkpoint.get("optimizer_states"):
             number_as_in(self, self.trainer.optimizers[0], states[0])

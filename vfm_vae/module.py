@@ -29,7 +29,7 @@ from vfm_vae.modules.latent_noise import noised
 from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least
 from vfm_vae.reconstructing import Reconstructing
-from vfm_vae.schedules import SCHEDULES, check_schedules, try_schedules, with_schedules
+from vfm_vae.schedules import SCHEDULES, check_schedules, kinds_of, try_schedules, with_schedules
 from vfm_vae.schema import TOKENIZER
 from vfm_vae.stages import begin, check_optimizers, freeze_all_but, measure_latents, read_stage
 from vfm_vae.two_players import TwoPlayers
@@ -341,7 +341,7 @@ class TokenizerModule(TwoPlayers, Reconstructing):
             guard=self.guard.state_dict(),
             alignment=self.objective.progress(),
             vfm=vfm_identity(self.vfm),
-            **{SCHEDULES: list(self.schedules)},
+            **{SCHEDULES: kinds_of(self.schedules)},
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
@@ -12,9 +12,22 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
+from vfm_vae.description import class_path
 from vfm_vae.options import at_least, one_of, within
 
-SCHEDULES = "schedules"  # where a checkpoint names the options that were given
+SCHEDULES = "schedules"  # where a checkpoint has the options that were given, with the schedules' classes
+
+
+class Schedule(NamedTuple):
+    """How to make a schedule.
+
+    Attributes:
+        make: Makes it for an optimizer.
+        kind: Full name of its class.
+    """
+
+    make: LRSchedulerCallable
+    kind: str
 
 
 class WarmupDecay(LambdaLR):
@@ -69,14 +82,14 @@ class WarmupDecay(LambdaLR):
 
 def try_schedules(
     **options: tuple[LRSchedulerCallable | None, OptimizerCallable | None],
-) -> dict[str, LRSchedulerCallable]:
+) -> dict[str, Schedule]:
     """Checks that schedules can be made from their options, before there is anything to optimize.
 
     Args:
         **options: What makes them by name, None for a constant rate, and what makes the optimizer of each.
 
     Returns:
-        What makes those that are wanted.
+        Those that are wanted.
 
     Raises:
         ValueError: if one can't be made, has no optimizer, or needs a metric.
@@ -96,20 +109,20 @@ def try_schedules(
                 f"{name}: ReduceLROnPlateau follows a metric, but rates change after every step; take a schedule that "
                 "only counts steps, such as vfm_vae.schedules.WarmupDecay"
             )
-        wanted[name] = make
+        wanted[name] = Schedule(make, class_path(type(schedule)))
     return wanted
 
 
-def with_schedules(schedules: Mapping[str, LRSchedulerCallable], **optimizers: Optimizer) -> Any:
+def with_schedules(schedules: Mapping[str, Schedule], **optimizers: Optimizer) -> Any:
     """Optimizers as `configure_optimizers` returns them, with their schedules.
 
     Args:
-        schedules: What makes them, by their options' names.
+        schedules: How to make them, by their options' names.
         **optimizers: All optimizers, by the options that a schedule of each has.
     """
     # Torch warns of a schedule that goes on before the optimizer does; but the first step may have been refused.
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`")
-    made = [schedules[name](optimizer) for name, optimizer in optimizers.items() if name in schedules]
+    made = [schedules[name].make(optimizer) for name, optimizer in optimizers.items() if name in schedules]
     return list(optimizers.values()), [{"scheduler": schedule, "interval": "step"} for schedule in made]
 
 
@@ -119,19 +132,26 @@ def schedule_of(trainer: Trainer, optimizer: Optimizer) -> LRScheduler | None:
     return next((schedule for schedule in schedules if schedule.optimizer is optimizer), None)
 
 
-def check_schedules(schedules: Collection[str], checkpoint: Mapping[str, Any]) -> None:
+def kinds_of(schedules: Mapping[str, Schedule]) -> dict[str, str]:
+    """What a checkpoint notes of schedules: their classes, by their options' names."""
+    return {name: schedule.kind for name, schedule in schedules.items()}
+
+
+def check_schedules(schedules: Mapping[str, Schedule], checkpoint: Mapping[str, Any]) -> None:
     """Checks that the run which wrote a checkpoint had the same schedules, so that this one can go on where it was.
 
     Args:
-        schedules: The options that were given.
-        checkpoint: A training checkpoint, which names those of its run, unless it is of before there were any.
+        schedules: Those that were given, by their options' names.
+        checkpoint: A training checkpoint, which notes those of its run, unless it is of before there were any.
 
     Raises:
-        ValueError: if there is one more or one less.
+        ValueError: if there is one more or one less, or one of another class.
     """
-    had = checkpoint.get(SCHEDULES, [])
-    for name in sorted({*had} ^ {*schedules}):
-        found, change = ("one", "give it again") if name in had else ("none", "leave it out")
+    had, have = dict(checkpoint.get(SCHEDULES, {})), kinds_of(schedules)
+    for name in sorted({*had, *have}):
+        if had.get(name) == have.get(name):
+            continue
+        found, change = (had[name], "give it again") if name in had else ("none", "leave it out")
         raise ValueError(
             f"{name}: the run that wrote the checkpoint had {found}, so the learning rate can't go on where it was; "
             f"{change}, or begin from the checkpoint's weights alone by init_from"

@@ -133,8 +133,9 @@ def test_the_same_schedules_are_needed_to_go_on(fit):
     with pytest.raises(ValueError, match=r"^lr_scheduler: the run .* had none, .*; leave it out, or begin"):
         fit(2, resume_from=1)
     fit(2)
-    with pytest.raises(ValueError, match=r"^lr_scheduler: the run .* had one, .*; give it again, or begin"):
-        fit(3, resume_from=2, lr_scheduler=None)
+    for other in (None, partial(CosineAnnealingLR, T_max=4)):
+        with pytest.raises(ValueError, match=r"^lr_scheduler: the run .* had vfm_vae.schedules.WarmupDecay, .*; give"):
+            fit(3, resume_from=2, lr_scheduler=other)
     _, anew = fit(1, init_from=str(fit.folder / "2.ckpt"))
     assert anew.seen[0][0] == pytest.approx(expected(0)[0])
 
