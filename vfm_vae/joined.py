@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Muon, Optimizer
 
+OPTIONS = "optimizer", "matrix_optimizer"  # of the parts, in their order
+SCHEDULED = {"initial_lr"}  # what a schedule adds to groups of parameters
 FOUND_INF = "found_inf"  # by which fused optimisers are told to leave a step out
 
 
@@ -103,7 +105,8 @@ def join(
 ) -> Optimizer:
     """The optimizer of a model, some of whose matrices may have one of their own.
 
-    A checkpoint's state is refused with a ValueError where they had one and have none now, or the other way round.
+    A checkpoint's state is refused with a ValueError where they had one and have none now, or the other way round, and
+    where it is that of another class of optimizer.
 
     Args:
         parameters: All that the model trains.
@@ -146,7 +149,7 @@ def number_as_in(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) 
 
 
 def _check_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Refuses the state of matrices that had an optimizer of their own and have none now, or the other way round."""
+    """Refuses the state of other optimizers: of another class, or where matrices had one of their own, or had none."""
     have, groups = isinstance(optimizer, Joined), state["param_groups"]
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     names = chain.from_iterable(group["params"] for group in groups)
@@ -162,6 +165,15 @@ def _check_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
             f"matrix_optimizer: the run that wrote the checkpoint had {had}, so its optimizer's state does not fit; "
             f"{change}, or begin from the checkpoint's weights alone by init_from"
         )
+    parts = optimizer.parts if isinstance(optimizer, Joined) else (optimizer,)
+    of_groups = [(name, part) for name, part in zip(OPTIONS, parts, strict=False) for _ in part.param_groups]
+    for (name, part), ours, theirs in zip(of_groups, optimizer.param_groups, groups, strict=True):
+        lacking, left = ours.keys() - theirs.keys() - SCHEDULED, theirs.keys() - ours.keys() - SCHEDULED
+        if lacking and left:  # from one version of torch to the next, options are added to a class or left out
+            raise ValueError(
+                f"{name}: the checkpoint's state is of another class of optimizer than {type(part).__name__}; give "
+                "the one that the run had, or begin from the checkpoint's weights alone by init_from"
+            )
 
 
 def _is_sharded(optimizer: Optimizer) -> bool:

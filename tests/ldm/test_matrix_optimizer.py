@@ -9,12 +9,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.optim import AdamW, Muon
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import SGD, Adam, AdamW, Muon
+from torch.optim.lr_scheduler import LambdaLR, LinearLR
 from training import same, weights
 
 from ldm.module import DiffusionModule
-from vfm_vae.joined import Joined
+from vfm_vae.joined import Joined, join
 from vfm_vae.saving import expected_bytes
 
 MUON = partial(Muon, lr=2e-2, momentum=0.95, weight_decay=0.0)
@@ -96,7 +96,7 @@ def test_resumed_equals_uninterrupted(diffusion, latents, trainer, tmp_path):
         (MUON, None, "had one, so its optimizer's state does not fit; give it again, or begin"),
     ],
 )
-def test_a_state_of_other_optimisers_is_refused(diffusion, latents, trainer, tmp_path, first, then, message):
+def test_a_state_with_or_without_one_is_refused(diffusion, latents, trainer, tmp_path, first, then, message):
     run, file = trainer(max_steps=1), tmp_path / "last.ckpt"
     run.fit(diffusion(matrix_optimizer=first), datamodule=latents())
     run.save_checkpoint(file)
@@ -104,6 +104,25 @@ def test_a_state_of_other_optimisers_is_refused(diffusion, latents, trainer, tmp
         trainer(max_steps=2).fit(
             diffusion(matrix_optimizer=then), datamodule=latents(), ckpt_path=file, weights_only=True
         )
+
+
+def test_a_state_of_another_class_is_refused():
+    def make(first: type, second: type | None) -> torch.optim.Optimizer:
+        weights = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+        return join(weights, partial(first, lr=1e-3), weights[1:], second and partial(second, lr=1e-3))
+
+    state = make(AdamW, Muon).state_dict()
+    make(Adam, Muon).load_state_dict(state)
+    del state["param_groups"][0]["decoupled_weight_decay"]  # as an earlier version of torch wrote it
+    LinearLR(other := make(AdamW, Muon))
+    other.load_state_dict(state)
+    of_another = "the checkpoint's state is of another class of optimizer than"
+    with pytest.raises(ValueError, match=f"^matrix_optimizer: {of_another} AdamW; give the one that the run had, or begin"):
+        make(AdamW, AdamW).load_state_dict(state)
+    with pytest.raises(ValueError, match=f"^optimizer: {of_another} SGD; give"):
+        make(SGD, Muon).load_state_dict(state)
+    with pytest.raises(ValueError, match=f"^optimizer: {of_another} SGD; give"):
+        make(SGD, None).load_state_dict(make(AdamW, None).state_dict())
 
 
 @pytest.mark.parametrize("matrix_optimizer", [MUON, partial(AdamW, lr=1e-3, fused=True)])
