@@ -68,9 +68,25 @@ def test_a_run_takes_another_kind_of_guidance():
     assert guidance.settings() == InternalGuidance(1.78, 0.125).settings()
 
 
-def test_a_misspelt_kind_of_guidance_is_told_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "guidance=InternalGuidence",
+            "guidance: there is no class 'InternalGuidence' for it; did you mean InternalGui",
+        ),
+        (
+            "guidance=Internal",
+            "guidance: there is no class 'Internal' for it; give the full path, package.module.Class",
+        ),
+        ("guidance=Autoguidance", "guidance: Autoguidance: the following arguments are required: partner"),
+        ("guidance.partner=here", "guidance: Guidance: Option 'partner' is not accepted"),
+        ("lr_scheduler=CosineAnnealingLR", "lr_scheduler: the following arguments are required: T_max"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(tmp_path, option, message):
     configs = [word for config in RUN for word in ("-c", config)]
-    ended = run(tmp_path, "ldm", "fit", *configs, "--model.guidance=InternalGuidence")
+    ended = run(tmp_path, "ldm", "fit", *configs, f"--model.{option}")
     assert ended.code == 2
     (line,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: model.guidance: there is no class 'InternalGuidence' for it; did you mean Internal")
+    assert line.startswith(f"error: model.{message}") and "Union" not in line

@@ -324,7 +324,7 @@ def short_errors() -> Iterator[None]:
         if os.environ.get(DEBUG):
             raise
         message = _without_class(_one_line(_named_by_us(error)))
-        print(f"error: {message}{_lacking(message)}\n({DEBUG}=1 shows the traceback)", file=sys.stderr)
+        print(f"error: {_without_union(message)}{_lacking(message)}\n({DEBUG}=1 shows the traceback)", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before Lightning is at work, which ends by itself
         if os.environ.get(DEBUG):
@@ -363,10 +363,27 @@ def _without_class(message: str) -> str:
     option = ".".join(re.findall(r'Parser key "([^"]+)"', before)) or "config"
     modules = [sys.modules[place] for place in list(sys.modules) if place.partition(".")[0] in PACKAGES]
     modules += [lightning.pytorch.callbacks, lightning.pytorch.loggers, torch.optim, torch.optim.lr_scheduler]
-    known = {found for module in modules for found, value in vars(module).items() if isinstance(value, type)}
+    parts = [(found, value) for module in modules for found, value in vars(module).items() if isinstance(value, type)]
+    usual = {*PACKAGES, "lightning", "torch"}
+    known = {found for found, value in parts if value.__module__.partition(".")[0] in usual}
     close = " or ".join(difflib.get_close_matches(name, sorted(known - {name}), n=2, cutoff=0.7))
     meant = f"did you mean {close}? Other people's classes take" if close else "give"
     return f"{option}: there is no class {name!r} for it; {meant} the full path, package.module.Class"
+
+
+def _without_union(message: str) -> str:
+    """The parser's message about an optional part, without what else it has tried; any other as it is."""
+    found = re.match(
+        r"(.*?)Does not validate against any of the Union subtypes .*? Errors: - "
+        r"(?:Problem with given class_path '[\w.]*?(\w+)'|Type .*? expects a function or a callable class): "
+        r"(.*?)(?:\.? Got value: Namespace| - Expected a <class 'NoneType'>| - Not a valid subclass|$)",
+        message,
+    )
+    if found is None:
+        return message
+    before, kind, reason = found.groups()
+    option = ".".join(re.findall(r'Parser key "([^"]+)"', before))
+    return ": ".join(part for part in (option, kind, reason) if part)
 
 
 def _named_by_us(error: BaseException) -> BaseException:

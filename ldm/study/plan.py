@@ -181,7 +181,9 @@ def read_plan(file: str, **changes: object) -> Plan:
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Plan)
-    options = parser.instantiate_classes(parser.parse_path(find_config(file))).as_dict()
+    if not Path(found := find_config(file)).is_file():
+        raise ValueError(f"plan: there is no file {file!r}; give a YAML file, such as study/photos.yaml")
+    options = parser.instantiate_classes(parser.parse_path(found)).as_dict()
     plan = Plan(**options | {name: value for name, value in changes.items() if value is not None})
     if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds):
         raise ValueError(f"seeds: give at least one, and each once; given {plan.seeds}")

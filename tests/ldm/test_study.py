@@ -82,9 +82,10 @@ def test_plans_that_make_no_study_are_refused(change, message, tmp_path):
 
 
 def test_a_mistake_in_a_plan_takes_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "none.yaml")])
-    assert "none.yaml" in capsys.readouterr().err
+    for name in ("none.yaml", "none"):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / name)])
+        assert f"there is no file '{tmp_path / name}'" in capsys.readouterr().err
     (tmp_path / "plan.yaml").write_text("folder: a\nsteps: 3\n")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "plan.yaml")])
