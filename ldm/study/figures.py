@@ -16,7 +16,7 @@ from vfm_vae.writing import write_picture
 Pixels = NDArray[np.uint8]
 PADDING = 2  # between the images of the grids that runs draw
 SHOWN_IMAGES = 6  # in a row
-LABEL_WIDTH, DPI = 150, 100  # in pixels, and per inch
+LETTER_WIDTH, DPI = 6, 100  # in pixels, of a title's, and per inch
 COLOURS = 256  # of a picture of photographs, which is a third as large then
 STRENGTHS = {"noise": "standard deviation of the noise", "scale": "scale", "rotation": "rotation in degrees"}
 
@@ -45,18 +45,24 @@ def draw_figures(results: Results, folder: Path) -> dict[str, Path]:
 
 def curves(results: Results) -> Figure:
     """Distances and class accuracy over steps: mean and a band of one standard deviation over seeds."""
-    plan = results.plan
-    figure = Figure(figsize=(4.2 * (len(plan.distances) + 1), 3.8), dpi=80, layout="constrained")
+    plan, titles = results.plan, _titles(results)
+    figure = Figure(figsize=(4.2 * (len(plan.distances) + 1), 4.4), dpi=80, layout="constrained")
     axes = figure.subplots(1, len(plan.distances) + 1)
     for panel, distance in zip(axes, plan.distances, strict=False):
-        for name, denoiser in plan.denoisers.items():
-            _band(panel, results.samples(name, distance), denoiser.title)
+        for name, title in titles.items():
+            _band(panel, results.samples(name, distance), title)
         panel.set(title=f"FD by the {distance}", xlabel="step", yscale="log")
-    for name, denoiser in plan.denoisers.items():
-        _band(axes[-1], results.curves[name]["val/class_accuracy"], denoiser.title)
+    for name, title in titles.items():
+        _band(axes[-1], results.curves[name]["val/class_accuracy"], title)
     axes[-1].set(title="class accuracy", xlabel="step")
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     return figure
+
+
+def _titles(results: Results) -> dict[str, str]:
+    """What figures call the diffusion models, by name, without those that only guide others."""
+    partners = {guided.partner for guided in results.plan.guided.values()}
+    return {name: each.title for name, each in results.plan.denoisers.items() if name not in partners}
 
 
 def _band(panel: Axes, curve: Curve, title: str) -> None:
@@ -67,9 +73,8 @@ def _band(panel: Axes, curve: Curve, title: str) -> None:
 
 def blocks(results: Results) -> Figure | None:
     """CKNNA of every block over steps, a heat map for each diffusion model, all on one scale."""
-    plan = results.plan
-    maps = {}
-    for name in plan.denoisers:
+    titles, maps = _titles(results), {}
+    for name in titles:
         if measured := results.blocks(name):
             maps[name] = np.array([curve.values.mean(0) for curve in measured.values()])
     if not maps:
@@ -82,7 +87,7 @@ def blocks(results: Results) -> Figure | None:
         shown = panel.imshow(values, origin="lower", aspect="auto", vmin=low, vmax=high)
         panel.set_xticks(range(len(steps)), [str(step) for step in steps], fontsize="x-small")
         panel.set_yticks(range(len(values)), [str(number) for number in results.blocks(name)])
-        panel.set_title(plan.denoisers[name].title, fontsize="small")
+        panel.set_title(titles[name], fontsize="small")
         panel.set_xlabel("step")
     axes[0].set_ylabel("block")
     figure.colorbar(shown, ax=list(axes))
@@ -126,10 +131,10 @@ def samples(results: Results) -> Figure | None:
     """Samples of each diffusion model, of the same classes from the same noise."""
     plan = results.plan
     rows: dict[str, list[Pixels]] = {}
-    for name, denoiser in plan.denoisers.items():
+    for name, title in _titles(results).items():
         file = plan.denoiser_run(name, plan.seeds[0]) / "images/samples_guidance_1.png"
         if file.is_file():
-            rows[denoiser.title] = [row[0] for row in _cells(file)]
+            rows[title] = [row[0] for row in _cells(file)]
     return _picture(rows)
 
 
@@ -159,12 +164,13 @@ def _picture(rows: dict[str, list[Pixels]]) -> Figure | None:
         return None
     shown = {title: _spread(images) for title, images in rows.items()}
     side = next(iter(shown.values()))[0].shape[0] + PADDING
-    width, height = LABEL_WIDTH + side * max(map(len, shown.values())), side * len(shown)
+    label_width = LETTER_WIDTH * (max(map(len, shown)) + 2)
+    width, height = label_width + side * max(map(len, shown.values())), side * len(shown)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     for place, (title, images) in enumerate(reversed(shown.items())):
-        figure.text(0.01, (place + 0.5) * side / height, title, va="center", fontsize=8)
+        figure.text(LETTER_WIDTH / width, (place + 0.5) * side / height, title, va="center", fontsize=8)
         for column, image in enumerate(images):
-            figure.figimage(image, LABEL_WIDTH + column * side, place * side)
+            figure.figimage(image, label_width + column * side, place * side)
     return figure
 
 
