@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import broadcast
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
@@ -176,6 +177,8 @@ class Denoiser(nn.Module, Described, ABC):
         for part in (*self.blocks, self):
             # Without resharding, a validation would leave the outermost parameters whole, and averages couldn't return.
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        for buffer in self.buffers():  # which a rank may have drawn for itself, and are not sharded
+            broadcast(buffer, group=mesh.get_group(), group_src=0)
         register_fsdp_forward_method(self, "block_features")
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from vfm_vae.post_hoc import find, reconstruct, snapshots
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,8 @@ def fit(name, strategy, max_steps):
     denoiser = kind(4, 4, 2, 2, 32, 2, num_classes=3, activation_checkpointing=compiled, **parts)
     for parameter in filter(lambda p: p.requires_grad, denoiser.parameters()):  # many begin at zero
         torch.nn.init.normal_(parameter, std=0.05)
+    if sys.argv[3] == "ditdh":  # frequencies that each rank has drawn for itself, as those of rank zero
+        denoiser.time_embed.frequencies += int(os.environ.get("LOCAL_RANK", 0))
     optimizer, decoder = partial(torch.optim.AdamW, lr=1e-3, fused=True), Colours(torch.nn.Identity())
     module = DiffusionModule(denoiser, optimizer, Euler(4), Guidance(2.0, inner=inner), decoder,
                              torch_compile=compiled, matrix_optimizer=matrices,
