@@ -16,7 +16,7 @@ from vfm_vae.writing import write_picture
 Pixels = NDArray[np.uint8]
 PADDING = 2  # between the images of the grids that runs draw
 SHOWN_IMAGES = 6  # in a row
-LETTER_WIDTH, DPI = 6, 100  # in pixels, of a title's, and per inch
+LABEL_WIDTH, LETTER_WIDTH, DPI = 150, 6, 100  # in pixels, the first at least, and per inch
 COLOURS = 256  # of a picture of photographs, which is a third as large then
 STRENGTHS = {"noise": "standard deviation of the noise", "scale": "scale", "rotation": "rotation in degrees"}
 
@@ -164,7 +164,7 @@ def _picture(rows: dict[str, list[Pixels]]) -> Figure | None:
         return None
     shown = {title: _spread(images) for title, images in rows.items()}
     side = next(iter(shown.values()))[0].shape[0] + PADDING
-    label_width = LETTER_WIDTH * (max(map(len, shown)) + 2)
+    label_width = max(LABEL_WIDTH, LETTER_WIDTH * (max(map(len, shown)) + 2))
     width, height = label_width + side * max(map(len, shown.values())), side * len(shown)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     for place, (title, images) in enumerate(reversed(shown.items())):
