@@ -120,9 +120,9 @@ class StopOnSignal(Checkpoint):
         """At the end of a step, stops if any rank was told to."""
         if trainer.global_step - self._asked < self.every_n_steps:
             return
+        self._asked = trainer.global_step  # so that nothing is asked within a step
         if validation_is_due(trainer):
             return  # the validation's first batch stops, and the checkpoint knows that it is due
-        self._asked = trainer.global_step
         number = self._agreed(trainer)
         if number:
             self._stop(trainer, number)
