@@ -18,7 +18,7 @@ from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.description import class_path
 from vfm_vae.frozen import Frozen, device_of
 from vfm_vae.options import named_as
-from vfm_vae.pretrained import Pretrained, load, read_pretrained
+from vfm_vae.pretrained import CONFIG, Pretrained, load, read_pretrained
 
 OPTION = "guidance.partner"
 ADVICE = "give a partner that was trained on the same latents"
@@ -131,6 +131,11 @@ def _read(source: str) -> Found:
         stored = schema.read(source, OPTION, DIFFUSION)
         config, tensors = stored.config(), stored.model()
     else:
+        if Path(source).is_dir() and not Path(source, CONFIG).is_file():
+            raise ValueError(
+                f"{place} holds no {CONFIG}; give a checkpoint, such as checkpoints/last.ckpt of a run, or a folder "
+                "that save_pretrained wrote"
+            )
         with named_as(name=OPTION):
             config, tensors = read_pretrained(source, Pretrained)
     parts = config["model"].get("init_args") or {}

@@ -208,6 +208,11 @@ def test_a_partner_that_does_not_fit_is_refused(weak, options, message):
             diffusion_of(denoiser(), guidance).sample([0])
 
 
+def test_a_run_is_no_partner_but_its_checkpoint_is(tmp_path):
+    with pytest.raises(ValueError, match=r"^guidance\.partner: '.*' holds no config.json; give a checkpoint, such as"):
+        diffusion_of(denoiser(), Autoguidance(str(tmp_path), 1.5)).sample([0])
+
+
 def test_a_tokenizer_is_no_partner(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(
