@@ -188,7 +188,7 @@ def begin_from(
     fill(module, stored.averaged(), f"{stored.place} holds another model")
     denoiser = module.get_submodule("model")
     assert isinstance(denoiser, Denoiser)
-    check_predicts(stored, denoiser, "init_from")
+    check_meaning(stored, denoiser, "init_from")
     return latent_source or stored.content["tokenizer"]
 
 
@@ -218,25 +218,27 @@ def check_checkpoint(
     check_statistics(LatentStatistics(*(state[name] for name in names)), normalization, option)
 
 
-def check_predicts(stored: Stored, denoiser: Denoiser, option: str) -> None:
-    """Checks that a checkpoint's weights predict what the denoiser predicts: their names and shapes don't tell.
+def check_meaning(stored: Stored, denoiser: Denoiser, option: str) -> None:
+    """Checks that a checkpoint's weights mean to the denoiser what they were trained for, which names don't tell.
 
     Args:
         stored: A checkpoint of a diffusion model's training.
-        denoiser: Takes the weights.
+        denoiser: Takes the weights, which fit by names and shapes.
         option: Names the checkpoint.
 
     Raises:
-        ValueError: if the one predicts velocities and the other data.
+        ValueError: if the one predicts velocities and the other data, or their internal heads are at other depths.
     """
     pipeline = stored.content.get("config", {}).get("model", {})  # older ones predict velocities and may not say so
     described = (pipeline.get("init_args") or {}).get("model") or {}
-    theirs = (described.get("init_args") or {}).get("predicts", "velocity")
-    if theirs != denoiser.predicts:
-        raise ValueError(
-            f"{option}: the checkpoint's denoiser predicts {theirs!r}, but model.predicts is {denoiser.predicts!r}; "
-            f"set it to {theirs!r}"
-        )
+    arguments = described.get("init_args") or {}
+    for name, former, what in (("predicts", "velocity", "predicts"), ("base_depth", 0, "has its internal head at")):
+        theirs, ours = arguments.get(name, former), getattr(denoiser, name)
+        if name in denoiser.arguments and theirs != ours:  # a class of its own may have settled it
+            raise ValueError(
+                f"{option}: the checkpoint's denoiser {what} {theirs!r}, but model.{name} is {ours!r}; set it to "
+                f"{theirs!r}"
+            )
 
 
 def check_statistics(stored: LatentStatistics, normalization: LatentNormalization, option: str) -> None:

@@ -17,8 +17,8 @@ from ldm.compatibility import (
     begin_from,
     check_checkpoint,
     check_data,
+    check_meaning,
     check_parts,
-    check_predicts,
     check_untrained,
 )
 from ldm.condition import Conditioning, LabelMode
@@ -378,7 +378,7 @@ class DiffusionModule(DrawingModule):
         stored = schema.take(checkpoint, DIFFUSION, "ckpt_path: the checkpoint")
         check_checkpoint(stored, self.pipeline.latent_source, self.normalization, "ckpt_path")
         check_state(self, checkpoint, "ckpt_path")
-        check_predicts(stored, self.model, "ckpt_path")
+        check_meaning(stored, self.model, "ckpt_path")
         if has_trainer(self) and self.trainer.state.fn == TrainerFn.FITTING:
             check_schedules(self.schedules, checkpoint)
         if self.alignment is not None:

@@ -8,6 +8,7 @@ from ldm import path
 from ldm.condition import Labels
 from ldm.guidance import Guidance
 from ldm.models.layers import modulate, unpatchify
+from ldm.models.lightningdit import LightningDiT
 from ldm.objective import denoising_errors, rehearse
 from ldm.pipeline import LatentDiffusion
 from ldm.samplers import Euler
@@ -135,3 +136,31 @@ def test_a_folder_brings_the_head_back(tmp_path):
     expected = model.model(*inputs(model.model), base=True)
     found = again.model(*inputs(model.model), base=True)
     assert torch.equal(found.base, expected.base) and torch.equal(found.velocity, expected.velocity)
+
+
+def test_weights_of_a_head_are_not_taken_for_those_of_another_depth(diffusion, latents, trainer, tmp_path):
+    run, file = trainer(max_steps=1, limit_val_batches=0), tmp_path / "last.ckpt"
+    run.fit(diffusion({"base_depth": 1}), latents())
+    run.save_checkpoint(file)
+    message = "the checkpoint's denoiser has its internal head at 1, but model.base_depth is 2; set it to 1"
+    for command in (trainer().validate, trainer(max_steps=2).fit):
+        with pytest.raises(ValueError, match=f"^ckpt_path: {message}"):
+            command(diffusion({"base_depth": 2}), latents(), ckpt_path=file, weights_only=True)
+    with pytest.raises(ValueError, match=f"^init_from: {message}"):
+        trainer(max_steps=1).fit(diffusion({"base_depth": 2}, init_from=str(file)), latents())
+    trainer().validate(diffusion({"base_depth": 1}), latents(), ckpt_path=file, weights_only=True, verbose=False)
+
+
+class Settled(LightningDiT):
+    """Predicts data, by a head after its first block, and has no options for that."""
+
+    def __init__(self, in_channels: int, input_size: int, depth: int, width: int, num_heads: int, num_classes: int):
+        sizes = {"depth": depth, "width": width, "num_heads": num_heads, "num_classes": num_classes}
+        super().__init__(in_channels, input_size, **sizes, base_depth=1, predicts="data")
+
+
+def test_a_class_may_settle_what_it_predicts_and_where(diffusion, latents, trainer, tmp_path):
+    run, file = trainer(max_steps=1, limit_val_batches=0), tmp_path / "last.ckpt"
+    run.fit(diffusion(kind=Settled), latents())
+    run.save_checkpoint(file)
+    trainer(max_steps=2, limit_val_batches=0).fit(diffusion(kind=Settled), latents(), ckpt_path=file, weights_only=True)
