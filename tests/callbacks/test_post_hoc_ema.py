@@ -141,7 +141,12 @@ def test_a_checkpoint_with_another_average(toy, tmp_path, capsys, monkeypatch):
     folder, direct = toy
     out = tmp_path / "average.ckpt"
     command(folder, "--length=0.07", f"--out={out}")
-    assert capsys.readouterr().out.startswith(f"{out}: the average of length 0.07 at 992 images; lengths from 0.0")
+    told = capsys.readouterr().out
+    assert told.startswith(f"{out}: the average of length 0.07 at 992 images; lengths from 0.0")
+    assert "where EMA is among trainer.callbacks, as it was not" in told
+    shutil.copytree(folder / "post_hoc_ema", tmp_path / "run/post_hoc_ema")
+    command(tmp_path / "run", f"--out={shutil.copy(out, tmp_path / 'run/last.ckpt')}")  # as of a run that has one
+    assert "EMA" not in capsys.readouterr().out
     last, written = (torch.load(path, weights_only=True) for path in (folder / "checkpoints/last.ckpt", out))
     assert written["ema"]["images_seen"] == last["images_seen"] == 992
     assert written.keys() - last.keys() == {"ema"} and written["global_step"] == last["global_step"]
