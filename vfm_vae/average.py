@@ -41,14 +41,12 @@ def average(run: str, out: str, length: float = 0.08, images: int | None = None)
     last = last_until(folder, until)
     low, high = reliable(folder, until)
     end = last.start + last.images
-    hint = (
-        "" if schema.AVERAGE in checkpoint else "; commands use it where EMA is among trainer.callbacks, as it was not"
-    )
+    had_one = schema.AVERAGE in checkpoint
     schema.write_average(checkpoint, reconstruct(folder, length, until), end)
     write_torch(out, checkpoint)
-    print(
-        f"{out}: the average of length {length:g} at {end} images; lengths from {low:g} to {high:g} are reliable{hint}"
-    )
+    print(f"{out}: the average of length {length:g} at {end} images; lengths from {low:g} to {high:g} are reliable")
+    if not had_one:
+        print("the run was without EMA: commands use the average only with that among trainer.callbacks")
 
 
 def _last_checkpoint(run: Path) -> Path:

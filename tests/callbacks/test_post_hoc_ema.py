@@ -143,7 +143,7 @@ def test_a_checkpoint_with_another_average(toy, tmp_path, capsys, monkeypatch):
     command(folder, "--length=0.07", f"--out={out}")
     told = capsys.readouterr().out
     assert told.startswith(f"{out}: the average of length 0.07 at 992 images; lengths from 0.0")
-    assert "where EMA is among trainer.callbacks, as it was not" in told
+    assert "the run was without EMA: commands use the average only with that among trainer.callbacks" in told
     shutil.copytree(folder / "post_hoc_ema", tmp_path / "run/post_hoc_ema")
     command(tmp_path / "run", f"--out={shutil.copy(out, tmp_path / 'run/last.ckpt')}")  # as of a run that has one
     assert "EMA" not in capsys.readouterr().out
