@@ -188,8 +188,8 @@ class DiffusionTransformer(Denoiser):
             state: The noisy states, `[B, *state_shape]`.
             t: Their times, `[B]`.
             output: The final layer's.
-            projected: As of `through`.
-            early: Likewise.
+            projected: The projected tokens, which `through` returns.
+            early: The internal head's output, which it returns as well.
         """
 
         def velocity(patches: Tensor, token: Tensor | None) -> Tensor:
