@@ -72,11 +72,11 @@ def test_every_config_is_covered_here():
     ("names", "ranks", "strategy"),
     [
         (["gpu"], 1, "SingleDeviceStrategy"),
-        (["ddp8"], 8, "DDPStrategy"),
-        (["ddp8_ldm"], 8, "DDPStrategy"),
+        pytest.param(["ddp8"], 8, "DDPStrategy", marks=pytest.mark.slow),
+        pytest.param(["ddp8_ldm"], 8, "DDPStrategy", marks=pytest.mark.slow),
         (["fsdp8_ldm"], 8, "ModelParallelStrategy"),
         (["ddp8", "multinode"], 32, "DDPStrategy"),
-        (["ddp8_ldm", "multinode"], 32, "DDPStrategy"),
+        pytest.param(["ddp8_ldm", "multinode"], 32, "DDPStrategy", marks=pytest.mark.slow),
     ],
 )
 def test_trainers_of_gpus_build(names, ranks, strategy):

@@ -54,7 +54,7 @@ def test_gradients_that_are_not_finite_are_not_applied(tiny_module, trainer, bat
     assert module.guard.num_skipped == 2
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_training_that_can_not_go_on_stops_where_it_logs(tiny_module, trainer, batch, accumulate):
     module = tiny_module(accumulate_grad_batches=accumulate, guard=NonFiniteGuard(max_in_a_row=3))
     with pytest.raises(ValueError, match="the last 4 steps were refused"):

@@ -91,7 +91,7 @@ def test_all_sizes_of_batches_but_the_first_share_one_form(kind, graphs):
 
 @every_class_in_time
 @pytest.mark.parametrize("alignment", ["none", "base"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_is_the_same(kind, alignment, recompute, graphs):
     plain = randomised(small(kind, alignment))
     compiled = randomised(small(kind, alignment, activation_checkpointing=recompute))

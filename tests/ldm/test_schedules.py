@@ -183,7 +183,7 @@ def test_discriminators_count_their_own_steps(order, tiny_module, trainer, batch
     )
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_refused_steps_count(fused, tiny_module, diffusion, latents, trainer, batch, recwarn):
     """The first one, too, of which torch would warn."""
     for program in ("tokenizer", "diffusion"):

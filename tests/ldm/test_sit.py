@@ -43,7 +43,7 @@ def test_it_remembers_its_own_arguments():
     assert arguments["cls_channels"] == 6 and arguments["align_channels"] == 0
 
 
-@pytest.mark.parametrize("name", ["S/2", "B/4"])
+@pytest.mark.parametrize("name", ["S/2", pytest.param("B/4", marks=pytest.mark.slow)])
 def test_a_named_size_runs(name):
     model = SiT.of_size(name, in_channels=3, input_size=8, num_classes=4, cls_channels=6)
     with torch.no_grad():

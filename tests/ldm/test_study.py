@@ -121,6 +121,7 @@ def here(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_tokenizers_differ_in_themselves_alone(here):
     """Same grid, images, batches and rates, and trained parameters within 10 %."""
     plan, counts, seen = read_plan(PHOTOS), {}, set()
