@@ -339,7 +339,7 @@ def test_pipeline_needs_tokenizer_and_statistics(diffusion):
 
 
 def test_only_who_needs_them_waits_for_large_libraries():
-    """Torchmetrics imports names of transformers; it is the models that take long."""
-    large = "{'diffusers', 'transformers.modeling_utils'}"
+    """Torchmetrics imports names of transformers; it is the models that take long. Photographs need scikit-learn."""
+    large = "{'diffusers', 'transformers.modeling_utils', 'sklearn'}"
     code = f"import sys, vfm_vae.__main__, vfm_vae.convert, ldm.__main__; sys.exit(bool({large} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

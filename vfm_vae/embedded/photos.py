@@ -20,9 +20,17 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 from skimage import data
-from sklearn.datasets import load_sample_image
 
 from vfm_vae.checkpoints import read_json
+
+
+def _of_sklearn(name: str) -> np.ndarray:
+    """A photograph of scikit-learn, which takes half a second to import: for every command, if it stood above."""
+    from sklearn.datasets import load_sample_image
+
+    photo: np.ndarray = load_sample_image(name)
+    return photo
+
 
 # The ten colour photographs that both wheels hold, and three grey ones; everything else in them is a drawing, a
 # microscope's test image, a texture without a subject or a download.
@@ -31,10 +39,10 @@ PHOTOS: Mapping[str, Callable[[], np.ndarray]] = {
     "brick": data.brick,
     "camera": data.camera,
     "cat": data.cat,
-    "china": lambda: load_sample_image("china.jpg"),
+    "china": lambda: _of_sklearn("china.jpg"),
     "coffee": data.coffee,
     "coins": data.coins,
-    "flower": lambda: load_sample_image("flower.jpg"),
+    "flower": lambda: _of_sklearn("flower.jpg"),
     "histology": data.immunohistochemistry,
     "hubble": data.hubble_deep_field,
     "motorcycle": lambda: data.stereo_motorcycle()[0],
