@@ -78,13 +78,28 @@ class Conditioning(Described, ABC):
 
     Attributes:
         num_classes: How many classes there are, where conditions are classes; None otherwise.
+        text_channels: Width of the embeddings, where conditions are texts; 0 otherwise.
+        is_random: Whether `of_samples` takes random numbers.
     """
 
     num_classes: int | None = None
+    text_channels: int = 0
+    is_random: bool = True
 
     @abstractmethod
     def of_batch(self, batch: Batch | LatentBatch) -> Condition:
         """The condition of a training or validation batch, on its device."""
+
+    def of_evaluation(self, batch: Batch | LatentBatch) -> Condition | None:
+        """What the samples of an evaluation batch, or of one that only numbers them, are drawn for.
+
+        None, as here, leaves that to `of_samples`: the classes of samples are not those of the batch.
+        """
+        return None
+
+    def null_of_batch(self, batch: Batch | LatentBatch) -> Condition:
+        """As many rows as a batch has that say nothing; it need not hold what conditions are made of."""
+        return self.of_batch(batch).null()
 
     @abstractmethod
     def of_samples(self, index: Tensor, noise: IndexedNoise) -> Condition:

@@ -119,12 +119,12 @@ class DrawingModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Samples:
         """Draws the samples that a batch numbers."""
-        return self.draw(batch.index, decode=self.predict == "images")
+        return self.draw(batch.index, self.conditioning.of_evaluation(batch), decode=self.predict == "images")
 
     def evaluation_images(self, batch: Batch | LatentBatch) -> tuple[Tensor | None, Tensor]:
         """Samples as `draw` gives them, numbered like the batch, beside its images where it holds any."""
         if self._drawn is None or not torch.equal(self._drawn.index, batch.index):
-            self._drawn = self.draw(batch.index)
+            self._drawn = self.draw(batch.index, self.conditioning.of_evaluation(batch))
         assert self._drawn.images is not None  # `draw` decodes
         real = from_uint8(batch.images) if isinstance(batch, Batch) and batch.has_images else None
         return real, self._drawn.images

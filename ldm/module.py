@@ -291,7 +291,7 @@ class DiffusionModule(DrawingModule):
         noise = IndexedNoise("alignment", self.seed, batch.index, self.device)
         latents = self._latents(batch, noise.normal(*self.model.latent_shape))
         state = self._state(latents, self._features(batch) if self.model.cls_channels else None)
-        condition = self.conditioning.of_batch(batch).null()
+        condition = self.conditioning.null_of_batch(batch)
         features = block_features(self.model, state, condition, noise, 0.5 if time is None else time)
         return {f"block_{number:02d}": values for number, values in enumerate(features, start=1)}
 

@@ -75,6 +75,11 @@ class LatentDiffusion(nn.Module, Pretrained):
                 f"model.num_classes: the denoiser has {model.num_classes}, but its conditioning has "
                 f"{self.conditioning.num_classes}; give both the same, null where nothing is a class"
             )
+        if self.conditioning.text_channels != model.text_channels:
+            raise ValueError(
+                f"model.text_channels: the denoiser takes texts of {model.text_channels} channels, but its conditioning "
+                f"gives {self.conditioning.text_channels} (0 is no text); give both the same"
+            )
         self.normalization = LatentNormalization(model.in_channels)
         self.tokenizer: Frozen | None = None
         self.latent_source: dict[str, Any] | None = None
@@ -214,8 +219,10 @@ class LatentDiffusion(nn.Module, Pretrained):
         index = index.to(device)
         noise = IndexedNoise(STREAM, seed, index, device)
         # Comes first in any case: so a sample's noise is the same, whoever says what it is drawn for.
-        own = self.conditioning.of_samples(index, noise)
-        condition = own if condition is None else condition.to(device)
+        if condition is None or self.conditioning.is_random:
+            own = self.conditioning.of_samples(index, noise)
+            condition = own if condition is None else condition
+        condition = condition.to(device)
         guidance = self.guidance if guidance_scale is None else self.guidance.with_scale(guidance_scale)
         if guidance.acts:
             guidance.prepare(self)

@@ -1,10 +1,103 @@
 """Data that the packages exchange."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
+
+
+class Caption(NamedTuple):
+    """What is said of one image.
+
+    Attributes:
+        text: The caption; empty where nothing is said.
+        tokens: What a text encoder made of it, `[n, D]`; None where that is yet to be done.
+        empty: What it made of the empty caption, `[E, D]`, likewise.
+        length: L, the most tokens that it makes of a caption, likewise.
+    """
+
+    text: str
+    tokens: Tensor | None = None
+    empty: Tensor | None = None
+    length: int | None = None
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """The captions of a batch, and their embeddings where those are known.
+
+    Attributes:
+        captions: One for each image; empty where nothing is said.
+        embeddings: What a text encoder makes of them, bfloat16 `[B, L, D]`, with zeros behind the last token of each;
+            None where that is yet to be done.
+        mask: Which of them are tokens, bool `[B, L]`, likewise. Every caption has some, the empty one, too.
+        empty: Embeddings of the empty caption, `[E, D]`, likewise.
+    """
+
+    captions: tuple[str, ...]
+    embeddings: Tensor | None = None
+    mask: Tensor | None = None
+    empty: Tensor | None = None
+
+    @classmethod
+    def of(cls, captions: Sequence[Caption]) -> Self:
+        """Puts captions together; all have embeddings, or none has."""
+        texts = tuple(caption.text for caption in captions)
+        tokens = [caption.tokens for caption in captions if caption.tokens is not None]
+        if not tokens or captions[0].length is None:
+            return cls(texts)
+        return cls(texts, *padded(tokens, captions[0].length), captions[0].empty)
+
+    def __len__(self) -> int:
+        """Number of captions."""
+        return len(self.captions)
+
+    def __getitem__(self, rows: Tensor | slice) -> Self:
+        """Some of them, by a slice, by positions int64 `[N]`, or by a mask bool `[B]`."""
+        chosen: dict[str, Any] = {"captions": rows_of_texts(self.captions, rows)}
+        for name in ("embeddings", "mask"):
+            values = getattr(self, name)
+            chosen[name] = None if values is None else values[rows]
+        return replace(self, **chosen)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same on another device."""
+        return self._each(lambda values: values.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same in pinned memory, from which GPUs read faster; data loaders call this."""
+        return self._each(lambda values: values.pin_memory())
+
+    def _each(self, function: Any) -> Self:
+        tensors = {name: getattr(self, name) for name in ("embeddings", "mask", "empty")}
+        return replace(self, **{name: function(x) for name, x in tensors.items() if x is not None})
+
+
+def padded(tokens: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Texts of several lengths side by side, each followed by zeros.
+
+    Args:
+        tokens: Embeddings of each, `[n, D]`.
+        length: L, which all have room in.
+
+    Returns:
+        `[B, L, D]`, and which of these are tokens, bool `[B, L]`.
+    """
+    counts = torch.tensor([len(text) for text in tokens], device=tokens[0].device)
+    mask = torch.arange(length, device=counts.device) < counts[:, None]
+    embeddings = tokens[0].new_zeros(len(tokens), length, tokens[0].shape[1])
+    embeddings[mask] = torch.cat(list(tokens))
+    return embeddings, mask
+
+
+def rows_of_texts(texts: Sequence[str], rows: Tensor | slice) -> tuple[str, ...]:
+    """Some of several texts, by a slice, by positions int64 `[N]`, or by a mask bool `[B]`."""
+    if isinstance(rows, slice):
+        return tuple(texts[rows])
+    positions = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+    return tuple(texts[position] for position in positions.tolist())
 
 
 class Batch(NamedTuple):
@@ -15,11 +108,13 @@ class Batch(NamedTuple):
         labels: int64 class indices, `[B]`.
         index: int64 positions in the data set, `[B]`; -1 marks the padding of a validation set that does not divide
             over the ranks, which every metric leaves out.
+        text: The images' captions; None where the data has none.
     """
 
     images: Tensor
     labels: Tensor
     index: Tensor  # type: ignore[assignment]  # tuples have a method of this name
+    text: TextBatch | None = None
 
     @property
     def real(self) -> Tensor:
@@ -41,12 +136,14 @@ class LatentBatch(NamedTuple):
         index: As in `Batch`.
         features: A VFM's features of the clean images, as `VFMFeatures.sequence` has them, `[B, 1 + N, D]` in the
             precision that they are stored in, float32 or bfloat16; None where the cache has none.
+        text: The images' captions with their embeddings; None where the cache has none.
     """
 
     latents: Tensor
     labels: Tensor
     index: Tensor  # type: ignore[assignment]  # tuples have a method of this name
     features: Tensor | None = None
+    text: TextBatch | None = None
 
     @property
     def real(self) -> Tensor:

@@ -62,6 +62,7 @@ class Denoiser(nn.Module, Described, ABC):
 
     Attributes:
         grid: Rows and columns of the network's tokens; those of the latent, unless a subclass sets others.
+        text_channels: Width of the embeddings of the texts that it is told; 0 for a denoiser that is told no text.
         blocks: The network's repeated parts; the list may be empty. Each is compiled and sharded by itself. Metrics
             look at their outputs, tokens `[B, prefix + N, D]`.
 
@@ -69,6 +70,7 @@ class Denoiser(nn.Module, Described, ABC):
         ValueError: if a number lies outside its range.
     """
 
+    text_channels: int = 0
     blocks: nn.ModuleList
 
     def __init__(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from vfm_vae.data.sampling import Draw
-from vfm_vae.types import Batch, LatentBatch
+from vfm_vae.types import Batch, Caption, LatentBatch, TextBatch
 
 
 class SampleSet(Dataset[tuple[Any, ...]], ABC):
@@ -42,9 +42,15 @@ class SampleSet(Dataset[tuple[Any, ...]], ABC):
     @classmethod
     def collate(cls, samples: Sequence[tuple[Any, ...]]) -> Batch | LatentBatch:
         """Puts samples together; a field that is None in all of them, or left out at the end, stays None."""
-        columns = zip(*samples, strict=True)
         batch: Any = cls.batch_type
-        return batch(*(None if column[0] is None else default_collate(list(column)) for column in columns))
+        return batch(*map(_together, zip(*samples, strict=True)))
+
+
+def _together(column: Sequence[Any]) -> Any:
+    """One field of several samples."""
+    if column[0] is None:
+        return None
+    return TextBatch.of(column) if isinstance(column[0], Caption) else default_collate(list(column))
 
 
 class SampleNumbers(SampleSet):
