@@ -11,8 +11,9 @@ from callbacks.probe import ClassAccuracyCallback, LinearProbeCallback
 from callbacks.rank_failure import EndTogether
 from callbacks.report import Report
 from callbacks.robustness import RobustnessCallback
+from callbacks.samples import SampleWriter
 from callbacks.throughput import Throughput
-from callbacks.writers import LatentWriter, ReconstructionWriter, SampleWriter
+from callbacks.writers import LatentWriter, ReconstructionWriter
 
 __all__ = [
     "EMA",

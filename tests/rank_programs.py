@@ -108,7 +108,8 @@ from callbacks.ema import EMA
 from callbacks.post_hoc_ema import PostHocEMA
 from callbacks.distribution import DistributionCallback
 from callbacks.probe import ClassAccuracyCallback, LinearProbeCallback
-from callbacks.writers import LatentWriter, SampleWriter
+from callbacks.samples import SampleWriter
+from callbacks.writers import LatentWriter
 from ldm.alignment import REG
 from ldm.guidance import Guidance
 from ldm.models.ditdh import DiTDH

@@ -95,7 +95,7 @@ def test_fit_validate_predict(chain: Path):
     assert metrics["val/loss"] > 0 and metrics["val/fd_vit_photos_patch8_64/train"] > 0
     assert "val/loss" in out
 
-    writer = "--trainer.callbacks+=callbacks.writers.SampleWriter"
+    writer = "--trainer.callbacks+=callbacks.samples.SampleWriter"
     options = ["--trainer.callbacks.npz=true", "--data.num_samples=13"]
     for name, batch, precision in (("a", 13, "high"), ("b", 4, "highest")):
         where = [f"--trainer.callbacks.directory={name}", f"--data.val_batch_size={batch}"]

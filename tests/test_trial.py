@@ -44,7 +44,7 @@ SAMPLES = """
 data: {num_samples: 4}
 trainer:
   callbacks+:
-  - class_path: callbacks.writers.SampleWriter
+  - class_path: callbacks.samples.SampleWriter
     init_args: {directory: samples, npz: true}
 """
 TOKENIZER, DIFFUSION = "runs/small/config.yaml", "runs/ldm/config.yaml"

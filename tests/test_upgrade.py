@@ -86,6 +86,7 @@ def test_words_that_set_options_of_others_classes_stay(named: list[str]):
         ),
         ("--model.model=ldm.models.reg.SiT", "--model.model=ldm.models.sit.SiT"),
         ("callbacks.fid.DistributionCallback", "callbacks.distribution.DistributionCallback"),
+        ("callbacks.writers.SampleWriter", "callbacks.samples.SampleWriter"),
         ("--model.model.init_args.adapter.latent_channels=8", "--model.model.init_args.adapter.latent_channels=8"),
     ],
 )

@@ -13,6 +13,7 @@ from vfm_vae.description import class_at
 
 CLASSES = {
     "callbacks.fid.DistributionCallback": "callbacks.distribution.DistributionCallback",
+    "callbacks.writers.SampleWriter": "callbacks.samples.SampleWriter",
     "ldm.models.reg.SiT": "ldm.models.sit.SiT",
 }
 """Classes that have moved: where they were, and where they are."""

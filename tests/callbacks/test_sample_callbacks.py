@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from callbacks.distribution import DistributionCallback
 from callbacks.images import SampleImages
 from callbacks.probe import ClassAccuracyCallback
-from callbacks.writers import LatentWriter, SampleWriter, keep_settings
+from callbacks.samples import SampleWriter
+from callbacks.writers import LatentWriter, keep_settings
 from ldm.condition import Labels
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import LatentDataset

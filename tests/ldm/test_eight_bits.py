@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from callbacks.writers import SampleWriter
+from callbacks.samples import SampleWriter
 from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.frozen import Frozen
 from vfm_vae.images import from_uint8, to_uint8
