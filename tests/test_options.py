@@ -121,6 +121,9 @@ REQUIRED: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "SampleImages": lambda: {"classes": [0]},
     "SiT": lambda: SMALL | {"cls_channels": 0, "align_channels": 0},
+    "TextLightningDiT": lambda: {name: value for name, value in SMALL.items() if name != "num_classes"} | {
+        "text_channels": 8,
+    },
     "TokenizerModule": lambda: {
         "model": tokenizer(), "discriminator": ProjectedDiscriminator(**REQUIRED["ProjectedDiscriminator"]()),
         "objective": Objective(), "optimizer": ADAM, "discriminator_optimizer": ADAM,

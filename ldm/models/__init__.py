@@ -3,5 +3,6 @@
 from ldm.models.ditdh import DiTDH
 from ldm.models.lightningdit import LightningDiT
 from ldm.models.sit import SiT
+from ldm.models.text_lightningdit import TextLightningDiT
 
-__all__ = ["DiTDH", "LightningDiT", "SiT"]
+__all__ = ["DiTDH", "LightningDiT", "SiT", "TextLightningDiT"]

@@ -128,6 +128,31 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+class StateEmbed(nn.Module):
+    """Tokens of a noisy state: its patches, and in front of them its class token, where it has one.
+
+    Args:
+        in_channels: Channels C of the latent.
+        width: Width D of the tokens.
+        patch_size: Side of a patch.
+        cls_channels: Width of the class token; 0 if there is none.
+    """
+
+    def __init__(self, in_channels: int, width: int, patch_size: int, cls_channels: int):
+        super().__init__()
+        self.patches = PatchEmbed(in_channels, width, patch_size)
+        with torch.random.fork_rng(devices=[]):
+            self.cls = nn.Linear(cls_channels, width) if cls_channels else None
+            self.cls_norm = nn.LayerNorm(width, eps=1e-6) if cls_channels else None
+
+    def forward(self, x: Tensor, token: Tensor | None) -> Tensor:
+        """Maps latents `[B, C, h, w]` and class tokens `[B, cls_channels]` to `[B, prefix + N, D]`."""
+        patches = self.patches(x)
+        if self.cls is None or self.cls_norm is None:
+            return patches
+        return torch.cat([self.cls_norm(self.cls(token))[:, None], patches], dim=1)
+
+
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """Lays patches, each ordered (row, column, channel), out: `[B, N, p·p·C]` to `[B, C, rows·p, columns·p]`."""
     patches = tokens.unflatten(1, grid).unflatten(3, (patch_size, patch_size, -1))  # [B, rows, columns, p, p, C]

@@ -39,6 +39,30 @@ SIZES = {
 }
 
 
+def check_heads(width: int, num_heads: int, rotary: bool) -> None:
+    """Checks that heads divide the width, with room for positions.
+
+    Args:
+        width: Channels of the tokens.
+        num_heads: Number of attention heads.
+        rotary: Whether attention has a rotary position embedding.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    if rotary and width % (4 * num_heads):
+        raise ValueError(f"width: {width} does not divide by 4 · num_heads = {4 * num_heads}")
+    if width % 4 or width % num_heads:
+        raise ValueError(f"width: {width} does not divide by both 4 and num_heads = {num_heads}")
+
+
+def norms(rms_norm: bool) -> tuple[MakesNorm, MakesNorm]:
+    """What makes the norms of tokens, and those of queries and keys: RMSNorm with a gain, or LayerNorm."""
+    if rms_norm:
+        return (partial(RMSNorm, eps=1e-6),) * 2
+    return partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False), nn.LayerNorm
+
+
 class LightningDiT(DiffusionTransformer):
     """A transformer on patches of the latent, conditioned on time and class by adaptive norms.
 
@@ -111,14 +135,8 @@ class LightningDiT(DiffusionTransformer):
             predicts,
         )
         at_least(1, width=width, num_heads=num_heads, projector_width=projector_width)
-        if rotary and width % (4 * num_heads):
-            raise ValueError(f"width: {width} does not divide by 4 · num_heads = {4 * num_heads}")
-        if width % 4 or width % num_heads:
-            raise ValueError(f"width: {width} does not divide by both 4 and num_heads = {num_heads}")
-        norm: MakesNorm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
-        head_norm: MakesNorm = nn.LayerNorm
-        if rms_norm:
-            norm = head_norm = partial(RMSNorm, eps=1e-6)
+        check_heads(width, num_heads, rotary)
+        norm, head_norm = norms(rms_norm)
         self.patch_embed = PatchEmbed(in_channels, width, patch_size)
         self.time_embed = TimeEmbedding(width)
         self.label_embed = nn.Embedding(num_classes + 1, width)

@@ -36,7 +36,7 @@ class DiffusionTransformer(Denoiser):
         input_size: Height and width of the latent, or one number for a square.
         patch_size: Height and width of a patch.
         depth: Number of blocks that `align_depth` and `base_depth` count.
-        num_classes: Number of classes.
+        num_classes: Number of classes; None for a network that is told something else.
         cls_channels: Width of the VFM's class token that is diffused together with the latent (REG); 0 for none.
         align_channels: Width of the VFM's tokens, to which this network's tokens are projected (REPA and REG); 0 for no
             projector.
@@ -64,7 +64,7 @@ class DiffusionTransformer(Denoiser):
         input_size: int | tuple[int, int],
         patch_size: int,
         depth: int,
-        num_classes: int,
+        num_classes: int | None,
         cls_channels: int,
         align_channels: int,
         align_depth: int,
@@ -156,6 +156,7 @@ class DiffusionTransformer(Denoiser):
         rotary: tuple[Tensor, Tensor] | None,
         align: bool = False,
         base: bool = False,
+        told: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, Tensor | None, Output | None]:
         """Leads tokens through blocks.
 
@@ -166,13 +167,14 @@ class DiffusionTransformer(Denoiser):
             rotary: As attention takes it.
             align: Whether to project tokens after the block `align_depth`, if there is a projector.
             base: Whether to predict after the block `base_depth`, if there is an internal head.
+            told: What blocks take besides, as texts.
 
         Returns:
             The tokens, those that are projected, `[B, prefix + N, align_channels]`, and the internal head's output.
         """
         projected = early = None
         for number, block in enumerate(blocks, start=1):
-            tokens = run_block(block, tokens, modulation, rotary, recompute=self.activation_checkpointing)
+            tokens = run_block(block, tokens, modulation, rotary, *told, recompute=self.activation_checkpointing)
             if align and self.projector is not None and number == self.align_depth:
                 projected = self.projector(tokens)
             if base and self.base_final is not None and number == self.base_depth:
