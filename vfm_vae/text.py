@@ -2,15 +2,16 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Self
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vfm_vae.data.sampling import seed_of
-from vfm_vae.description import Described, describe
+from vfm_vae.description import Described, class_path, describe
 from vfm_vae.frozen import sha256_of
 from vfm_vae.options import at_least
 from vfm_vae.types import TextBatch, padded
@@ -26,12 +27,21 @@ class TextEncoder(Described, ABC):
         name: What messages and notes call it.
         width: Channels D of the embeddings.
         max_tokens: L, the most tokens of a caption; what lies behind is cut off.
+        whereabouts: Arguments that say where the weights lie. They make no difference where fingerprints are equal.
+        num_cut: How many captions were cut so far.
     """
+
+    whereabouts: ClassVar[frozenset[str]] = frozenset({"name"})
 
     name: str
     width: int
     max_tokens: int
     num_cut: int = 0
+    _expected: str | None = None  # fingerprint of the weights, by a cache or a checkpoint
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: copies of a model share its large weights, which never change."""
+        return self
 
     @abstractmethod
     def tokens(self, captions: Sequence[str], device: torch.device) -> list[Tensor]:
@@ -56,22 +66,79 @@ class TextEncoder(Described, ABC):
         return True
 
     def source(self) -> dict[str, Any]:
-        """What it takes to have these embeddings again: class, arguments, and the `fingerprint`, None if not read."""
-        return {**describe(self), "fingerprint": self.fingerprint() if self.is_loaded else None}
+        """What it takes to have these embeddings again: class, arguments, and the `fingerprint`.
+
+        That is None while the weights are not read, unless a cache or a checkpoint has told it.
+        """
+        return {**describe(self), "fingerprint": self.fingerprint() if self.is_loaded else self._expected}
+
+    def identity(self) -> dict[str, Any]:
+        """What embeddings depend on, wherever the weights lie; reads them."""
+        arguments = {name: x for name, x in describe(self)["init_args"].items() if name not in self.whereabouts}
+        return {"class_path": class_path(self._made_as), "init_args": arguments, "fingerprint": self.fingerprint()}
+
+    def check_source(self, source: Mapping[str, Any] | None, what: str, advice: str) -> None:
+        """Compares itself with the text encoder of a cache or a checkpoint.
+
+        Args:
+            source: What that says of its text encoder, see `source`; None where it says nothing.
+            what: Begins the message.
+            advice: Ends it: what would do.
+
+        Raises:
+            ValueError: if that is another.
+        """
+        if source is None:
+            return
+        ours, theirs = _facts(self.source()), _facts(source)
+        by_weights = None not in (ours["fingerprint"], theirs["fingerprint"])
+        unsaid = self.whereabouts if by_weights else {"fingerprint"}
+        names = [name for name in {**theirs, **ours} if name not in unsaid and theirs.get(name) != ours.get(name)]
+        if names:
+            said = "; ".join(f"its {name} is {theirs.get(name)!r}, here {ours.get(name)!r}" for name in names)
+            raise ValueError(f"{what} another text encoder than {self.name} at hand: {said}; {advice}")
+
+    def go_on_as(self, source: Mapping[str, Any] | None, what: str, advice: str) -> None:
+        """The same, and remembers the fingerprint, with which the weights are compared when they are read."""
+        self.check_source(source, what, advice)
+        self._expected = (source or {}).get("fingerprint") or self._expected
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], device: torch.device | str = "cpu") -> TextBatch:
         """Captions with their embeddings; those that are too long are cut, counted, and told of once.
 
         Args:
-            captions: The captions.
+            captions: The captions, at least one.
             device: Device to compute on, where the embeddings will be.
+
+        Raises:
+            ValueError: if the weights are others than those of the cache or the checkpoint.
+        """
+        empty, place = self.empty(device), torch.device(device)
+        return TextBatch(tuple(captions), *padded(self.tokens(captions, place), self.max_tokens), empty)
+
+    @torch.no_grad()
+    def empty(self, device: torch.device | str = "cpu") -> Tensor:
+        """Embeddings of the empty caption, bfloat16 `[E, D]`, which are computed once.
+
+        Raises:
+            ValueError: as of `encode`.
         """
         place = torch.device(device)
-        *tokens, empty = self.tokens([*captions, ""], place)
-        embeddings, mask = padded(tokens, self.max_tokens) if tokens else padded([empty], self.max_tokens)
-        rows = slice(len(captions))
-        return TextBatch(tuple(captions), embeddings[rows], mask[rows], empty)
+        if place not in self._empty:
+            if self._expected not in (None, self.fingerprint()):
+                raise ValueError(
+                    f"model.conditioning.encoder: the weights of {self.name} are others than those that the cache or "
+                    f"the checkpoint was made with: {self.fingerprint()}, not {self._expected}; give the same"
+                )
+            with torch.inference_mode(False):  # training could not use what was made in it
+                (self._empty[place],) = self.tokens([""], place)
+        return self._empty[place]
+
+    @cached_property
+    def _empty(self) -> dict[torch.device, Tensor]:
+        """By device."""
+        return {}
 
     def note_cut(self, captions: Sequence[str]) -> None:
         """Counts captions that are cut; warns of the first."""
@@ -130,6 +197,11 @@ class HashedWords(TextEncoder):
 
     def _vector(self, word: str) -> Tensor:
         return torch.randn(self.width, generator=torch.Generator().manual_seed(seed_of(*word.encode())))
+
+
+def _facts(source: Mapping[str, Any]) -> dict[str, Any]:
+    """What a text encoder's source says, side by side."""
+    return {"class_path": source["class_path"], **source["init_args"], "fingerprint": source["fingerprint"]}
 
 
 def words_of(caption: str) -> list[str]:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Caption(NamedTuple):
@@ -62,9 +64,10 @@ class TextBatch:
             chosen[name] = None if values is None else values[rows]
         return replace(self, **chosen)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same on another device."""
-        return self._each(lambda values: values.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device; the host waits for no GPU."""
+        on_gpu = torch.device(device).type == "cuda"
+        return self._each(lambda values: values.to(device, non_blocking=on_gpu))
 
     def pin_memory(self) -> Self:
         """The same in pinned memory, from which GPUs read faster; data loaders call this."""
@@ -85,11 +88,11 @@ def padded(tokens: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
     Returns:
         `[B, L, D]`, and which of these are tokens, bool `[B, L]`.
     """
-    counts = torch.tensor([len(text) for text in tokens], device=tokens[0].device)
-    mask = torch.arange(length, device=counts.device) < counts[:, None]
-    embeddings = tokens[0].new_zeros(len(tokens), length, tokens[0].shape[1])
-    embeddings[mask] = torch.cat(list(tokens))
-    return embeddings, mask
+    side_by_side = pad_sequence([*tokens], batch_first=True)
+    embeddings = pad(side_by_side, (0, 0, 0, length - side_by_side.shape[1]))
+    counts = torch.tensor([len(text) for text in tokens])
+    mask = torch.arange(length) < counts[:, None]
+    return embeddings, mask.to(embeddings.device, non_blocking=True)
 
 
 def rows_of_texts(texts: Sequence[str], rows: Tensor | slice) -> tuple[str, ...]:
