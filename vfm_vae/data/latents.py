@@ -6,7 +6,8 @@ deviation, `[n, 2C, h, w]`) and `labels` `[n]`; `latents_stats.pt` with the mean
 last file. A cache of several splits has a folder for each, `train` and `val`.
 
 Beside `moments` there may be `features` `[n, 1 + N, D]` of a VFM that models are aligned to: class token and patch
-tokens of the plain view, unscaled. `latents.json` then says which VFM's.
+tokens of the plain view, unscaled. `latents.json` then says which VFM's. And there may be the images' captions with a
+text encoder's embeddings, see `vfm_vae.data.texts`; `latents.json` says which encoder's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from vfm_vae.checkpoints import open_tensors, read_json, read_weights
 from vfm_vae.data.samples import SampleSet
-from vfm_vae.data.sampling import Draw, seed_of
+from vfm_vae.data.sampling import Draw, caption_drawn, seed_of
+from vfm_vae.data.texts import EmptyCaption, ShardTexts
 from vfm_vae.finite import not_finite
-from vfm_vae.types import LatentBatch
+from vfm_vae.types import Caption, LatentBatch
 from vfm_vae.writing import write_torch
 
 STATISTICS, IDENTITY = "latents_stats.pt", "latents.json"
@@ -139,7 +141,7 @@ def measure_shards(plan: ShardPlan, rank: int = 0, num_ranks: int = 1, chunk: in
         num_ranks: Number of ranks, whose sums together are those of the whole.
         chunk: Rows read at a time.
     """
-    shapes, _ = _look_into(plan.path(0))
+    shapes = _look_into(plan.path(0)).shapes
     name = "moments" if "moments" in shapes else "latents"
     running = RunningStatistics(shapes[name][0] // 2 if name == "moments" else shapes[name][0])
     for shard in range(rank, len(plan), num_ranks):
@@ -179,7 +181,8 @@ class LatentDataset(SampleSet):
     """Latents of a cache's split, memory-mapped.
 
     In training, each time an image is drawn, a coin says whether the plain or the mirrored view is taken, where the
-    cache has both, and a fresh sample is drawn where it has moments; otherwise it is the plain view or the mean.
+    cache has both, and a fresh sample is drawn where it has moments; otherwise it is the plain view or the mean. Where
+    images have several captions, one is drawn; otherwise it is the first.
 
     Args:
         folder: Folder of the split.
@@ -191,10 +194,12 @@ class LatentDataset(SampleSet):
         tokenizer: What the cache says of its tokenizer; None where it says nothing.
         features_shape: (1 + N, D) of the features that the cache holds for each image; None where it holds none.
         features_source: What the cache says of the VFM that made them, see `VFM.source`.
+        text_shape: (L, D), the most tokens of a caption and the width of embeddings; None where there are no captions.
+        text_source: What the cache says of the text encoder that made them, see `TextEncoder.source`.
 
     Raises:
         ValueError: a shard can't be read, differs from the others or has a negative label; there are features
-            beside mirrored views.
+            beside mirrored views; captions and embeddings don't fit together.
     """
 
     batch_type = LatentBatch
@@ -203,9 +208,9 @@ class LatentDataset(SampleSet):
         self.folder, self.train, self.seed = Path(folder), train, seed
         self._paths = sorted(self.folder.glob("*.safetensors"))
         shards = [_look_into(path) for path in self._paths]
-        if any(shapes != shards[0][0] for shapes, _ in shards):
+        if any(shard.shapes != shards[0].shapes for shard in shards):
             raise ValueError(f"root: the shards in {str(self.folder)!r} differ in what they hold; make the cache again")
-        self._shapes = shards[0][0]
+        self._shapes = shards[0].shapes
         if self._shapes.keys() >= {"features", "latents_flip"}:
             raise ValueError(
                 f"root: {str(self.folder)!r} holds mirrored views beside features, which are of plain views alone; "
@@ -215,24 +220,43 @@ class LatentDataset(SampleSet):
             raise ValueError(f"root: the features in {str(self.folder)!r} are not [n, 1 + N, D]; make the cache again")
         moments = self._shapes.get("moments")
         self.shape = self._shapes["latents"] if moments is None else (moments[0] // 2, *moments[1:])
-        self.labels = np.concatenate([labels for _, labels in shards])
-        self._ends = np.cumsum([len(labels) for _, labels in shards])
+        self.labels = np.concatenate([shard.labels for shard in shards])
+        self._ends = np.cumsum([len(shard.labels) for shard in shards])
+        self._texts = [shard.texts for shard in shards if shard.texts is not None]
+        self._empty = EmptyCaption.read(self.folder) if self._texts else None
         self._open: dict[int, Any] = {}
         identity = self.folder / IDENTITY
         stored: dict[str, Any] = read_json(identity, "root") if identity.is_file() else {}
         self.tokenizer = stored.get("tokenizer")
         self.features_shape: tuple[int, ...] | None = self._shapes.get("features")
         self.features_source: Mapping[str, Any] | None = stored.get("features")
+        self.text_shape = None if self._empty is None else (self._empty.length, *self._shapes["text"])
+        self.text_source: Mapping[str, Any] | None = stored.get("text")
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.labels)
 
-    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int, int] | tuple[Tensor, int, int, Tensor]:
-        """Returns a latent (float32 `[C, h, w]`), its label and its index, -1 for padding; then features, if any."""
+    def __getitem__(self, draw: Draw | int) -> tuple[Any, ...]:
+        """Returns a latent (float32 `[C, h, w]`), its label and its index, -1 for padding.
+
+        Then come features and a `Caption` with its embeddings, as far as the cache has them; None stands for features
+        in front of a caption.
+        """
         draw = Draw(draw) if isinstance(draw, int) else draw
         sample = self._latent(draw), int(self.labels[draw.index]), -1 if draw.padding else draw.index
-        return sample if self.features_shape is None else (*sample, self._row("features", draw.index))
+        features = None if self.features_shape is None else self._row("features", draw.index)
+        if self._empty is not None:
+            return *sample, features, self._caption(draw, self._empty)
+        return sample if features is None else (*sample, features)
+
+    def captions_of(self, index: int) -> list[str]:
+        """All captions of an image; where there are none, it has the empty one."""
+        if not self._texts:
+            return [""]
+        shard, row = self._place(index)
+        texts, file = self._texts[shard], self._file(shard)
+        return [texts.caption(file, number) for number in texts.of_image(row)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the open files, which each worker opens itself."""
@@ -245,29 +269,52 @@ class LatentDataset(SampleSet):
         mirrored = self.train and "latents_flip" in self._shapes and self._noise(draw, ()).item() < 0
         return self._row("latents_flip" if mirrored else "latents", draw.index).float()
 
+    def _caption(self, draw: Draw, empty: EmptyCaption) -> Caption:
+        shard, row = self._place(draw.index)
+        texts, file = self._texts[shard], self._file(shard)
+        numbers = texts.of_image(row)
+        number = numbers[caption_drawn(self.seed, draw, len(numbers)) if self.train else 0]
+        return Caption(texts.caption(file, number), texts.tokens(file, number), *empty)
+
     def _row(self, name: str, index: int) -> Tensor:
+        shard, row = self._place(index)
+        values: Tensor = self._file(shard).get_slice(name)[row]
+        return values
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """An image's shard, and its row in there."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, int(index - (self._ends[shard - 1] if shard else 0))
+
+    def _file(self, shard: int) -> Any:
         if shard not in self._open:
             self._open[shard] = safe_open(self._paths[shard], "pt")
-        start = self._ends[shard - 1] if shard else 0
-        return self._open[shard].get_slice(name)[int(index - start)]
+        return self._open[shard]
 
     def _noise(self, draw: Draw, shape: Sequence[int]) -> Tensor:
         stream = torch.Generator().manual_seed(seed_of(self.seed, draw.epoch, draw.index, *b"latents"))
         return torch.randn(shape, generator=stream)
 
 
-def _look_into(path: Path) -> tuple[dict[str, tuple[int, ...]], np.ndarray]:
-    """Shapes of the rows in a shard, by name, and its labels."""
+class _Shard(NamedTuple):
+    """What a shard holds: shapes of its rows by name, labels, and where its captions lie, if it has any."""
+
+    shapes: dict[str, tuple[int, ...]]
+    labels: np.ndarray
+    texts: ShardTexts | None
+
+
+def _look_into(path: Path) -> _Shard:
     with open_tensors(path, "root") as file:
-        names = {"latents", "latents_flip", "moments", "features"} & set(file.keys())
+        names = {"latents", "latents_flip", "moments", "features", "text"} & set(file.keys())
         if not names & {"latents", "moments"}:
             raise ValueError(f"root: {str(path)!r} holds neither 'latents' nor 'moments'")
         shapes = {name: tuple(file.get_slice(name).get_shape()[1:]) for name in names}
         labels = file.get_tensor("labels").long().numpy()
+        texts = ShardTexts(file, path, len(labels)) if "text" in names else None
     if (labels < 0).any():
         raise ValueError(
             f"root: {str(path)!r} holds the label {labels.min()}, but classes are numbered from 0 on; make the cache "
             "again from data whose labels are"
         )
-    return shapes, labels
+    return _Shard(shapes, labels, texts)

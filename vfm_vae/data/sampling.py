@@ -166,6 +166,11 @@ class GivenOrder(DistributedSampler[Any]):
         return max(len(self.indices), 1)
 
 
+def caption_drawn(seed: int, draw: Draw, count: int) -> int:
+    """Which of an image's captions training sees, of so many: the same beside images and cached latents."""
+    return seed_of(seed, draw.epoch, draw.index, *b"caption") % count
+
+
 class IndexedNoise:
     """Random numbers that belong to single samples, whatever the batch, rank or device.
 
