@@ -29,8 +29,8 @@ class DistributionCallback(EvaluationCallback):
         network: The network whose features are compared, `vfm_vae.metrics.inception.Inception` or a VFM; null for the
             module's own VFM.
         num_images: Number of images to generate, numbered evenly over the data set; null for as many as it has.
-        reference: Real images to compare with: an `.npz` such as ADM's, or a folder `<reference>/<class>/*`, which is
-            measured once; null for the validated images.
+        reference: Real images to compare with: an `.npz` such as ADM's, or a folder of images, in which they lie
+            together or by class, and which is measured once; null for the validated images.
         image_size: Height and width in pixels of the centre crops of a folder's images.
         statistics: File for the statistics of a folder; null for a file beside the folder. It is used again until the
             name, size or time of modification of an image changes.

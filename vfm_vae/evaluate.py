@@ -159,8 +159,8 @@ def evaluate_samples(
 
     Args:
         samples: An .npz with `arr_0`, uint8 [N, H, W, 3], or a folder of images.
-        reference: Real images: an .npz such as ADM's VIRTUAL_imagenet256_labeled.npz, or a folder
-            `<reference>/<class>/*`.
+        reference: Real images: an .npz such as ADM's VIRTUAL_imagenet256_labeled.npz, or a folder of images, in which
+            they lie together or by class.
         inception: File with Inception's weights, if they are not where torch-fidelity keeps them.
         vfm: Name of a vision foundation model in timm whose features are compared instead of Inception's. The numbers
             are no FIDs then.

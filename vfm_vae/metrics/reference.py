@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader, Subset
 
 from vfm_vae.contracts import VFM
 from vfm_vae.data.archive import IMAGES, ImageArchive, write_archive
+from vfm_vae.data.flat import FlatFolderDataset, is_flat
 from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.identity import files_state, names_digest
+from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.transforms import CentreCrop
 from vfm_vae.frozen import device_of
 from vfm_vae.images import from_uint8
@@ -112,11 +114,11 @@ class ReferenceImages:
     """The real images that samples are compared with: an `.npz` as ADM's evaluator reads it, or a folder.
 
     A file holds the statistics `mu`, `sigma` of Inception's pooled features and `mu_s`, `sigma_s` of its spatial ones
-    over all images, and some of the images as `arr_0`. From a folder `<class>/*` such a file is made once, after ADM's
-    centre crop, and used again as long as nothing changes: names, sizes and times of modification of the images, size
-    of the crops, network, and how a VFM sees images. Files of earlier versions, which lack the times, are used again
-    as long as no image is newer than they are. For a VFM, a file that was made elsewhere has no statistics: they are
-    measured on its `arr_0`.
+    over all images, and some of the images as `arr_0`. From a folder such a file is made once, after ADM's centre crop,
+    and used again as long as nothing changes: names, sizes and times of modification of the images, size of the crops,
+    network, and how a VFM sees images. The images lie in the folder itself, or else in folders `<class>/` and below
+    them. Files of earlier versions, which lack the times, are used again as long as no image is newer than they are.
+    For a VFM, a file that was made elsewhere has no statistics: they are measured on its `arr_0`.
 
     Args:
         path: The file or the folder.
@@ -135,7 +137,7 @@ class ReferenceImages:
         self.path, self.image_size, self.remeasure = Path(path), image_size, remeasure
         self.statistics = Path(statistics) if statistics else None
         if self.path.is_dir():
-            self._dataset: ImageFolderDataset | None = _dataset(self.path, image_size)
+            self._dataset: ImageDataset | None = _images(self.path, image_size)
         elif self.path.is_file():
             self._dataset = None
             _archive(self.path, "reference")
@@ -145,8 +147,8 @@ class ReferenceImages:
                 )
         else:
             raise ValueError(
-                f"reference: nothing at {path!r}; give a folder of images, <reference>/<class>/*, or an .npz with "
-                "their statistics, such as ADM's VIRTUAL_imagenet256_labeled.npz (docs/evaluation.md says where it is)"
+                f"reference: nothing at {path!r}; give a folder of images, or an .npz with their statistics, such "
+                "as ADM's VIRTUAL_imagenet256_labeled.npz (docs/evaluation.md says where it is)"
             )
 
     def settings(self) -> dict[str, Any]:
@@ -191,7 +193,7 @@ class ReferenceImages:
             features = _archive_features(archive, network, batch_size)
         return Reference(pool, spatial, features if with_features else None)
 
-    def _measured(self, dataset: ImageFolderDataset, network: Network, batch_size: int) -> Path:
+    def _measured(self, dataset: ImageDataset, network: Network, batch_size: int) -> Path:
         """The file with a folder's statistics, which is made if it is missing or out of date."""
         name = f"{self.path.name}_{self.image_size}px_{name_of(network)}.npz"
         path = self.statistics or self.path.with_name(name)
@@ -205,7 +207,7 @@ class ReferenceImages:
             )
         return path
 
-    def _to_measure(self, dataset: ImageFolderDataset, path: Path, network: Network) -> dict[str, Any] | None:
+    def _to_measure(self, dataset: ImageDataset, path: Path, network: Network) -> dict[str, Any] | None:
         """The description of the statistics that have to be measured; None if they are there already."""
         files = files_state(dataset)
         source = _source(dataset, self.image_size, network) | {"files": files.digest}
@@ -231,14 +233,21 @@ def _dataset(folder: str | Path, image_size: int) -> ImageFolderDataset:
     return ImageFolderDataset(folder.parent, folder.name, CentreCrop(image_size), max_bad_fraction=0)
 
 
-def _batches(dataset: ImageFolderDataset, indices: Sequence[int], batch_size: int) -> DataLoader[Any]:
+def _images(folder: Path, image_size: int) -> ImageDataset:
+    """The images of a folder, whether they lie in it or in folders of classes."""
+    if is_flat(folder):
+        return FlatFolderDataset(folder, CentreCrop(image_size), max_bad_fraction=0)
+    return _dataset(folder, image_size)
+
+
+def _batches(dataset: ImageDataset, indices: Sequence[int], batch_size: int) -> DataLoader[Any]:
     num_workers = 8 if len(indices) > 10_000 else 0  # fewer are done before workers have started
     # Its own generator, so that the global one's state does not change.
     generator = torch.Generator()
     return DataLoader(Subset(dataset, indices), batch_size, num_workers=num_workers, generator=generator)
 
 
-def _source(dataset: ImageFolderDataset, image_size: int, network: Network) -> dict[str, Any]:
+def _source(dataset: ImageDataset, image_size: int, network: Network) -> dict[str, Any]:
     """What identifies statistics: the images and how features are computed."""
     images = {"image_size": image_size, "num_images": len(dataset), "names": names_digest(dataset)}
     return _features_source(network) | images
@@ -272,7 +281,7 @@ def _archive(path: Path, option: str) -> ImageArchive:
         raise ValueError(f"{option}: {error}") from error
 
 
-def _measure(dataset: ImageFolderDataset, network: Network, batch_size: int) -> tuple[Gaussian, Gaussian | None]:
+def _measure(dataset: ImageDataset, network: Network, batch_size: int) -> tuple[Gaussian, Gaussian | None]:
     """Statistics over all images and ranks."""
     device = device_of(network)
     moments = [Moments(width).to(device) for width in _widths(network)]
@@ -285,9 +294,7 @@ def _measure(dataset: ImageFolderDataset, network: Network, batch_size: int) -> 
     return pool, spatial[0] if spatial else None
 
 
-def _save(
-    path: Path, dataset: ImageFolderDataset, source: dict[str, Any], pool: Gaussian, spatial: Gaussian | None
-) -> None:
+def _save(path: Path, dataset: ImageDataset, source: dict[str, Any], pool: Gaussian, spatial: Gaussian | None) -> None:
     count = min(NUM_IMAGES, len(dataset))
     images = (dataset[i * len(dataset) // count][0].permute(1, 2, 0).numpy() for i in range(count))
     statistics = {"mu": pool.mean, "sigma": pool.covariance}
