@@ -10,11 +10,12 @@ from torch.utils.data import DataLoader
 
 from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.latents import LatentStatistics
+from vfm_vae.data.prompts import SamplePrompts, read_prompts
 from vfm_vae.data.resuming import ResumableLoader
 from vfm_vae.data.samples import SampleNumbers, SampleSet
 from vfm_vae.data.sampling import EvaluationSampler, GivenOrder, TrainingSampler
 from vfm_vae.data.small import SmallImages
-from vfm_vae.data.sources import SOURCES, Options, check_photos
+from vfm_vae.data.sources import SOURCES, Options, check_captions, check_photos
 from vfm_vae.data.steps import Steps, divided, whole_steps
 from vfm_vae.data.transforms import CentreCrop, RandomCrop, ResizeAndCrop, Transform
 from vfm_vae.data.workers import outlive_signals
@@ -30,8 +31,8 @@ class ImageNetDataModule(LightningDataModule):
     Yields `Batch` (uint8 images, labels, and positions in the data set), or `LatentBatch` from cached latents. The
     order of training images depends only on the seed and the epoch, not on workers, batch size or ranks; a resumed run
     continues with the next image of its epoch, even if batch size or ranks have changed. Validation and test see each
-    `val` image once, in order; prediction sees the splits that `predict` names. With `num_samples`, test and prediction
-    see the numbers of samples to draw instead.
+    `val` image once, in order; prediction sees the splits that `predict` names. With `num_samples` or `prompts`, test
+    and prediction see the numbers of samples to draw instead.
 
     Args:
         root: Folder of the data set, or of the cache with `source: latents`. With `source: photos`, the photos are
@@ -50,6 +51,11 @@ class ImageNetDataModule(LightningDataModule):
             cache of latents, as `python -m vfm_vae predict` makes it.
         photos: Options of the embedded data set, see `vfm_vae.embedded.photos.write_photos`, such as `size` and
             `train_per_class`.
+        captions: Where the images' captions are, which batches then carry. Folders and photos: the field of
+            `<root>/{train,val}/metadata.jsonl` that holds them, such as `text`; in each of its lines, `file_name` is
+            the path of an image, and images in no line are left out. Shards: `txt` for members `<key>.txt`, or
+            `json.FIELD` for that field of members `<key>.json`; `.cls` may then be missing. A field may hold several
+            captions, of which training draws one in each epoch. Cached latents bring those that they were made with.
         min_size: Leaves out training images whose shorter side is less than so many pixels.
         small_list: File that lists the images under `min_size`, one `class/file.JPEG` or `shard.tar/member.jpg` per
             line. It is made if it is missing or out of date, which reads every image's size. The default is
@@ -67,9 +73,14 @@ class ImageNetDataModule(LightningDataModule):
         max_bad_fraction: Damaged images are left out; the run stops if they are more than this fraction.
         predict: Splits that prediction goes through, one after the other, cropped as in evaluation.
         num_samples: Test and prediction draw so many samples from a diffusion model instead of reading a data set.
-        seed: Seed of the order and the augmentation of training images.
+        prompts: Test and prediction draw samples for these prompts from a diffusion model instead of reading a data
+            set. They are given as a list, or as a file `.txt` with a prompt in each line, a file `.jsonl` with a field
+            `prompt`, `text` or `caption` in each line, or a folder of files `.txt` with one prompt each.
+        images_per_prompt: Number of samples that are drawn for each of the `prompts`.
+        seed: Seed of the order, the augmentation and the captions of training images.
 
     Attributes:
+        samples: What test and prediction draw instead of reading a data set; None where they read one.
         predict_indices: What this rank is to predict, in order, by split (or `samples`); set by a writer that knows
             what is there already. Without an entry, everything is divided over the ranks.
 
@@ -88,6 +99,7 @@ class ImageNetDataModule(LightningDataModule):
         num_workers: int = 8,
         source: Literal["folder", "shards", "photos", "latents"] = "folder",
         photos: dict[str, int] | None = None,
+        captions: str | None = None,
         min_size: int = 0,
         small_list: str | None = None,
         mixed_shards: int = 64,
@@ -100,6 +112,8 @@ class ImageNetDataModule(LightningDataModule):
         max_bad_fraction: float = 0.01,
         predict: Sequence[Split] = ("val",),
         num_samples: int | None = None,
+        prompts: str | Sequence[str] | None = None,
+        images_per_prompt: int = 1,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -107,14 +121,17 @@ class ImageNetDataModule(LightningDataModule):
         one_of("crop", crop, "random", "centre")
         one_of("evaluation_crop", evaluation_crop, "adm", "resize")
         at_least(1, image_size=image_size, batch_size=batch_size, val_batch_size=val_batch_size)
-        at_least(1, micro_batch_size=micro_batch_size, mixed_shards=mixed_shards, num_samples=num_samples)
+        at_least(1, micro_batch_size=micro_batch_size, mixed_shards=mixed_shards)
+        at_least(1, num_samples=num_samples, images_per_prompt=images_per_prompt)
         at_least(0, num_workers=num_workers, min_size=min_size, seed=seed)
         within(0, 1, max_bad_fraction=max_bad_fraction)
         check_photos(photos or {})
+        check_captions(source, captions)
         self.root, self.source, self.image_size, self.seed = Path(root), source, image_size, seed
         self.batch_size, self.micro_batch_size, self.val_batch_size = batch_size, micro_batch_size, val_batch_size
         self.num_workers, self.min_size, self.mixed_shards = num_workers, min_size, mixed_shards
         self.predict, self.num_samples = tuple(predict), num_samples
+        self.samples = _samples(num_samples, prompts, images_per_prompt)
         self.train_transform: Transform = RandomCrop(image_size, min_crop, resampling)
         if crop == "centre":
             self.train_transform = CentreCrop(image_size, flip=True)
@@ -128,6 +145,7 @@ class ImageNetDataModule(LightningDataModule):
             evaluation_transform=self.evaluation_transform,
             small=SmallImages(min_size, cache, small_list),
             photos=photos or {},
+            captions=captions,
             exif_transpose=exif_transpose,
             max_bad_fraction=max_bad_fraction,
             seed=seed,
@@ -156,10 +174,10 @@ class ImageNetDataModule(LightningDataModule):
             ValueError: if data is missing, or steps don't divide over GPUs and batches.
         """
         if stage == "predict":
-            names = self.predict if self.num_samples is None else ("samples",)
+            names = self.predict if self.samples is None else ("samples",)
             self.predict_sets, self.predict_indices = {name: self._predicted(name) for name in names}, {}
             return
-        if stage == "test" and self.num_samples is not None:
+        if stage == "test" and self.samples is not None:
             return
         if stage == "fit" and self.trainer is not None:
             self._steps.begin(self.trainer)
@@ -221,10 +239,8 @@ class ImageNetDataModule(LightningDataModule):
         return [] if self.val_set is None else self._evaluation_loader(self.val_set)
 
     def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The validation images, or the numbers of `num_samples` samples."""
-        if self.num_samples is not None:
-            return self._evaluation_loader(SampleNumbers(self.num_samples))
-        return self.val_dataloader()
+        """The validation images, or the samples to draw."""
+        return self.val_dataloader() if self.samples is None else self._evaluation_loader(self.samples)
 
     def evaluation_dataloader(self, split: Split) -> DataLoader[Any]:
         """A split once, in order and without randomness, divided over the ranks as in validation."""
@@ -251,8 +267,8 @@ class ImageNetDataModule(LightningDataModule):
         return self.train_set
 
     def _predicted(self, name: str) -> SampleSet:
-        if self.num_samples is not None and name == "samples":
-            return SampleNumbers(self.num_samples)
+        if self.samples is not None and name == "samples":
+            return self.samples
         dataset = self._source.evaluated(name)
         if dataset is None:
             raise ValueError(f"root: the latents in {str(self.root)!r} have no split {name!r}")
@@ -289,3 +305,12 @@ class ImageNetDataModule(LightningDataModule):
             # Otherwise each new iterator would draw from the global generator, and noise would depend on it.
             "generator": torch.Generator(),
         }
+
+
+def _samples(num_samples: int | None, prompts: str | Sequence[str] | None, images_per_prompt: int) -> SampleSet | None:
+    """The samples that are to be drawn; None where there are none."""
+    if prompts is None:
+        return None if num_samples is None else SampleNumbers(num_samples)
+    if num_samples is not None:
+        raise ValueError("num_samples: prompts say how many samples there are; leave one of the two options out")
+    return SamplePrompts(read_prompts(prompts), images_per_prompt)

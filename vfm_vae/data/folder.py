@@ -6,38 +6,65 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lightning.pytorch.utilities import rank_zero_warn
+
+from vfm_vae.data.captions import METADATA, CaptionTable, read_captions
 from vfm_vae.data.images import ImageDataset, kept
 from vfm_vae.data.listing import EXTENSIONS, find_images, in_short, is_hidden, say_left_out
 from vfm_vae.data.transforms import Transform
 
+ALL = "images"  # the class of images that are not sorted into classes
+
 
 class ImageFolderDataset(ImageDataset):
     """Images of `<root>/<split>/<class>/` and the folders in it, with their classes numbered in alphabetical order.
+
+    With captions, the images are those that `<root>/<split>/metadata.jsonl` names, see `read_captions`; where not all
+    of them lie in class folders, there is one class.
 
     Args:
         root: Folder of the data set.
         split: Folder below it, `train` or `val`.
         transform: Makes a tensor of an RGB image.
         exclude: Names of images to leave out, relative to the split's folder, as `class/file.JPEG`.
+        captions: Field of `metadata.jsonl` that holds captions; None reads no captions.
         **kwargs: As for `ImageDataset`.
 
     Attributes:
         folder: Folder of the split; the images' names are relative to it.
 
     Raises:
-        ValueError: the folder is missing, holds no classes or no images, or a class has none; when reading, too many
-            images are damaged.
+        ValueError: the folder is missing, holds no classes or no images, or a class has none; captions can't be read;
+            when reading, too many images are damaged.
     """
 
     def __init__(
-        self, root: str | Path, split: str, transform: Transform, *, exclude: Collection[str] = (), **kwargs: Any
+        self,
+        root: str | Path,
+        split: str,
+        transform: Transform,
+        *,
+        exclude: Collection[str] = (),
+        captions: str | None = None,
+        **kwargs: Any,
     ) -> None:
         self.folder = Path(root) / split
-        self.classes = list_classes(root, split)
-        names, labels = _list_images(self.folder, self.classes)
+        table: CaptionTable | None = None
+        if captions is None:
+            self.classes = list_classes(root, split)
+            names, labels = _list_images(self.folder, self.classes)
+        else:
+            names, table = read_captions(self.folder, captions)
+            self.classes, labels = _classes_of(names)
+            _say_unnamed(self.folder, names)
         positions = kept(names, exclude, self.folder)
         super().__init__(
-            self.folder, [names[i] for i in positions], [labels[i] for i in positions], transform, **kwargs
+            self.folder,
+            [names[i] for i in positions],
+            [labels[i] for i in positions],
+            transform,
+            captions=None if table is None else table.of(positions),
+            **kwargs,
         )
 
     def open(self, index: int) -> BinaryIO:
@@ -99,3 +126,21 @@ def _list_images(folder: Path, classes: list[str]) -> tuple[list[str], list[int]
             f"{' '.join(EXTENSIONS)}; fill them or take them away"
         )
     return names, labels
+
+
+def _classes_of(names: list[str]) -> tuple[list[str], list[int]]:
+    """The top folders of images as classes, and the label of each image; one class where an image lies in no folder."""
+    folders = [folder if inside else "" for folder, inside, _ in (name.partition("/") for name in names)]
+    if "" in folders:
+        return [ALL], [0] * len(names)
+    classes = sorted(set(folders))
+    labels = {name: label for label, name in enumerate(classes)}
+    return classes, [labels[folder] for folder in folders]
+
+
+def _say_unnamed(folder: Path, names: list[str]) -> None:
+    """Warns of images in the folder that are not among the names, if there are any."""
+    named = set(names)
+    unnamed = sum(name not in named for name in find_images(folder, Counter()))
+    if unnamed:
+        rank_zero_warn(f"captions: left out in {str(folder)!r}: {unnamed} images that no line of {METADATA} names")

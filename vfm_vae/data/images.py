@@ -14,11 +14,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
+from vfm_vae.data.captions import ImageCaptions
 from vfm_vae.data.decoding import decode
 from vfm_vae.data.listing import EXTENSIONS
 from vfm_vae.data.samples import SampleSet
-from vfm_vae.data.sampling import Draw
+from vfm_vae.data.sampling import Draw, caption_drawn
 from vfm_vae.data.transforms import Transform
+from vfm_vae.types import Caption
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,9 @@ class ImageDataset(SampleSet):
     A damaged image is named in the log once and counted, over all workers of this rank. In training the next good image
     takes its place; in evaluation that one comes marked as padding, so that no metric counts it.
 
+    Of an image's captions, training sees another in each epoch, drawn apart from the augmentation, and evaluation the
+    first.
+
     Args:
         place: What the images lie in, for messages.
         names: Names of the images in `place`.
@@ -37,8 +42,10 @@ class ImageDataset(SampleSet):
         seed: Seed of the augmentation.
         exif_transpose: Whether images are turned as their EXIF orientation says.
         replace_damaged: Whether another image takes the place of a damaged one (training), or marks it (evaluation).
+            Captions are likewise drawn or the first.
         max_bad_fraction: Share of the data set that may be damaged.
         num_lost: Images that are known to be damaged, and are not among the names.
+        captions: What is said of each image; None where samples come without captions.
 
     Attributes:
         classes: Names of the classes; a label is a position in this list.
@@ -63,6 +70,7 @@ class ImageDataset(SampleSet):
         replace_damaged: bool = True,
         max_bad_fraction: float = 0.01,
         num_lost: int = 0,
+        captions: ImageCaptions | None = None,
     ) -> None:
         self.place = Path(place)
         self.transform = transform
@@ -71,6 +79,7 @@ class ImageDataset(SampleSet):
         self.replace_damaged = replace_damaged
         self.max_bad_fraction = max_bad_fraction
         self.num_lost = num_lost
+        self.captions = captions
         # Arrays, because a list of a million strings is copied page by page into every forked worker.
         self._names = np.array([os.fsencode(name) for name in names])
         self.labels = np.array(labels, dtype=np.int64)
@@ -99,15 +108,25 @@ class ImageDataset(SampleSet):
         """How many images have been found damaged so far."""
         return self.num_lost + int(self._damaged.sum())
 
-    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int, int]:
-        """Returns image (uint8 `[3, H, W]`), label and index; index -1 marks padding."""
+    @property
+    def has_captions(self) -> bool:
+        """Whether samples come with captions."""
+        return self.captions is not None
+
+    def captions_of(self, index: int) -> list[str]:
+        """All captions of an image, or the empty one where it has none."""
+        return (self.captions[index] if self.captions is not None else []) or [""]
+
+    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int, int] | tuple[Tensor, int, int, Caption]:
+        """Returns image (uint8 `[3, H, W]`), label and index, -1 for padding; then a caption, if there are any."""
         draw = Draw(draw) if isinstance(draw, int) else draw
         index = draw.index
         while (image := self._read(index)) is None:
             index = (index + 1) % len(self)
         generator = np.random.default_rng((self.seed, draw.epoch, draw.index))
         is_padding = draw.padding or (index != draw.index and not self.replace_damaged)
-        return self.transform(image, generator), int(self.labels[index]), -1 if is_padding else index
+        sample = self.transform(image, generator), int(self.labels[index]), -1 if is_padding else index
+        return (*sample, self._caption(index, draw.epoch)) if self.has_captions else sample
 
     def small(self, min_size: int, num_threads: int = 8) -> list[str]:
         """Names of the images whose short side is under `min_size` pixels; reads headers alone.
@@ -124,6 +143,11 @@ class ImageDataset(SampleSet):
 
         with ThreadPoolExecutor(num_threads) as threads:
             return [self.name(index) for index, small in enumerate(threads.map(is_small, range(len(self)))) if small]
+
+    def _caption(self, index: int, epoch: int) -> Caption:
+        captions = self.captions_of(index)
+        is_drawn = self.replace_damaged and len(captions) > 1
+        return Caption(captions[caption_drawn(self.seed, epoch, index, len(captions)) if is_drawn else 0])
 
     def _read(self, index: int) -> Image.Image | None:
         """The decoded image, or None for one that is damaged."""

@@ -34,6 +34,7 @@ class Options:
     evaluation_transform: Transform
     small: SmallImages
     photos: Mapping[str, int]
+    captions: str | None
     exif_transpose: bool
     max_bad_fraction: float
     seed: int
@@ -90,20 +91,22 @@ class Images(Source):
 
 
 class Folders(Images):
-    """Images as `<root>/{train,val}/<class>/*`."""
+    """Images as `<root>/{train,val}/<class>/*`, or as `<root>/{train,val}/metadata.jsonl` names them with captions."""
 
     def images(self, split: str, transform: Transform, **kwargs: Any) -> ImageFolderDataset:
         """Those of a split's folder."""
-        return ImageFolderDataset(self.root, split, transform, **kwargs | self._reading())
+        captions = self.options.captions
+        return ImageFolderDataset(self.root, split, transform, captions=captions, **kwargs | self._reading())
 
     def training(self) -> ImageDataset:
         """Augmented, without the small ones.
 
         Raises:
-            ValueError: if `val` has other classes, whose numbers would be others.
+            ValueError: if there are no captions, and `val` has other classes, whose numbers would be others.
         """
         dataset = super().training()
-        check_classes(self.root, dataset.classes, "val")
+        if self.options.captions is None:  # with captions, folders need not be classes
+            check_classes(self.root, dataset.classes, "val")
         return dataset
 
 
@@ -167,3 +170,19 @@ def check_photos(arguments: Mapping[str, int]) -> None:
     for name, value in arguments.items():
         one_of("photos", name, *list(signature(write_photos).parameters)[1:])
         at_least(0 if name == "seed" else 1, **{f"photos.{name}": value})
+
+
+def check_captions(source: str, captions: str | None) -> None:
+    """Checks that a source has captions in such a place.
+
+    Raises:
+        ValueError: if not.
+    """
+    if captions is None:
+        return
+    if source == "latents":
+        raise ValueError("captions: cached latents bring the captions that they were made with; leave the option out")
+    if source == "shards" and captions != "txt" and (not captions.startswith("json.") or captions == "json."):
+        raise ValueError(f"captions: of shards, 'txt' or 'json.' and the name of a field, given {captions!r}")
+    if not captions:
+        raise ValueError("captions: the name of a field of metadata.jsonl, such as 'text', given ''")
