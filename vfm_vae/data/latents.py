@@ -273,7 +273,7 @@ class LatentDataset(SampleSet):
         shard, row = self._place(draw.index)
         texts, file = self._texts[shard], self._file(shard)
         numbers = texts.of_image(row)
-        number = numbers[caption_drawn(self.seed, draw, len(numbers)) if self.train else 0]
+        number = numbers[caption_drawn(self.seed, draw.epoch, draw.index, len(numbers)) if self.train else 0]
         return Caption(texts.caption(file, number), texts.tokens(file, number), *empty)
 
     def _row(self, name: str, index: int) -> Tensor:

@@ -166,9 +166,9 @@ class GivenOrder(DistributedSampler[Any]):
         return max(len(self.indices), 1)
 
 
-def caption_drawn(seed: int, draw: Draw, count: int) -> int:
+def caption_drawn(seed: int, epoch: int, index: int, count: int) -> int:
     """Which of an image's captions training sees, of so many: the same beside images and cached latents."""
-    return seed_of(seed, draw.epoch, draw.index, *b"caption") % count
+    return seed_of(seed, epoch, index, *b"caption") % count
 
 
 class IndexedNoise:
