@@ -264,7 +264,7 @@ class DiffusionModule(DrawingModule):
     def on_validation_epoch_end(self) -> None:
         """Logs over all ranks, unless there was nothing but numbers of samples."""
         stage = "test" if self.trainer.testing else "val"
-        if stage == "test" and undeclared(self.trainer).datamodule.num_samples is not None:
+        if stage == "test" and undeclared(self.trainer).datamodule.samples is not None:
             return
         values = {f"{stage}/loss": self.val_loss.compute()} | self.val_loss_by_time.named(stage)
         self.log_dict(values, rank_zero_only=False)
@@ -325,12 +325,13 @@ class DiffusionModule(DrawingModule):
             self.pipeline.guidance.compile_regions()
         data, pipeline = undeclared(self.trainer).datamodule, self.pipeline
         if stage != "predict" and data is not None:
-            known = pipeline.latent_source
-            pipeline.latent_source = check_data(data, self.model, self.tokenizer, self.alignment, known)
+            known, conditioning = pipeline.latent_source, self.conditioning
+            pipeline.latent_source = check_data(data, self.model, self.tokenizer, self.alignment, known, conditioning)
             if data.latent_statistics is not None and not self.normalization.is_known:
                 self.normalization.take(data.latent_statistics)
             if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
-                pipeline.latent_source = begin_from(self.init_from, self, pipeline.latent_source, self.normalization)
+                known = pipeline.latent_source
+                pipeline.latent_source = begin_from(self.init_from, self, known, self.normalization, conditioning)
         pipeline.guidance.prepare(pipeline)
 
     def on_fit_start(self) -> None:
@@ -373,10 +374,11 @@ class DiffusionModule(DrawingModule):
 
         Raises:
             ValueError: if the checkpoint is of another model, belongs to another tokenizer's latents than the data or
-                the tokenizer at hand, or was aligned to another VFM.
+                the tokenizer at hand, or to another text encoder, or was aligned to another VFM.
         """
         stored = schema.take(checkpoint, DIFFUSION, "ckpt_path: the checkpoint")
-        check_checkpoint(stored, self.pipeline.latent_source, self.normalization, "ckpt_path")
+        known = self.pipeline.latent_source
+        check_checkpoint(stored, known, self.normalization, self.conditioning, "ckpt_path")
         check_state(self, checkpoint, "ckpt_path")
         check_meaning(stored, self.model, "ckpt_path")
         if has_trainer(self) and self.trainer.state.fn == TrainerFn.FITTING:

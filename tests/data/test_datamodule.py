@@ -164,8 +164,8 @@ def shares(root, ranks, loader, **kwargs):
 
 def joined(parts):
     """One batch of the parts that ranks have, without padding."""
-    batch = Batch(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    return Batch(*(column[batch.real] for column in batch))
+    batch = Batch(*(torch.cat(column) for column in zip(*(part[:3] for part in parts), strict=True)))
+    return Batch(*(column[batch.real] for column in batch[:3]))
 
 
 @pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
@@ -176,7 +176,7 @@ def test_two_ranks_see_what_one_sees(make_tree, loader):
     two = shares(tree, 2, loader, **kwargs)
     assert len(two[0]) == len(two[1]) == len(alone)
     for whole, *parts in zip(alone, *two, strict=True):
-        for one, both in zip(whole, joined(parts), strict=True):
+        for one, both in zip(whole[:3], joined(parts)[:3], strict=True):
             assert torch.equal(one, both)
 
 
