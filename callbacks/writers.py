@@ -4,27 +4,30 @@ Every rank writes its own part and nothing is kept in memory. Caches go on where
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from callbacks.texts import check_captions, embedded, expected_size, keep_empty, source_of
 from vfm_vae.checkpoints import read_json
 from vfm_vae.contracts import MakesFeatures, MakesLatents
-from vfm_vae.data.identity import files_state
+from vfm_vae.data.identity import captions_digest, files_state
 from vfm_vae.data.latents import IDENTITY, STATISTICS, ShardPlan, measure_shards
+from vfm_vae.data.texts import pack_texts
 from vfm_vae.finite import check_finite
 from vfm_vae.images import to_uint8
 from vfm_vae.lightning_private import undeclared
 from vfm_vae.options import at_least
 from vfm_vae.saving import alike
+from vfm_vae.text import TextEncoder
 from vfm_vae.trial import Output
-from vfm_vae.types import Encoded
+from vfm_vae.types import Caption, Encoded
 from vfm_vae.writing import check_place, write_json, write_picture, write_tensors
 
 
@@ -75,13 +78,18 @@ class LatentWriter(Output):
     by one rank; a cache that was begun is completed, also by another number of ranks. At the end come the statistics
     that normalise latents, over the plain views. With `model.features`, shards hold a VFM's features too.
 
+    With `text`, shards hold the images' captions and their embeddings, too, of all captions of an image. What that will
+    take is said before it begins.
+
     Args:
         directory: Folder to write to, made if it is missing; the default is `--run.output`.
         shard_size: Number of images in a shard, which a rank holds in memory until it is complete.
-        dtype: Precision in which latents are stored; features are stored in bfloat16.
+        dtype: Precision in which latents are stored; features and embeddings of captions are stored in bfloat16.
+        text: Text encoder that embeds the captions that `data.captions` names; null leaves captions out.
 
     Raises:
-        ValueError: when prediction starts, if the module gives no latents, or the directory holds others.
+        ValueError: when prediction starts, if the module gives no latents, there are no captions to embed, or the
+            directory holds others.
     """
 
     def __init__(
@@ -89,9 +97,10 @@ class LatentWriter(Output):
         directory: str | None = None,
         shard_size: int = 10_000,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        text: TextEncoder | None = None,
     ) -> None:
         at_least(1, shard_size=shard_size)
-        self.directory, self.shard_size, self.dtype = place_of(directory), shard_size, dtype
+        self.directory, self.shard_size, self.dtype, self.text = place_of(directory), shard_size, dtype, text
         self._streams: list[_ShardStream] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -101,11 +110,15 @@ class LatentWriter(Output):
         if not isinstance(pl_module, MakesLatents) or pl_module.predict == "reconstructions":
             raise ValueError("model.predict: a cache takes 'latents' or 'moments' of a tokenizer")
         self._streams, data = [], undeclared(trainer).datamodule
+        if self.text is not None:
+            check_captions(data.predict_sets.values())
+            if trainer.is_global_zero:
+                rank_zero_info(expected_size(self.text, data.predict_sets.values()))
         for split, dataset in data.predict_sets.items():
             plan = ShardPlan(self.directory / split, len(dataset), self.shard_size)
             shards = plan.missing(trainer.global_rank, trainer.world_size)
             data.predict_indices[split] = [image for shard in shards for image in plan.images(shard)]
-            self._streams.append(_ShardStream(plan, shards, getattr(torch, self.dtype)))
+            self._streams.append(_ShardStream(plan, shards, getattr(torch, self.dtype), self.text))
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Notes which tokenizer makes these latents, by the weights in use, which are averaged ones by now."""
@@ -133,7 +146,13 @@ class LatentWriter(Output):
                 raise ValueError(f"directory: {str(file.parent)!r} holds safetensors of unknown origin; choose another")
             sizes = files_state(dataset).sizes if trainer.is_global_zero else None  # the same for copies
             images = {"images": trainer.strategy.broadcast(sizes)}
-            keep_settings(trainer, file, settings | images | {"num_images": stream.plan.num_images}, unsaid | images)
+            of_split = images | {"num_images": stream.plan.num_images}
+            if self.text is not None:
+                digest = captions_digest(dataset) if trainer.is_global_zero else None
+                of_split |= {"text": source_of(self.text, file), "captions": trainer.strategy.broadcast(digest)}
+            keep_settings(trainer, file, settings | of_split, unsaid | images)
+            if self.text is not None:
+                keep_empty(trainer, self.text, file.parent, pl_module.device)
 
     def on_predict_batch_end(
         self,
@@ -145,7 +164,9 @@ class LatentWriter(Output):
         dataloader_idx: int = 0,
     ) -> None:
         """Adds the batch, and writes the shard if it is complete."""
-        self._streams[dataloader_idx].add(outputs)
+        dataset = list(undeclared(trainer).datamodule.predict_sets.values())[dataloader_idx]
+        texts = [] if self.text is None else embedded(self.text, dataset, outputs.index, pl_module.device)
+        self._streams[dataloader_idx].add(outputs, texts)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes the statistics once all ranks are through; that file says that the cache is finished."""
@@ -167,12 +188,13 @@ class LatentWriter(Output):
 class _ShardStream:
     """Collects samples, which arrive shard by shard, and writes each shard when it is complete."""
 
-    def __init__(self, plan: ShardPlan, shards: list[int], dtype: torch.dtype) -> None:
-        self.plan, self._shards, self._dtype = plan, shards, dtype
+    def __init__(self, plan: ShardPlan, shards: list[int], dtype: torch.dtype, text: TextEncoder | None) -> None:
+        self.plan, self._shards, self._dtype, self._text = plan, shards, dtype, text
         self._pending: list[dict[str, Tensor]] = []
+        self._texts: list[list[Caption]] = []
 
-    def add(self, encoded: Encoded) -> None:
-        """Takes in a batch.
+    def add(self, encoded: Encoded, texts: Sequence[list[Caption]]) -> None:
+        """Takes in a batch, with all captions of each image.
 
         Raises:
             ValueError: if it is not finite in the precision that it is stored in.
@@ -182,6 +204,7 @@ class _ShardStream:
         for name, values in tensors.items():
             check_finite(f"{name} in {values.dtype}", values)
         self._pending.append(tensors | {"labels": encoded.labels.cpu(), "index": encoded.index.cpu()})
+        self._texts.extend(texts)
         while self._shards and sum(len(rows["index"]) for rows in self._pending) >= len(self._current):
             self._write()
 
@@ -194,8 +217,13 @@ class _ShardStream:
         size = len(self._current)
         shard = {name: tensor[:size] for name, tensor in rows.items()}
         real = shard["index"] >= 0  # a damaged image counts as padding
-        write_tensors(self.plan.path(self._shards.pop(0)), {name: tensor[real] for name, tensor in shard.items()})
+        shard = {name: tensor[real] for name, tensor in shard.items()}
+        if self._text is not None:
+            texts = [texts for texts, is_real in zip(self._texts, real.tolist(), strict=False) if is_real]
+            shard |= pack_texts(texts, self._text.width)
+        write_tensors(self.plan.path(self._shards.pop(0)), shard)
         self._pending = [{name: tensor[size:] for name, tensor in rows.items()}]
+        self._texts = self._texts[size:]
 
 
 def keep_settings(

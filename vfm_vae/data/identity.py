@@ -30,6 +30,14 @@ def names_digest(dataset: ImageDataset) -> str:
     return hashlib.sha256("\n".join(dataset.name(index) for index in range(len(dataset))).encode()).hexdigest()
 
 
+def captions_digest(dataset: ImageDataset) -> str:
+    """SHA-256, in hexadecimal, over the captions of all images, in their order."""
+    digest = hashlib.sha256()
+    for index in range(len(dataset)):
+        digest.update("\0".join([*dataset.captions_of(index), "\n"]).encode())
+    return digest.hexdigest()
+
+
 def files_state(dataset: ImageDataset, num_threads: int = 8) -> FilesState:
     """The state of the files that hold a data set's images: theirs, or those of tar shards.
 

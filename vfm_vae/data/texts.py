@@ -54,7 +54,7 @@ class EmptyCaption(NamedTuple):
 
     def write(self, folder: Path) -> None:
         """Writes it, at once."""
-        write_torch(folder / EMPTY, {"tokens": self.tokens.cpu(), "length": self.length})
+        write_torch(folder / EMPTY, {"tokens": self.tokens.cpu().clone(), "length": self.length})
 
 
 def pack_texts(images: Sequence[Sequence[Caption]], width: int) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ def pack_texts(images: Sequence[Sequence[Caption]], width: int) -> dict[str, Ten
     """
     captions = [caption for image in images for caption in image]
     tokens = [caption.tokens for caption in captions if caption.tokens is not None]
-    texts = [encoded(caption.text) for caption in captions]
+    texts = [caption.text.encode() for caption in captions]
     return {
         "text": torch.cat([torch.empty(0, width, dtype=torch.bfloat16), *tokens]),
         "text_ends": _ends(map(len, tokens)),
@@ -74,11 +74,6 @@ def pack_texts(images: Sequence[Sequence[Caption]], width: int) -> dict[str, Ten
         "captions_ends": _ends(map(len, texts)),
         "image_ends": _ends(map(len, images)),
     }
-
-
-def encoded(caption: str) -> bytes:
-    """A caption in UTF-8; half of a surrogate pair, as JSON may have it, is kept."""
-    return caption.encode(errors="surrogatepass")
 
 
 def _ends(sizes: Iterable[int]) -> Tensor:
@@ -120,7 +115,7 @@ class ShardTexts:
         """A caption."""
         start, end = self._part("captions_ends", number)
         text: bytes = file.get_slice("captions")[start:end].numpy().tobytes()
-        return text.decode(errors="surrogatepass")
+        return text.decode()
 
     def tokens(self, file: Any, number: int) -> Tensor:
         """A caption's embeddings, bfloat16 `[n, D]`; no others are read."""
