@@ -10,12 +10,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from ldm.alignment import REPA
+from ldm.condition import Conditioning
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
 from vfm_vae.checkpoints import few, fill
 from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.latents import LatentDataset, LatentStatistics
+from vfm_vae.data.samples import SampleSet
 from vfm_vae.schema import Kind, Stored, read
+from vfm_vae.text import TextEncoder
 from vfm_vae.tokenizer import FrozenTokenizer
 
 
@@ -43,6 +47,7 @@ def check_data(
     tokenizer: FrozenTokenizer | None,
     alignment: REPA | None,
     latent_source: dict[str, Any] | None,
+    conditioning: Conditioning,
 ) -> dict[str, Any] | None:
     """Checks that a denoiser can be trained and measured on the data sets.
 
@@ -52,6 +57,7 @@ def check_data(
         tokenizer: Encodes images.
         alignment: Aligns the denoiser to a VFM.
         latent_source: Identity of the tokenizer whose latents are wanted, where it is known.
+        conditioning: What the denoiser is told. Its text encoder remembers that of cached captions.
 
     Returns:
         That identity, from the data where it was not known.
@@ -61,6 +67,8 @@ def check_data(
     """
     check_classes(data, denoiser.num_classes)
     for dataset in filter(None, (data.train_set, data.val_set)):
+        if conditioning.text_encoder is not None:
+            check_captions(dataset, conditioning.text_encoder)
         if isinstance(dataset, LatentDataset):
             check_latents(dataset, denoiser, latent_source)
             latent_source = latent_source or dataset.tokenizer
@@ -92,6 +100,74 @@ def check_parts(denoiser: Denoiser, alignment: REPA | None, tokenizer: FrozenTok
             f"model.in_channels: the tokenizer's latents have {tokenizer.identity['channels']} channels, but the "
             f"denoiser takes {denoiser.in_channels}"
         )
+
+
+def check_texts(denoiser: Denoiser, conditioning: Conditioning) -> None:
+    """Checks that a denoiser takes the texts that it is told, or is told none and takes none.
+
+    Raises:
+        ValueError: if not.
+    """
+    takes, gives = denoiser.text_channels, conditioning.text_channels
+    if takes == gives:
+        return
+    names = type(denoiser).__name__, type(conditioning).__name__
+    if not gives:
+        fault = f"{names[0]} takes texts, but {names[1]} gives none; give ldm.text.Captions with a text encoder"
+        raise ValueError(f"model.conditioning: {fault}")
+    encoder = getattr(conditioning.text_encoder, "name", "")
+    fault = f"embeddings of {takes} channels" if takes else "no texts"
+    advice = f"set it to {gives}" if takes else "give another denoiser, or set model.conditioning to null"
+    raise ValueError(
+        f"model.text_channels: {names[0]} takes {fault}, but {encoder} embeds texts in {gives} channels; {advice}"
+    )
+
+
+def check_captions(dataset: SampleSet, encoder: TextEncoder) -> None:
+    """Checks that a data set has captions, and none that another text encoder embedded.
+
+    Args:
+        dataset: Images or cached latents.
+        encoder: At hand; it remembers the fingerprint of the one that made a cache.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not isinstance(dataset, LatentDataset):
+        if isinstance(dataset, ImageDataset) and not dataset.has_captions:
+            raise ValueError(
+                "data.captions: the denoiser is told captions, but the data comes without; say where they are, such as "
+                "'text' for that field of metadata.jsonl"
+            )
+        return
+    place, again = f"data.root: the latents in {str(dataset.folder)!r}", "make the cache again with this one"
+    if dataset.text_shape is None:
+        raise ValueError(
+            f"{place} come without captions, which the denoiser is told; {again}: set data.captions and LatentWriter's "
+            "text"
+        )
+    what, advice = f"{place} have captions of", f"give that one (model.conditioning), or {again}"
+    encoder.go_on_as(dataset.text_source, what, advice)
+    if dataset.text_shape != (encoder.max_tokens, encoder.width):
+        raise ValueError(
+            f"{what} {dataset.text_shape} (tokens at most, channels), but {encoder.name} gives "
+            f"{(encoder.max_tokens, encoder.width)}; {again}"
+        )
+
+
+def go_on_with_texts(conditioning: Conditioning, source: Mapping[str, Any] | None, place: str) -> None:
+    """Has a text encoder, where there is one, go on as that of a model that was trained.
+
+    Args:
+        conditioning: What the denoiser is told.
+        source: What is known of the other, see `TextEncoder.source`; None where nothing is.
+        place: Names the model.
+
+    Raises:
+        ValueError: if it is another.
+    """
+    if conditioning.text_encoder is not None:
+        conditioning.text_encoder.go_on_as(source, f"{place} was trained on texts of", "give the same")
 
 
 def check_classes(data: ImageNetDataModule, num_classes: int | None) -> None:
@@ -167,7 +243,11 @@ def check_images(image_size: int, tokenizer: FrozenTokenizer | None, denoiser: D
 
 
 def begin_from(
-    source: str, module: nn.Module, latent_source: dict[str, Any] | None, normalization: LatentNormalization
+    source: str,
+    module: nn.Module,
+    latent_source: dict[str, Any] | None,
+    normalization: LatentNormalization,
+    conditioning: Conditioning,
 ) -> dict[str, Any] | None:
     """Loads a checkpoint's weights, averaged ones if it has them, and its statistics of latents.
 
@@ -176,15 +256,17 @@ def begin_from(
         module: Takes the weights.
         latent_source: Identity of the tokenizer at hand, where it is known.
         normalization: The module's normalization.
+        conditioning: What its denoiser is told.
 
     Returns:
         That identity, from the checkpoint where it was not known.
 
     Raises:
-        ValueError: if there is no checkpoint, or it holds another model, or belongs to another tokenizer's latents.
+        ValueError: if there is no checkpoint, or it holds another model, or belongs to another tokenizer's latents or
+            another text encoder.
     """
     stored = read(source, "init_from", DIFFUSION)
-    check_checkpoint(stored, latent_source, normalization, "init_from")
+    check_checkpoint(stored, latent_source, normalization, conditioning, "init_from")
     fill(module, stored.averaged(), f"{stored.place} holds another model")
     denoiser = module.get_submodule("model")
     assert isinstance(denoiser, Denoiser)
@@ -196,19 +278,22 @@ def check_checkpoint(
     stored: Stored,
     latent_source: Mapping[str, Any] | None,
     normalization: LatentNormalization,
+    conditioning: Conditioning,
     option: str,
 ) -> None:
-    """Compares the latents that a checkpoint was trained on with those at hand.
+    """Compares the latents and texts that a checkpoint was trained on with those at hand.
 
     Args:
         stored: A checkpoint of a diffusion model's training.
         latent_source: Identity of the tokenizer at hand, where it is known.
         normalization: At hand.
+        conditioning: At hand; its text encoder, where it has one, remembers the fingerprint of the checkpoint's.
         option: Names the checkpoint.
 
     Raises:
-        ValueError: if it belongs to another tokenizer's latents.
+        ValueError: if it belongs to another tokenizer's latents, or another text encoder.
     """
+    go_on_with_texts(conditioning, stored.content.get("config", {}).get("text"), f"{option}: the checkpoint")
     check_tokenizer(stored.content["tokenizer"], latent_source, f"{option}: data and tokenizer at hand are")
     # A strategy that shards the model has loaded its state by now, and taken it out.
     state = stored.content.get("state_dict", normalization.state_dict(prefix="normalization."))

@@ -16,6 +16,7 @@ from torch import Tensor
 from vfm_vae.data.sampling import IndexedNoise
 from vfm_vae.description import Described, describe
 from vfm_vae.options import at_least
+from vfm_vae.text import TextEncoder
 from vfm_vae.types import Batch, LatentBatch
 
 LabelMode = Literal["random", "balanced"]
@@ -78,13 +79,18 @@ class Conditioning(Described, ABC):
 
     Attributes:
         num_classes: How many classes there are, where conditions are classes; None otherwise.
-        text_channels: Width of the embeddings, where conditions are texts; 0 otherwise.
+        text_encoder: Embeds texts, where conditions are texts; None otherwise.
         is_random: Whether `of_samples` takes random numbers.
     """
 
     num_classes: int | None = None
-    text_channels: int = 0
+    text_encoder: TextEncoder | None = None
     is_random: bool = True
+
+    @property
+    def text_channels(self) -> int:
+        """Width of the embeddings, where conditions are texts; 0 otherwise."""
+        return 0 if self.text_encoder is None else self.text_encoder.width
 
     @abstractmethod
     def of_batch(self, batch: Batch | LatentBatch) -> Condition:

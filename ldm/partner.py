@@ -41,12 +41,14 @@ class Found(NamedTuple):
         conditioning: Class of what tells it.
         statistics: Those of the latents that it was trained on.
         latent_source: Which tokenizer's latents these are; None where it is not known.
+        text_source: Which text encoder's texts it takes; None where it takes none.
     """
 
     network: Frozen
     conditioning: str
     statistics: LatentStatistics
     latent_source: dict[str, Any] | None
+    text_source: dict[str, Any] | None
 
 
 class Partner:
@@ -106,6 +108,8 @@ class Partner:
         told = _told(theirs, self._found.conditioning), _told(ours, class_path(type(diffusion.conditioning)))
         if told[0] != told[1]:
             raise ValueError(f"{place} is told {told[0]}, but the denoiser {told[1]}; give one that is told the same")
+        if (encoder := diffusion.conditioning.text_encoder) is not None:
+            encoder.check_source(self._found.text_source, f"{place} was trained on texts of", "give one of the same")
         source = self._found.latent_source
         check_tokenizer(diffusion.latent_source, source, f"{place} was trained on latents", ADVICE)
         check_statistics(self._found.statistics, diffusion.normalization, OPTION)
@@ -145,7 +149,8 @@ def _read(source: str) -> Found:
     statistics = LatentNormalization(denoiser.in_channels)
     fill(statistics, _within("normalization.", tensors), f"{place} lacks statistics of latents")
     conditioning = (parts.get("conditioning") or {}).get("class_path", class_path(ClassLabels))
-    return Found(Frozen(denoiser), conditioning, LatentStatistics(statistics.mean, statistics.std), config["tokenizer"])
+    known = LatentStatistics(statistics.mean, statistics.std)
+    return Found(Frozen(denoiser), conditioning, known, config["tokenizer"], config.get("text"))
 
 
 def _within(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ldm.compatibility import DIFFUSION, check_tokenizer, name_of
+from ldm.compatibility import DIFFUSION, check_texts, check_tokenizer, go_on_with_texts, name_of
 from ldm.condition import ClassLabels, Condition, Conditioning, LabelMode
 from ldm.guidance import Guidance
 from ldm.models.denoiser import Denoiser
@@ -34,7 +34,7 @@ A diffusion model on the latents of {source}, with the statistics that normalise
 from ldm.pipeline import LatentDiffusion
 
 model = LatentDiffusion.from_pretrained("this folder, or owner/model on the hub", tokenizer="the tokenizer's")
-images = model.sample(labels=[0, 1]).images  # [B, 3, H, W] in [-1, 1]
+images = model.sample({asked}).images  # [B, 3, H, W] in [-1, 1]
 ```
 """
 
@@ -75,11 +75,7 @@ class LatentDiffusion(nn.Module, Pretrained):
                 f"model.num_classes: the denoiser has {model.num_classes}, but its conditioning has "
                 f"{self.conditioning.num_classes}; give both the same, null where nothing is a class"
             )
-        if self.conditioning.text_channels != model.text_channels:
-            raise ValueError(
-                f"model.text_channels: the denoiser takes texts of {model.text_channels} channels, but its conditioning "
-                f"gives {self.conditioning.text_channels} (0 is no text); give both the same"
-            )
+        check_texts(model, self.conditioning)
         self.normalization = LatentNormalization(model.in_channels)
         self.tokenizer: Frozen | None = None
         self.latent_source: dict[str, Any] | None = None
@@ -123,8 +119,9 @@ class LatentDiffusion(nn.Module, Pretrained):
         return super().from_checkpoint(path).use_tokenizer(tokenizer)
 
     def completed(self, config: Mapping[str, Any]) -> Self:
-        """Notes which tokenizer's latents it makes."""
+        """Notes which tokenizer's latents it makes, and of which text encoder it takes texts."""
         self.latent_source = config["tokenizer"]
+        go_on_with_texts(self.conditioning, config.get("text"), "name: the model")
         return self
 
     def use_tokenizer(self, tokenizer: str | Path | PretrainedTokenizer | None) -> Self:
@@ -159,30 +156,33 @@ class LatentDiffusion(nn.Module, Pretrained):
     @torch.no_grad()
     def sample(
         self,
-        labels: Condition | Sequence[Any] | Tensor,
+        labels: Condition | Sequence[Any] | Tensor | None = None,
         seed: int = 0,
         guidance_scale: float | None = None,
         index: Tensor | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> Samples:
-        """Draws a sample for each label; each depends on the seed, its number and its label alone.
+        """Draws a sample for each label or prompt; each depends on the seed, its number and its label alone.
 
-        They are those that `python -m ldm predict` draws by the same seed, numbers and labels, but not yet in 8 bits.
+        They are those that `python -m ldm predict` draws by the same seed, numbers and labels or prompts, but not yet
+        in 8 bits.
 
         Args:
             labels: Classes, `[B]`; or whatever values the model's conditioning takes, or a condition.
             seed: Seed of the noise.
             guidance_scale: Instead of the model's; 1 is no guidance.
             index: Numbers of the samples, int64 `[B]`; from 0 on if not given.
+            prompts: Texts, B of them, instead of labels; for a model of text to image.
 
         Returns:
             Latents, and images where there is a tokenizer.
 
         Raises:
-            ValueError: if a label is no class, the seed is negative, the statistics of latents are not known, guidance
-                does not fit the denoiser, or what comes out is not finite.
+            ValueError: if a label is no class, the model takes no prompts, the seed is negative, the statistics of
+                latents are not known, guidance does not fit the denoiser, or what comes out is not finite.
         """
         at_least(0, seed=seed)
-        condition = self.condition(labels)
+        condition = self._asked_for(labels, prompts)
         index = torch.arange(len(condition)) if index is None else index
         samples = self.draw(index, seed, condition, guidance_scale)
         if self.tokenizer is None:
@@ -245,6 +245,13 @@ class LatentDiffusion(nn.Module, Pretrained):
         """
         return values if isinstance(values, Condition) else self.conditioning.of_values(values)
 
+    def _asked_for(self, labels: Any, prompts: Sequence[str] | None) -> Condition:
+        if (labels is None) == (prompts is None):
+            raise ValueError("labels, prompts: give one of the two, what the samples are to be of")
+        if prompts is not None and self.conditioning.text_encoder is None:
+            raise ValueError(f"prompts: this model takes none, as it is conditioned on {self._told}; give labels")
+        return self.condition(labels if prompts is None else prompts)
+
     def settings(self) -> dict[str, Any]:
         """All that samples depend on besides weights and seed, as plain data."""
         return {
@@ -255,12 +262,14 @@ class LatentDiffusion(nn.Module, Pretrained):
         }
 
     def described(self) -> dict[str, Any]:
-        """How to make the model again, and which tokenizer's latents it makes, as plain data."""
+        """How to make the model again, whose latents it makes, and whose texts it takes, if any, as plain data."""
         model = describe(self)
         # These may be others than the model was made with.
         parts = {name: describe(getattr(self, name)) for name in ("sampler", "guidance", "conditioning")}
         model["init_args"] |= parts
-        return {"model": model, "tokenizer": self.latent_source}
+        encoder = self.conditioning.text_encoder
+        text = {} if encoder is None else {"text": encoder.source()}
+        return {"model": model, "tokenizer": self.latent_source, **text}
 
     def pretrained_config(self) -> dict[str, Any]:
         """The config of a folder: what `described` says.
@@ -275,8 +284,6 @@ class LatentDiffusion(nn.Module, Pretrained):
     def model_card(self) -> str:
         """The text of the model card."""
         channels, height, width = self.model.latent_shape
-        num_classes = self.conditioning.num_classes
-        told = type(self.conditioning).__name__ if num_classes is None else f"{num_classes} classes"
         if self.latent_source is None:
             source = "a tokenizer that is not known"
         else:
@@ -287,9 +294,19 @@ class LatentDiffusion(nn.Module, Pretrained):
             channels=channels,
             height=height,
             width=width,
-            told=told,
+            told=self._told,
             source=source,
+            asked="labels=[0, 1]" if self.conditioning.text_encoder is None else 'prompts=["a red fox in the snow"]',
         )
+
+    @property
+    def _told(self) -> str:
+        """What the denoiser is told, in words."""
+        conditioning = self.conditioning
+        if conditioning.text_encoder is not None:
+            return f"texts that {conditioning.text_encoder.name} embeds"
+        classes = conditioning.num_classes
+        return type(conditioning).__name__ if classes is None else f"{classes} classes"
 
 
 def class_labels(model: Denoiser, mode: LabelMode = "random") -> ClassLabels:
@@ -299,5 +316,6 @@ def class_labels(model: Denoiser, mode: LabelMode = "random") -> ClassLabels:
         ValueError: if it is told something else.
     """
     if model.num_classes is None:
-        raise ValueError(f"model.conditioning: {type(model).__name__} knows no classes; give what it is told")
+        told = "ldm.text.Captions with a text encoder, as it takes texts" if model.text_channels else "what it is told"
+        raise ValueError(f"model.conditioning: {type(model).__name__} knows no classes; give {told}")
     return ClassLabels(model.num_classes, mode)

@@ -1,16 +1,19 @@
 """Texts as conditions: captions in training, prompts in sampling."""
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ldm.condition import Condition, Conditioning
 from vfm_vae.data.sampling import IndexedNoise
+from vfm_vae.description import class_path
 from vfm_vae.text import TextEncoder
-from vfm_vae.types import Batch, LatentBatch, TextBatch, padded, rows_of_texts
+from vfm_vae.types import Batch, LatentBatch, TextBatch, rows_of_texts
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,8 @@ class Text(Condition):
     Attributes:
         embeddings: float32 `[B, L, D]`, with zeros behind the last token of each text.
         mask: Which of them are tokens, bool `[B, L]`; every row has some.
-        empty: Embeddings of the empty text, float32 `[E, D]`, which say nothing.
-        texts: The texts, where they are to be told of.
+        empty: Embeddings of the empty text, which says nothing, float32 `[E, D]`.
+        texts: The texts themselves; None where they are not known.
     """
 
     rows: ClassVar[tuple[str, ...]] = ("embeddings", "mask")
@@ -31,18 +34,27 @@ class Text(Condition):
     texts: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, batch: TextBatch, told: bool = False) -> Self:
-        """The condition of embedded captions; `told` says whether the texts themselves are kept."""
+    def of(cls, batch: TextBatch) -> Self:
+        """The condition of embedded captions."""
         assert batch.embeddings is not None and batch.mask is not None and batch.empty is not None
-        return cls(batch.embeddings.float(), batch.mask, batch.empty.float(), batch.captions if told else None)
+        return cls(batch.embeddings.float(), batch.mask, batch.empty.float(), batch.captions)
+
+    @classmethod
+    def nothing(cls, empty: Tensor, length: int, count: int) -> Self:
+        """The empty text, several times, without making the host wait for a GPU.
+
+        Args:
+            empty: Its embeddings, `[E, D]`.
+            length: L, with zeros behind those.
+            count: B.
+        """
+        embeddings = pad(empty.float(), (0, 0, 0, length - len(empty))).expand(count, -1, -1)
+        mask = (torch.arange(length, device=empty.device) < len(empty)).expand(count, -1)
+        return cls(embeddings, mask, empty.float(), ("",) * count)
 
     def null(self) -> Self:
         """The empty text."""
-        embeddings, mask = padded([self.empty], self.mask.shape[1])
-        texts = None if self.texts is None else ("",) * len(self)
-        return replace(
-            self, embeddings=embeddings.expand_as(self.embeddings), mask=mask.expand_as(self.mask), texts=texts
-        )
+        return self.nothing(self.empty, self.mask.shape[1], len(self))
 
     def plain(self) -> list[str | None]:
         """The texts; None where they are not known."""
@@ -55,11 +67,11 @@ class Text(Condition):
 
     def cat(self, other: Self) -> Self:
         """These samples, then those of `other`."""
-        known = self.texts is not None and other.texts is not None
-        return replace(super().cat(other), texts=(*self.texts, *other.texts) if known else None)  # type: ignore[misc]
+        texts = None if self.texts is None or other.texts is None else self.texts + other.texts
+        return replace(super().cat(other), texts=texts)
 
     def drop(self, dropped: Tensor) -> Self:
-        """The condition, but null where `dropped`, bool `[B]`, is true; texts are not kept."""
+        """The condition, but null where `dropped`, bool `[B]`, is true; the texts are not known afterwards."""
         return replace(super().drop(dropped), texts=None)
 
 
@@ -86,48 +98,55 @@ class Captions(nn.Module, Conditioning):
     """
 
     is_random = False
+    text_encoder: TextEncoder
 
     def __init__(self, encoder: TextEncoder):
         super().__init__()
-        self.encoder = encoder
+        self.text_encoder = encoder
         self._device = torch.device("cpu")
 
-    @property
-    def text_channels(self) -> int:  # type: ignore[override]
-        """Width of the embeddings."""
-        return self.encoder.width
-
     def of_batch(self, batch: Batch | LatentBatch) -> Text:
-        """The batch's captions."""
-        return Text.of(self._embedded(batch))
+        """The batch's captions.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        if batch.text is None:
+            raise ValueError(
+                "data.captions: the denoiser is told captions, but the data has none; set it, or give a cache that "
+                "holds them"
+            )
+        is_cached = batch.text.embeddings is not None
+        return Text.of(batch.text if is_cached else self.text_encoder.encode(batch.text.captions, batch.index.device))
 
     def of_evaluation(self, batch: Batch | LatentBatch) -> Text | None:
-        """The batch's captions or prompts, which are told of; None where it has none."""
-        return None if batch.text is None else Text.of(self._embedded(batch), told=True)
+        """The batch's captions or prompts; None where it has none."""
+        return None if batch.text is None else self.of_batch(batch)
 
     def null_of_batch(self, batch: Batch | LatentBatch) -> Text:
         """As many empty captions."""
         if batch.text is not None and batch.text.empty is not None:
-            return Text.of(batch.text).null()
-        return self.of_values([""] * len(batch.index))
+            return self.of_batch(batch).null()
+        return self._nothing(batch.index)
 
     def of_samples(self, index: Tensor, noise: IndexedNoise) -> Text:
         """Empty captions: samples of whatever there is."""
-        return self.of_values([""] * len(index))
+        return self._nothing(index)
 
     def of_values(self, values: Sequence[Any] | Tensor) -> Text:
-        """Prompts."""
+        """Prompts; one alone may be given as it is."""
         prompts = [values] if isinstance(values, str) else values
-        if isinstance(prompts, Tensor) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"prompts: give at least one text, given {values!r}")
-        return Text.of(self.encoder.encode(prompts, self._device), told=True)
+        if not isinstance(prompts, Sequence) or not prompts or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"prompts: give at least one text, given {reprlib.repr(values)}")
+        return Text.of(self.text_encoder.encode(prompts, self._device))
 
-    def _embedded(self, batch: Batch | LatentBatch) -> TextBatch:
-        if batch.text is None:
-            raise ValueError("data.captions: the data has no captions, which the denoiser is told; give some that has")
-        if batch.text.embeddings is not None:
-            return batch.text
-        return self.encoder.encode(batch.text.captions, batch.index.device)
+    def settings(self) -> dict[str, Any]:
+        """Which text encoder embeds the prompts, for which its weights are read."""
+        return {"conditioning": class_path(type(self)), "text_encoder": self.text_encoder.identity()}
+
+    def _nothing(self, index: Tensor) -> Text:
+        empty = self.text_encoder.empty(self._device)
+        return Text.nothing(empty, self.text_encoder.max_tokens, len(index))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._device = fn(torch.empty(0, device=self._device)).device

@@ -69,7 +69,7 @@ def test_a_checkpoint_to_go_on_from(given, program, stage, tiny_module, data, di
 
 READERS = {
     "init_from of the tokenizer": ("init_from", lambda path, vfm: read_stage(path, vfm)),
-    "init_from of diffusion": ("init_from", lambda path, _: begin_from(path, None, None, LatentNormalization(4))),
+    "init_from of diffusion": ("init_from", lambda path, _: begin_from(path, None, None, LatentNormalization(4), None)),
     "tokenizer of diffusion": ("checkpoint", lambda path, _: FrozenTokenizer(path)),
     "tokenizer": ("checkpoint", lambda path, _: VFMVAE.from_checkpoint(path)),
     "tokenizer of a denoiser": (
