@@ -42,7 +42,7 @@ EVALUATIONS = ("validate", "test", "predict")
 MAX_SEED = 2**32 - 1  # NumPy's
 CONFIGS = Path(__file__).parent / "configs"
 # Once these are imported, configs name their classes without modules.
-NAMED = ("callbacks", "vfm_vae.tokenizer", "vfm_vae.transformers_vfm", "vfm_vae.text")
+NAMED = ("callbacks", "vfm_vae.tokenizer", "vfm_vae.transformers_vfm", "vfm_vae.text", "vfm_vae.transformers_text")
 LOADER = "vfm_vae"
 set_loader(LOADER, lambda text: upgrade(get_loader("yaml")(text)), (yaml.YAMLError,))
 

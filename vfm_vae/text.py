@@ -107,6 +107,8 @@ class TextEncoder(Described, ABC):
     def encode(self, captions: Sequence[str], device: torch.device | str = "cpu") -> TextBatch:
         """Captions with their embeddings; those that are too long are cut, counted, and told of once.
 
+        Equal captions are embedded once.
+
         Args:
             captions: The captions, at least one.
             device: Device to compute on, where the embeddings will be.
@@ -115,7 +117,9 @@ class TextEncoder(Described, ABC):
             ValueError: if the weights are others than those of the cache or the checkpoint.
         """
         empty, place = self.empty(device), torch.device(device)
-        return TextBatch(tuple(captions), *padded(self.tokens(captions, place), self.max_tokens), empty)
+        distinct = [caption for caption in dict.fromkeys(captions) if caption]
+        known = {"": empty} | dict(zip(distinct, self.tokens(distinct, place) if distinct else [], strict=True))
+        return TextBatch(tuple(captions), *padded([known[caption] for caption in captions], self.max_tokens), empty)
 
     @torch.no_grad()
     def empty(self, device: torch.device | str = "cpu") -> Tensor:
@@ -126,7 +130,7 @@ class TextEncoder(Described, ABC):
         """
         place = torch.device(device)
         if place not in self._empty:
-            if self._expected not in (None, self.fingerprint()):
+            if self._expected is not None and self._expected != self.fingerprint():
                 raise ValueError(
                     f"model.conditioning.encoder: the weights of {self.name} are others than those that the cache or "
                     f"the checkpoint was made with: {self.fingerprint()}, not {self._expected}; give the same"

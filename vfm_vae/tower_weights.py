@@ -1,13 +1,13 @@
-"""Weights of transformers' vision towers from files: every tensor of the tower, or none.
+"""Weights of a part of a transformers model from files, such as its vision tower: every tensor of the part, or none.
 
-Only the tower's tensors are read, whatever else a model consists of, and nothing is unpickled. The library itself would
+Only the part's tensors are read, whatever else a model consists of, and nothing is unpickled. The library itself would
 leave what a file lacks random.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def files_of(name: str) -> Path:
 
 
 def load_tower(empty: Any, name: str, weights: str | Path | None, without: Iterable[str] = ()) -> Any:
-    """A tower with its weights, in float32; the library brings names of former versions to its own.
+    """A vision tower with its weights, in float32.
 
     Args:
         empty: The tower without weights.
@@ -45,48 +45,78 @@ def load_tower(empty: Any, name: str, weights: str | Path | None, without: Itera
     Raises:
         ValueError: if there are no weights, or they are not those of the tower.
     """
+    anchor = next(tensor for tensor in empty.state_dict() if "patch_embed" in tensor and tensor.endswith("weight"))
+    return load_part(empty, name, weights, Part("vision tower", [anchor], without=tuple(without)), torch.float32)
+
+
+class Part(NamedTuple):
+    """What a part of a model is known by in files.
+
+    Attributes:
+        kind: What it is called in messages.
+        anchors: Tensors that every such part has; what stands before their names in a file tells where the part is.
+        modules: The outermost modules that it consists of, where others stand beside them in a file.
+        without: Tensors that need not be there, and are left without values.
+    """
+
+    kind: str
+    anchors: Collection[str]
+    modules: Collection[str] = ()
+    without: Collection[str] = ()
+
+
+def load_part(empty: Any, name: str, weights: str | Path | None, part: Part, dtype: torch.dtype) -> Any:
+    """A part of a model with its weights; the library brings names of former versions to its own.
+
+    Args:
+        empty: The part without weights.
+        name: Folder, or `owner/model` on the Hugging Face hub.
+        weights: File to read instead.
+        part: What it is known by.
+        dtype: Precision of its weights.
+
+    Raises:
+        ValueError: if there are no weights, or they are not those of the part.
+    """
     own = empty.state_dict()
-    anchor = next(tensor for tensor in own if "patch_embed" in tensor and tensor.endswith("weight"))
-    tensors = _read_folder(name, anchor) if weights is None else _read_file(weights, anchor)
-    tower, found = type(empty).from_pretrained(
+    tensors = _read_folder(name, part) if weights is None else _read_file(weights, part)
+    loaded, found = type(empty).from_pretrained(
         None,
         config=empty.config,
-        state_dict=tensors | {tensor: torch.empty(own[tensor].shape) for tensor in without},
-        dtype=torch.float32,
+        state_dict=tensors | {tensor: torch.empty(own[tensor].shape) for tensor in part.without},
+        dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are named below, among others
     )
     found["mismatched_keys"] = {tensor for tensor, *_ in found["mismatched_keys"]}
-    differ = {how: [part for part in found[f"{how}_keys"] if not part.startswith(UNUSED)] for how in DIFFERENCES}
+    differ = {how: [name for name in found[f"{how}_keys"] if not name.startswith(UNUSED)] for how in DIFFERENCES}
     if any(differ.values()):
-        told = ", ".join(f"{len(parts)} {DIFFERENCES[how]} {few(parts)}" for how, parts in differ.items() if parts)
+        told = ", ".join(f"{len(names)} {DIFFERENCES[how]} {few(names)}" for how, names in differ.items() if names)
         place = str(name if weights is None else weights)
         raise ValueError(f"weights: {place!r} does not hold the weights of {name!r}: of {len(own)} tensors {told}")
-    return tower
+    return loaded
 
 
-def _read_file(file: str | Path, anchor: str) -> dict[str, Tensor]:
+def _read_file(file: str | Path, part: Part) -> dict[str, Tensor]:
     content = read_weights(file, "weights")
     if not isinstance(content, Mapping):
         raise ValueError(f"weights: {str(file)!r} holds a {type(content).__name__}, and no tensors by name")
-    prefix = _prefix(content, anchor, f"weights: {str(file)!r}")
-    return {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
+    return {ours: content[theirs] for theirs, ours in _names(content, part, f"weights: {str(file)!r}").items()}
 
 
-def _read_folder(name: str, anchor: str) -> dict[str, Tensor]:
-    """The tower's tensors, from those of the model's files that hold any."""
+def _read_folder(name: str, part: Part) -> dict[str, Tensor]:
+    """The part's tensors, from those of the model's files that hold any."""
     index = files_of(name) / INDEX
     if index.is_file():
         files = read_json(index, "name")["weight_map"]
     else:
         with open_tensors(_weights_file(name, WEIGHTS), "name") as opened:
             files = dict.fromkeys(opened.keys(), WEIGHTS)
-    prefix = _prefix(files, anchor, f"name: {name!r}")
+    names = _names(files, part, f"name: {name!r}")
     tensors: dict[str, Tensor] = {}
-    for file in sorted({file for tensor, file in files.items() if tensor.startswith(prefix)}):
+    for file in sorted({files[tensor] for tensor in names}):
         with open_tensors(_weights_file(name, file), "name") as opened:
-            wanted = [tensor for tensor, place in files.items() if place == file and tensor.startswith(prefix)]
-            tensors |= {tensor.removeprefix(prefix): opened.get_tensor(tensor) for tensor in wanted}
+            tensors |= {ours: opened.get_tensor(theirs) for theirs, ours in names.items() if files[theirs] == file}
     return tensors
 
 
@@ -97,13 +127,16 @@ def _weights_file(name: str, file: str) -> Path:
     return found
 
 
-def _prefix(names: Iterable[str], anchor: str, place: str) -> str:
-    """What stands before the names of the tower's tensors."""
-    prefixes = {name.removesuffix(anchor) for name in names if name == anchor or name.endswith(f".{anchor}")}
+def _names(names: Iterable[str], part: Part, place: str) -> dict[str, str]:
+    """The names of the part's own tensors, by those in a file."""
+    ends = [(name, anchor) for name in names for anchor in part.anchors if f".{name}".endswith(f".{anchor}")]
+    prefixes = {name.removesuffix(anchor) for name, anchor in ends}
     if len(prefixes) != 1:
-        what = f"several vision towers {few(prefixes)}; save one alone" if prefixes else f"no tensor {anchor!r}"
-        raise ValueError(f"{place} holds {what}")
-    return prefixes.pop()
+        several = f"several {part.kind}s {few(prefixes)}; save one alone"
+        raise ValueError(f"{place} holds {several if prefixes else f'no tensor {min(part.anchors)!r}'}")
+    (prefix,) = prefixes
+    found = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    return {name: own for name, own in found.items() if not part.modules or own.partition(".")[0] in part.modules}
 
 
 @contextmanager

@@ -90,14 +90,14 @@ def config_of(name: str, model_args: Mapping[str, Any] | None = None) -> Any:
     """
     model_args = dict(model_args or {})
     place = "model_args" if "model_type" in model_args else "name"
-    found = model_args if "model_type" in model_args else _read_config(name)
-    config = _made(found, place, name)
+    found = model_args if "model_type" in model_args else read_config(name)
+    config = made_config(found, place, name)
     config = getattr(config, "vision_config", config)
     if unknown := sorted(option for option in model_args if not hasattr(config, option)):
         raise ValueError(
             f"model_args: a {config.model_type!r} has no options {unknown}; see its config in transformers"
         )
-    config = _made(config.to_dict() | model_args | {"model_type": config.model_type}, "model_args", name)
+    config = made_config(config.to_dict() | model_args | {"model_type": config.model_type}, "model_args", name)
     for option, value in family_of(config).settings.items():
         setattr(config, option, value)
     if config.model_type in REFUSED:
@@ -278,7 +278,15 @@ def _attend(
     return attention.proj(attended.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
-def _read_config(name: str) -> dict[str, Any]:
+def read_config(name: str) -> dict[str, Any]:
+    """What a model's config says.
+
+    Args:
+        name: Folder, or `owner/model` on the Hugging Face hub.
+
+    Raises:
+        ValueError: if there is no such model, or it is none of transformers'.
+    """
     file = files_of(name) / CONFIG
     said = read_json(file, "name") if file.is_file() else None
     if not isinstance(said, dict) or "model_type" not in said:
@@ -286,8 +294,17 @@ def _read_config(name: str) -> dict[str, Any]:
     return said
 
 
-def _made(options: Mapping[str, Any], place: str, name: str) -> Any:
-    """A config of the library's."""
+def made_config(options: Mapping[str, Any], place: str, name: str) -> Any:
+    """A config of the library's.
+
+    Args:
+        options: Its options, `model_type` among them.
+        place: Names what gave them in messages.
+        name: Names the model.
+
+    Raises:
+        ValueError: if the library makes none of them.
+    """
     from transformers import AutoConfig
 
     try:
