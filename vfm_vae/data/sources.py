@@ -11,9 +11,11 @@ from vfm_vae.data.folder import ImageFolderDataset, check_classes
 from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.latents import LatentDataset, LatentStatistics, split_folder
 from vfm_vae.data.samples import SampleSet
-from vfm_vae.data.shards import ImageShardDataset, find_shards, read_index, shard_index
+from vfm_vae.data.shard_index import CaptionMembers, read_index, shard_index
+from vfm_vae.data.shards import ImageShardDataset, find_shards
 from vfm_vae.data.small import SmallImages
 from vfm_vae.data.transforms import Transform
+from vfm_vae.embedded.captions import write_captions
 from vfm_vae.embedded.photos import write_photos
 from vfm_vae.options import at_least, one_of
 
@@ -114,8 +116,10 @@ class Photos(Folders):
     """The embedded photographs, in folders."""
 
     def prepare(self) -> None:
-        """Writes them where they are missing."""
+        """Writes them, and captions if those are wanted, where they are missing."""
         write_photos(self.root, **self.options.photos)
+        if self.options.captions is not None:
+            write_captions(self.root)
         super().prepare()
 
 
@@ -124,15 +128,22 @@ class Shards(Images):
 
     def images(self, split: str, transform: Transform, **kwargs: Any) -> ImageShardDataset:
         """Those of the shards that have the split in their names."""
-        index = shard_index(self.options.cache_dir, split)
-        return ImageShardDataset(self.root, split, transform, index=index, **kwargs | self._reading())
+        captions = self.options.captions
+        return ImageShardDataset(
+            self.root, split, transform, index=self._index(split), captions=captions, **kwargs | self._reading()
+        )
 
     def prepare(self) -> None:
         """Indexes new shards."""
+        captions = self.options.captions
+        members = None if captions is None else CaptionMembers.of(captions)
         for split in ("train", "val"):
             if paths := find_shards(self.root, split):
-                read_index(paths, shard_index(self.options.cache_dir, split), retry=True)
+                read_index(paths, self._index(split), retry=True, captions=members)
         super().prepare()
+
+    def _index(self, split: str) -> Path:
+        return shard_index(self.options.cache_dir, split, self.options.captions)
 
 
 class CachedLatents(Source):
@@ -182,7 +193,7 @@ def check_captions(source: str, captions: str | None) -> None:
         return
     if source == "latents":
         raise ValueError("captions: cached latents bring the captions that they were made with; leave the option out")
-    if source == "shards" and captions != "txt" and (not captions.startswith("json.") or captions == "json."):
-        raise ValueError(f"captions: of shards, 'txt' or 'json.' and the name of a field, given {captions!r}")
+    if source == "shards":
+        CaptionMembers.of(captions)
     if not captions:
         raise ValueError("captions: the name of a field of metadata.jsonl, such as 'text', given ''")
