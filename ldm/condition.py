@@ -41,7 +41,7 @@ class Condition(ABC):
         """Each row as JSON has it, for files and titles."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The rows, `[B, ...]` each, by the names of their fields."""
+        """What is kept of the rows beside samples, `[B, ...]` each, by the names of their fields: all of it, as here."""
         return {name: getattr(self, name) for name in self.rows}
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class Condition(ABC):
         return self._of_rows(choose)
 
     def _of_rows(self, function: Callable[[str, Tensor], Tensor]) -> Self:
-        return replace(self, **{name: function(name, values) for name, values in self.tensors().items()})
+        return replace(self, **{name: function(name, getattr(self, name)) for name in self.rows})
 
 
 class Conditioning(Described, ABC):

@@ -60,6 +60,10 @@ class Text(Condition):
         """The texts; None where they are not known."""
         return [None] * len(self) if self.texts is None else list(self.texts)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing: embeddings are larger than the samples, and come from the texts."""
+        return {}
+
     def __getitem__(self, rows: Tensor | slice) -> Self:
         """Some of the samples, by a slice, by positions int64 `[N]`, or by a mask bool `[B]`."""
         texts = None if self.texts is None else rows_of_texts(self.texts, rows)

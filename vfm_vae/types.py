@@ -184,7 +184,7 @@ class Conditions(Protocol):
         """Some of the samples, by a slice, by positions int64 `[N]`, or by a mask bool `[B]`."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The rows as tensors `[B, ...]` by name: class labels are `labels`."""
+        """What is kept of the rows, as tensors `[B, ...]` by name: class labels are `labels`."""
 
     def plain(self) -> list[Any]:
         """Each row as JSON has it, such as the number of a class."""
