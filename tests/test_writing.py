@@ -23,7 +23,7 @@ from callbacks.images import show
 from callbacks.writers import keep_settings, write_images
 from vfm_vae.data.archive import write_archive
 from vfm_vae.data.latents import LatentStatistics
-from vfm_vae.data.shards import Shard, _save_index
+from vfm_vae.data.shard_index import Shard, _save_index
 from vfm_vae.embedded.vit import WEIGHTS
 from vfm_vae.files import write_image
 from vfm_vae.metrics.summary import write_entry
@@ -109,7 +109,7 @@ def test_nothing_writes_files_in_another_way():
     assert found == {
         "vfm_vae/writing.py": 3,
         "vfm_vae/saving.py": 1,  # into a whole file
-        "vfm_vae/data/shards.py": 1,  # into a whole file
+        "vfm_vae/data/shard_index.py": 1,  # into a whole file
         "vfm_vae/data/archive.py": 2,  # into a whole file
         "vfm_vae/embedded/photos.py": 3,  # into a folder that appears as a whole
     }

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.folder import ImageFolderDataset
 from vfm_vae.data.sampling import TrainingSampler
-from vfm_vae.data.shards import READ_AT_ONCE, ImageShardDataset, list_shards, read_index
+from vfm_vae.data.shard_index import read_index
+from vfm_vae.data.shards import READ_AT_ONCE, ImageShardDataset, list_shards
 from vfm_vae.data.transforms import CentreCrop
 
 SHARD = 5
@@ -140,7 +141,9 @@ def test_shards_hold_the_usual_formats(root, ending):
 def test_the_index_is_made_once_and_follows_the_shards(root, tmp_path, monkeypatch):
     looked_at = []
     real = read_index.__globals__["index_shard"]
-    monkeypatch.setitem(read_index.__globals__, "index_shard", lambda path: looked_at.append(path.name) or real(path))
+    monkeypatch.setitem(
+        read_index.__globals__, "index_shard", lambda path, *args: looked_at.append(path.name) or real(path, *args)
+    )
     index = tmp_path / "index.npz"
     first = dataset(root, index=index)
     assert len(looked_at) == 3

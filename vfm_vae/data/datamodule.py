@@ -143,7 +143,7 @@ class ImageNetDataModule(LightningDataModule):
             cache_dir=cache,
             train_transform=self.train_transform,
             evaluation_transform=self.evaluation_transform,
-            small=SmallImages(min_size, cache, small_list),
+            small=SmallImages(min_size, cache, small_list, captions),
             photos=photos or {},
             captions=captions,
             exif_transpose=exif_transpose,

@@ -65,5 +65,12 @@ def files_state(dataset: ImageDataset, num_threads: int = 8) -> FilesState:
 
 def _stats(paths: Sequence[str]) -> list[tuple[int, int, float]]:
     """Size, time of modification in nanoseconds, and time of the last change of any kind, of each file."""
-    stats = [os.stat(path) for path in paths]
-    return [(stat.st_size, stat.st_mtime_ns, max(stat.st_mtime, stat.st_ctime)) for stat in stats]
+    return [_stat(path) for path in paths]
+
+
+def _stat(path: str) -> tuple[int, int, float]:
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:  # a list of images names it nonetheless
+        return 0, 0, 0.0
+    return stat.st_size, stat.st_mtime_ns, max(stat.st_mtime, stat.st_ctime)

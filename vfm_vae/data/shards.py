@@ -5,62 +5,34 @@ data set like a folder: any image by its number, so that training resumes exactl
 """
 
 import io
-import json
 import logging
 import os
 import re
-import tarfile
-from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-from zipfile import BadZipFile
+from typing import Any, BinaryIO
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
+from vfm_vae.data.captions import say_uncaptioned
 from vfm_vae.data.images import ImageDataset, kept
-from vfm_vae.data.listing import EXTENSIONS, in_short, is_hidden
+from vfm_vae.data.listing import in_short, is_hidden
+from vfm_vae.data.shard_index import CaptionMembers, Shard, read_index
 from vfm_vae.data.transforms import Transform
-from vfm_vae.writing import whole_file
 
-UNKNOWN = -1
 SPLITS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}, "test": {"test", "testing"}}
 READ_AT_ONCE = 1 << 16  # holds the header of nearly every image, and half of most
 
 log = logging.getLogger(__name__)
 
 
-class Shard(NamedTuple):
-    """What the index knows of one shard.
-
-    Attributes:
-        size: Size of the file in bytes; with `modified`, it tells whether the file has changed.
-        modified: When it was written, in nanoseconds.
-        names: Names of the images' members, bytes `[n]`.
-        offsets: Where their contents begin in the shard, in bytes, int64 `[n]`.
-        sizes: Sizes of their contents in bytes, int64 `[n]`.
-        labels: int64 `[n]`.
-        damage: What was found wrong: samples without an image or a label, and a tar that breaks off (`whole` is False).
-        whole: Whether the tar was readable to its end.
-    """
-
-    size: int
-    modified: int
-    names: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-    labels: np.ndarray
-    damage: list[str]
-    whole: bool
-
-
 class ImageShardDataset(ImageDataset):
     """Images of the tar shards of a split, in the order of the shards' names.
 
     Samples without label or image and what can't be read of a shard count as damaged images; how many a broken shard
-    has lost is estimated from the others.
+    has lost is estimated from the others. With captions, what has no label has the label 0.
 
     Args:
         root: Folder of the shards, which have the word `train` or `val` in their names (or `training`, `valid`,
@@ -69,10 +41,11 @@ class ImageShardDataset(ImageDataset):
         transform: Makes a tensor of an RGB image.
         index: File that keeps the index; written where it is missing or older than the shards. None keeps none.
         exclude: Names of images to leave out, as `shard.tar/member.jpg`.
+        captions: Members that hold captions, `txt` or `json.FIELD`; None reads no captions.
         **kwargs: As for `ImageDataset`.
 
     Raises:
-        ValueError: there are no shards or images, or too many are damaged; the index can't be written.
+        ValueError: there are no shards, images or captions, or too many are damaged; the index can't be written.
     """
 
     shards: np.ndarray
@@ -86,21 +59,34 @@ class ImageShardDataset(ImageDataset):
         *,
         index: str | Path | None = None,
         exclude: Collection[str] = (),
+        captions: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.paths = list_shards(root, split)
-        shards = read_index(self.paths, None if index is None else Path(index))
+        members = None if captions is None else CaptionMembers.of(captions)
+        shards = read_index(self.paths, None if index is None else Path(index), captions=members)
         names = [
             f"{path.name}/{os.fsdecode(n)}" for path, shard in zip(self.paths, shards, strict=True) for n in shard.names
         ]
-        positions = kept(names, exclude, Path(root) / f"*{split}*.tar")
+        place = Path(root) / f"*{split}*.tar"
+        if not names and (damages := [damage for shard in shards for damage in shard.damage]):
+            raise ValueError(f"root: no images under {str(place)!r} that can be used; the first {damages[0]}")
+        positions = kept(names, exclude, place)
         self.offsets, self.sizes, labels = (
             np.concatenate([getattr(shard, column) for shard in shards])[positions]
             for column in ("offsets", "sizes", "labels")
         )
         self.shards = np.repeat(np.arange(len(shards)), [len(shard.names) for shard in shards])[positions]
         self.classes = [str(label) for label in range(int(labels.max()) + 1)]
-        super().__init__(root, [names[i] for i in positions], labels, transform, num_lost=_num_lost(shards), **kwargs)
+        names = [names[i] for i in positions]
+        said: ShardCaptions | None = None
+        if members is not None:
+            texts = np.concatenate([shard.texts for shard in shards if shard.texts is not None])[positions]
+            if not texts.any():
+                raise ValueError(f"captions: no image in {str(place)!r} has any; expected is {members.expected}")
+            say_uncaptioned(place, names, texts[:, 1] == 0)
+            said = ShardCaptions(members, self.paths, self.shards, texts)
+        super().__init__(root, names, labels, transform, num_lost=_num_lost(shards), captions=said, **kwargs)
         for path, shard in zip(self.paths, shards, strict=True):
             for damage in shard.damage:
                 log.warning("damaged shard: %s: %s", path, damage)
@@ -110,6 +96,27 @@ class ImageShardDataset(ImageDataset):
         """An image's file, not decoded."""
         shard = _opened(str(self.paths[self.shards[index]]))
         return io.BufferedReader(Member(shard, int(self.offsets[index]), int(self.sizes[index])), READ_AT_ONCE)
+
+
+class ShardCaptions:
+    """Captions in members of tar shards, read when they are asked for.
+
+    Args:
+        members: Which members they are.
+        paths: The shards.
+        shards: Number of the shard of each image, int64 `[n]`.
+        texts: Where the member of each image begins in its shard, and its size, as in `Shard`.
+    """
+
+    def __init__(self, members: CaptionMembers, paths: list[Path], shards: np.ndarray, texts: np.ndarray) -> None:
+        self.members, self.paths, self.shards, self.texts = members, paths, shards, texts
+
+    def __getitem__(self, index: int) -> list[str]:
+        """The captions of an image."""
+        offset, size = self.texts[index].tolist()
+        path = self.paths[self.shards[index]]
+        content = os.pread(_opened(str(path)).fileno(), size, offset)
+        return self.members.parse(content, f"captions: {str(path)!r}") if size else []
 
 
 class Member(io.RawIOBase):
@@ -150,11 +157,6 @@ class Member(io.RawIOBase):
 @lru_cache(maxsize=128)
 def _opened(path: str) -> BinaryIO:
     return open(path, "rb", buffering=0)
-
-
-def shard_index(folder: Path, split: str) -> Path:
-    """File that keeps the index of a split's shards in a folder."""
-    return folder / f"{split}_shards.npz"
 
 
 def find_shards(root: str | Path, split: str) -> list[Path]:
@@ -205,104 +207,6 @@ def list_shards(root: str | Path, split: str) -> list[Path]:
     return paths
 
 
-def read_index(paths: list[Path], file: Path | None = None, retry: bool = False, num_threads: int = 8) -> list[Shard]:
-    """Reads the headers of shards that are not yet in the index, and keeps the index.
-
-    Args:
-        paths: Paths of the shards.
-        file: The index; None keeps none.
-        retry: Whether to look again at shards that the disk or the network did not give. One process does so, and all
-            others take what it found.
-        num_threads: Shards that are read at once.
-
-    Raises:
-        ValueError: the index can't be written.
-    """
-    known = _load_index(file) if file is not None and file.is_file() else {}
-    stats = [path.stat() for path in paths]
-
-    def is_known(path: Path, stat: os.stat_result) -> bool:
-        shard = known.get(path.name)
-        if shard is not None and shard.size == UNKNOWN:
-            return not retry
-        return shard is not None and (shard.size, shard.modified) == (stat.st_size, stat.st_mtime_ns)
-
-    new = [path for path, stat in zip(paths, stats, strict=True) if not is_known(path, stat)]
-    if new:
-        log.info("looking through %d shards", len(new))
-        with ThreadPoolExecutor(num_threads) as threads:
-            known |= dict(zip([path.name for path in new], threads.map(index_shard, new), strict=True))
-        if file is not None:
-            _save_index(file, {path.name: known[path.name] for path in paths})
-    return [known[path.name] for path in paths]
-
-
-def index_shard(path: Path) -> Shard:
-    """Reads the headers and labels of one shard."""
-    stat = path.stat()
-    damage: list[str] = []
-    rows: list[tuple[bytes, int, int, int]] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for key, members in _samples(tar):
-                images = [members[ending] for ending in EXTENSIONS if ending in members]
-                try:
-                    label = int(_content(tar, members[".cls"]))
-                    rows.append((os.fsencode(images[0].name), images[0].offset_data, images[0].size, label))
-                except KeyError:
-                    damage.append(f"sample {key!r} has no label (.cls)")
-                except IndexError:
-                    damage.append(f"sample {key!r} has no image, only {in_short(sorted(members))}")
-                except ValueError as error:
-                    damage.append(f"sample {key!r} has no whole number as its label ({error})")
-            whole = _ends_well(path, tar.offset)
-        if not whole:
-            damage.append(f"breaks off after {len(rows)} images")
-    except tarfile.TarError as error:
-        damage.append(f"unreadable from {len(rows)} images on ({error})")
-        whole = False
-    except OSError as error:  # of the disk or the network, and perhaps gone the next time: so not to be kept
-        damage.append(f"not read from {len(rows)} images on ({error})")
-        return Shard(UNKNOWN, UNKNOWN, *_columns(rows), damage, whole=False)
-    return Shard(stat.st_size, stat.st_mtime_ns, *_columns(rows), damage, whole)
-
-
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Members that follow each other under one key, the name up to the first dot of its last part, by their endings."""
-    key = ""
-    members: dict[str, tarfile.TarInfo] = {}
-    for member in tar:
-        if not member.isfile() or any(is_hidden(part) for part in member.name.split("/")):
-            continue
-        ending = member.name.rpartition("/")[2].partition(".")[2]
-        if (found := member.name[: -len(ending) - 1]) != key:
-            if members:
-                yield key, members
-            key, members = found, {}
-        members[f".{ending.lower()}"] = member
-    if members:
-        yield key, members
-
-
-def _ends_well(path: Path, offset: int) -> bool:
-    """Whether a block of zeros, a tar's end, stands where the next member would; tarfile takes anything for an end."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        block = file.read(tarfile.BLOCKSIZE)
-    return len(block) == tarfile.BLOCKSIZE and not any(block)
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    return b"" if file is None else file.read()
-
-
-def _columns(rows: list[tuple[bytes, int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    names, *numbers = zip(*rows, strict=True) if rows else ((),) * 4
-    offsets, sizes, labels = (np.array(column, dtype=np.int64) for column in numbers)
-    return np.array(names, dtype=np.bytes_), offsets, sizes, labels
-
-
 def _num_lost(shards: list[Shard]) -> int:
     """Images that damage has cost: a broken shard is taken to have held as many as a whole one does."""
     whole = [len(shard.names) for shard in shards if shard.whole]
@@ -310,30 +214,3 @@ def _num_lost(shards: list[Shard]) -> int:
     return sum(
         len(shard.damage) if shard.whole else max(usual - len(shard.names), len(shard.damage)) for shard in shards
     )
-
-
-def _save_index(file: Path, shards: dict[str, Shard]) -> None:
-    described = {
-        name: {"size": s.size, "modified": s.modified, "images": len(s.names), "damage": s.damage, "whole": s.whole}
-        for name, s in shards.items()
-    }
-    columns = ("names", "offsets", "sizes", "labels")
-    arrays: dict[str, Any] = {name: np.concatenate([getattr(s, name) for s in shards.values()]) for name in columns}
-    with whole_file(file, option="cache_dir") as content:
-        np.savez(content, shards=np.array(json.dumps(described)), **arrays)
-
-
-def _load_index(file: Path) -> dict[str, Shard]:
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            described = json.loads(str(stored["shards"]))
-            columns = [stored[column] for column in ("names", "offsets", "sizes", "labels")]
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise ValueError(f"cache_dir: {str(file)!r} is no index of shards ({error}); delete it") from error
-    shards, start = {}, 0
-    for name, of in described.items():
-        stop = start + of["images"]
-        names, offsets, sizes, labels = (column[start:stop] for column in columns)
-        shards[name] = Shard(of["size"], of["modified"], names, offsets, sizes, labels, of["damage"], of["whole"])
-        start = stop
-    return shards

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vfm_vae.data.identity import names_digest
 from vfm_vae.data.images import ImageDataset
-from vfm_vae.data.shards import shard_index
+from vfm_vae.data.shard_index import shard_index
 from vfm_vae.writing import write_text
 
 TITLE = "# under "  # begins a list that is made here, and says of which images
@@ -19,12 +19,13 @@ class SmallImages:
         cache_dir: Folder for what is found out about the images: for the list, and for the index of tar shards, after
             which a list there is made again.
         path: File of the list, one name a line; by default in that folder.
+        captions: The captions of tar shards that are looked for, as `CaptionMembers.of` takes them.
     """
 
-    def __init__(self, min_size: int, cache_dir: Path, path: str | None = None) -> None:
+    def __init__(self, min_size: int, cache_dir: Path, path: str | None = None, captions: str | None = None) -> None:
         self.min_size = min_size
         self.path = Path(path) if path else cache_dir / f"train_under_{min_size}px.txt"
-        self._index = shard_index(cache_dir, "train")
+        self._index = shard_index(cache_dir, "train", captions)
 
     def names(self) -> list[str]:
         """The names; the file is there by now."""
