@@ -70,12 +70,12 @@ class LatentDiffusion(nn.Module, Pretrained):
         self.model = model
         self.sampler, self.guidance = sampler or Euler(), guidance or Guidance()
         self.conditioning = conditioning or class_labels(model)
+        check_texts(model, self.conditioning)
         if self.conditioning.num_classes != model.num_classes:
             raise ValueError(
                 f"model.num_classes: the denoiser has {model.num_classes}, but its conditioning has "
                 f"{self.conditioning.num_classes}; give both the same, null where nothing is a class"
             )
-        check_texts(model, self.conditioning)
         self.normalization = LatentNormalization(model.in_channels)
         self.tokenizer: Frozen | None = None
         self.latent_source: dict[str, Any] | None = None

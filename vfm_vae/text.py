@@ -95,6 +95,7 @@ class TextEncoder(Described, ABC):
         unsaid = self.whereabouts if by_weights else {"fingerprint"}
         names = [name for name in {**theirs, **ours} if name not in unsaid and theirs.get(name) != ours.get(name)]
         if names:
+            names = [name for name in names if name != "fingerprint"] or names  # which follows from the others
             said = "; ".join(f"its {name} is {theirs.get(name)!r}, here {ours.get(name)!r}" for name in names)
             raise ValueError(f"{what} another text encoder than {self.name} at hand: {said}; {advice}")
 
