@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_denoiser import every_class, inputs, randomised, small
+from test_denoiser import condition, every_class, every_labelled, inputs, randomised, small
 
 from ldm import path
 from ldm.condition import Labels
@@ -43,7 +43,7 @@ def test_the_base_is_a_final_layer_of_its_own_after_the_block_it_names(kind, bas
 
 
 @torch.no_grad()
-@every_class
+@every_labelled
 def test_only_who_asks_for_the_base_pays_for_it(kind):
     model = randomised(small(kind, "none", base_depth=1)).eval()
     runs = runs_of(model)
@@ -121,7 +121,8 @@ def test_a_rehearsal_counts_the_head(kind):
     counts = []
     for base_depth in (0, 1):
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-            rehearse(small(kind, "none", base_depth=base_depth), None, Labels(torch.zeros(2, dtype=torch.long), 5))
+            model = small(kind, "none", base_depth=base_depth)
+            rehearse(model, None, condition(model, 2))
         counts.append(counter.get_total_flops())
     without, with_head = counts
     final = 2 * 2 * 16 * 3 * 16 + 2 * 2 * 16 * 32  # multiplications and additions of two images' output and modulation

@@ -11,7 +11,7 @@ from test_denoiser import ALL, every_class_in_time, inputs, parts, randomised, s
 import vfm_vae.compilation
 from callbacks.ema import EMA
 from callbacks.throughput import Throughput
-from ldm.models.layers import Block, FinalLayer
+from ldm.models.layers import FinalLayer
 from ldm.models.projectors import ConvProjector
 from ldm.pipeline import LatentDiffusion
 from vfm_vae.compilation import is_compiled
@@ -51,7 +51,12 @@ def regions(kind: str, alignment: str, sizes: int = 1) -> dict[str, int]:
     """How often what is compiled for so many sizes of batches; a wide head's parts are others than the body's."""
     towers = 1 + (kind == "ditdh")
     projector = {} if alignment == "none" else {"ConvProjector" if alignment == "base" else "Sequential": sizes}
-    return {"Block": sizes * towers, "FinalLayer": sizes * (towers if alignment == "base" else 1), **projector}
+    return {block_of(kind): sizes * towers, "FinalLayer": sizes * (towers if alignment == "base" else 1), **projector}
+
+
+def block_of(kind: str) -> str:
+    """The class of a denoiser's blocks."""
+    return "TextBlock" if kind == "text" else "Block"
 
 
 def gradients(model, *arguments):
@@ -77,7 +82,7 @@ def test_equal_blocks_are_compiled_once(kind, alignment, graphs):
     assert graphs == regions(kind, alignment)
     compiled = [module for module in model.modules() if is_compiled(module)]
     after = [FinalLayer] if alignment == "none" else [FinalLayer, FinalLayer, ConvProjector]
-    assert Counter(map(type, compiled)) == Counter([Block] * len(model.blocks) + after)
+    assert Counter(map(type, compiled)) == Counter([*map(type, model.blocks), *after])
 
 
 @every_class_in_time
@@ -106,7 +111,7 @@ def test_compiled_is_the_same(kind, alignment, recompute, graphs):
     assert len(features[0]) == len(plain.blocks)
     assert_close(*features)
     assert list(compiled.state_dict()) == names == list(plain.state_dict())
-    assert graphs["Block"] > 0
+    assert graphs[block_of(kind)] > 0
 
 
 @torch.no_grad()
@@ -122,7 +127,7 @@ def test_a_copy_runs_its_own_weights(kind, graphs):
         parameter.mul_(0.5)
     assert_close(*(dict(enumerate(parts(m(*inputs(m))))) for m in (other, plain)))
     assert all(torch.equal(*pair) for pair in zip(parts(model(*inputs(model))), expected, strict=True))
-    assert graphs["Block"] == regions(kind, "reg")["Block"]
+    assert graphs[block_of(kind)] == regions(kind, "reg")[block_of(kind)]
 
 
 @every_class_in_time

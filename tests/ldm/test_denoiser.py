@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from ldm import path
-from ldm.condition import Labels
+from ldm.condition import Condition, Labels
 from ldm.models.denoiser import Denoiser, Prediction
 from ldm.models.ditdh import DiTDH
 from ldm.models.lightningdit import LightningDiT
 from ldm.models.sit import SiT
+from ldm.models.text_lightningdit import TextLightningDiT
+from ldm.text import Text
 from vfm_vae.description import describe
 from vfm_vae.pretrained import build
 
@@ -29,12 +31,14 @@ CLASSES = {
     "lightningdit": LightningDiT,
     "sit": SiT,
     "ditdh": partial(DiTDH, head_depth=1, head_width=24, head_num_heads=3),
+    "text": lambda num_classes, **options: TextLightningDiT(6, **options),
 }
 
 every_class = pytest.mark.parametrize("kind", CLASSES)
+every_labelled = pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind != "text"])
 # Where another class takes seconds, and goes through the same code.
 every_class_in_time = pytest.mark.parametrize(
-    "kind", ["lightningdit", "sit", pytest.param("ditdh", marks=pytest.mark.slow)]
+    "kind", ["lightningdit", "sit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ditdh", "text"))]
 )
 every_alignment = pytest.mark.parametrize("alignment", ALIGNMENTS)
 with_all_or_nothing = pytest.mark.parametrize("alignment", ["none", "base"])
@@ -56,7 +60,15 @@ def randomised(model: Denoiser) -> Denoiser:
 def inputs(model: Denoiser, num: int = 2) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(1)
     x, t = torch.randn(num, *model.latent_shape), torch.rand(num)
-    return model.join(x, torch.randn(num, model.cls_channels)), t, Labels(torch.arange(num), model.num_classes)
+    return model.join(x, torch.randn(num, model.cls_channels)), t, condition(model, num)
+
+
+def condition(model: Denoiser, num: int) -> Condition:
+    """A class for each, or a text of one to three words."""
+    if not model.text_channels:
+        return Labels(torch.arange(num) % (model.num_classes + 1), model.num_classes)
+    tokens = torch.randn(num, 3, model.text_channels)
+    return Text(tokens, torch.arange(3) <= torch.arange(num)[:, None] % 3, tokens[0, :1])
 
 
 def parts(prediction: Prediction) -> list[torch.Tensor]:
@@ -167,9 +179,9 @@ def test_one_batch_trains_everything(kind, alignment):
     model = small(kind, alignment)
     data, noise = torch.randn(2, 8, 3, 4, 4)
     cls, cls_noise = torch.randn(2, 8, 6)
-    t, y = torch.rand(8), torch.arange(8) % 6
+    t = torch.rand(8)
     target = torch.randn(8, model.num_prefix_tokens + 16, 8)
-    told = t, Labels(y, model.num_classes)
+    told = t, condition(model, 8)
     noisy = model.join(path.interpolate(data, noise, t), path.interpolate(cls, cls_noise, t))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
