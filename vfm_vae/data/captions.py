@@ -78,7 +78,7 @@ def read_captions(folder: Path, field: str) -> tuple[list[str], CaptionTable]:
         entry = parse_object(line, place)
         image = numbers.setdefault(_image_name(entry, place), len(numbers))
         for caption in captions_in(entry.get(field), f"{place}: {field!r}"):
-            text += caption.encode(errors="replace")  # JSON may hold halves of characters
+            text += caption.encode()
             ends.append(len(text))
             images.append(image)
         has_field, others = has_field or field in entry, others or entry.keys() - {"file_name"}
@@ -185,7 +185,8 @@ def captions_in(value: Any, place: str) -> list[str]:
     texts = value if isinstance(value, list) else [value]
     if not all(text is None or isinstance(text, str) for text in texts):
         raise ValueError(f"{place} is neither a text nor a list of texts, but {json.dumps(value)[:60]}")
-    return [text.strip() for text in texts if text and not text.isspace()]
+    whole = (text.encode(errors="replace").decode() for text in texts if text)  # JSON may hold halves of characters
+    return [text.strip() for text in whole if not text.isspace()]
 
 
 def _image_name(entry: dict[str, Any], place: str) -> str:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from vfm_vae.data.images import ImageDataset
+from vfm_vae.data.shards import ShardCaptions
 
 CHUNK = 1000
 
@@ -31,7 +32,12 @@ def names_digest(dataset: ImageDataset) -> str:
 
 
 def captions_digest(dataset: ImageDataset) -> str:
-    """SHA-256, in hexadecimal, over the captions of all images, in their order."""
+    """SHA-256, in hexadecimal, over the captions of all images, in their order.
+
+    Of tar shards, which are not read for it, it is over the name of what holds the captions; see `files_state`.
+    """
+    if isinstance(dataset.captions, ShardCaptions):
+        return hashlib.sha256("\0".join(dataset.captions.members).encode()).hexdigest()
     digest = hashlib.sha256()
     for index in range(len(dataset)):
         digest.update("\0".join([*dataset.captions_of(index), "\n"]).encode())
