@@ -109,7 +109,7 @@ class Partner:
         if told[0] != told[1]:
             raise ValueError(f"{place} is told {told[0]}, but the denoiser {told[1]}; give one that is told the same")
         if (encoder := diffusion.conditioning.text_encoder) is not None:
-            encoder.check_source(self._found.text_source, f"{place} was trained on texts of", "give one of the same")
+            encoder.go_on_as(self._found.text_source, f"{place} was trained on texts of", "give one of the same")
         source = self._found.latent_source
         check_tokenizer(diffusion.latent_source, source, f"{place} was trained on latents", ADVICE)
         check_statistics(self._found.statistics, diffusion.normalization, OPTION)

@@ -77,32 +77,29 @@ class TextEncoder(Described, ABC):
         arguments = {name: x for name, x in describe(self)["init_args"].items() if name not in self.whereabouts}
         return {"class_path": class_path(self._made_as), "init_args": arguments, "fingerprint": self.fingerprint()}
 
-    def check_source(self, source: Mapping[str, Any] | None, what: str, advice: str) -> None:
-        """Compares itself with the text encoder of a cache or a checkpoint.
+    def go_on_as(self, source: Mapping[str, Any] | None, what: str, advice: str) -> None:
+        """Compares itself with the text encoder of a cache or a checkpoint, and remembers the fingerprint of that.
+
+        Where its own weights are not read yet, they are compared when they are.
 
         Args:
-            source: What that says of its text encoder, see `source`; None where it says nothing.
+            source: What is said of the other, see `source`; None where nothing is.
             what: Begins the message.
             advice: Ends it: what would do.
 
         Raises:
-            ValueError: if that is another.
+            ValueError: if it is another.
         """
         if source is None:
             return
         ours, theirs = _facts(self.source()), _facts(source)
-        by_weights = None not in (ours["fingerprint"], theirs["fingerprint"])
-        unsaid = self.whereabouts if by_weights else {"fingerprint"}
-        names = [name for name in {**theirs, **ours} if name not in unsaid and theirs.get(name) != ours.get(name)]
-        if names:
+        unsaid = {"fingerprint"} if theirs["fingerprint"] is None else set(self.whereabouts)
+        unsaid |= {"fingerprint"} if ours["fingerprint"] is None else set()
+        if names := [name for name in {**theirs, **ours} if name not in unsaid and theirs.get(name) != ours.get(name)]:
             names = [name for name in names if name != "fingerprint"] or names  # which follows from the others
             said = "; ".join(f"its {name} is {theirs.get(name)!r}, here {ours.get(name)!r}" for name in names)
             raise ValueError(f"{what} another text encoder than {self.name} at hand: {said}; {advice}")
-
-    def go_on_as(self, source: Mapping[str, Any] | None, what: str, advice: str) -> None:
-        """The same, and remembers the fingerprint, with which the weights are compared when they are read."""
-        self.check_source(source, what, advice)
-        self._expected = (source or {}).get("fingerprint") or self._expected
+        self._expected = theirs["fingerprint"] or self._expected
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], device: torch.device | str = "cpu") -> TextBatch:

@@ -77,7 +77,7 @@ def cached(root: Path, **options) -> ImageNetDataModule:
     return ImageNetDataModule(root, **defaults | options)
 
 
-def captioner(encoder: TextEncoder | None = None, model: Denoiser | None = None, **options) -> DiffusionModule:
+def captioner(model: Denoiser | None = None, encoder: TextEncoder | None = None, **options) -> DiffusionModule:
     """A module that trains on captions."""
     torch.manual_seed(0)
     encoder = encoder or words()
