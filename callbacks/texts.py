@@ -63,7 +63,7 @@ def source_of(encoder: TextEncoder, file: Path) -> Mapping[str, Any]:
     """
     fingerprint = encoder.fingerprint()
     noted: Mapping[str, Any] | None = read_json(file, "directory").get("text") if file.is_file() else None
-    encoder.check_source(noted, f"directory: {str(file.parent)!r} holds embeddings of", "choose another folder")
+    encoder.go_on_as(noted, f"directory: {str(file.parent)!r} holds embeddings of", "choose another folder")
     return {**encoder.source(), "fingerprint": fingerprint} if noted is None else noted
 
 
