@@ -77,8 +77,10 @@ class TextEncoder(Described, ABC):
         arguments = {name: x for name, x in describe(self)["init_args"].items() if name not in self.whereabouts}
         return {"class_path": class_path(self._made_as), "init_args": arguments, "fingerprint": self.fingerprint()}
 
-    def check_source(self, source: Mapping[str, Any] | None, what: str, advice: str) -> None:
-        """Compares itself with the text encoder of a cache or a checkpoint.
+    def go_on_as(self, source: Mapping[str, Any] | None, what: str, advice: str) -> None:
+        """Compares itself with the text encoder of a cache or a checkpoint, and remembers that one's fingerprint.
+
+        Weights that are yet to be read will be compared with it.
 
         Args:
             source: What is said of the other, see `source`; None where nothing is.
@@ -97,11 +99,7 @@ class TextEncoder(Described, ABC):
             names = [name for name in names if name != "fingerprint"] or names  # which follows from the others
             said = "; ".join(f"its {name} is {theirs.get(name)!r}, here {ours.get(name)!r}" for name in names)
             raise ValueError(f"{what} another text encoder than {self.name} at hand: {said}; {advice}")
-
-    def go_on_as(self, source: Mapping[str, Any] | None, what: str, advice: str) -> None:
-        """The same, and remembers the fingerprint, with which weights that are yet to be read will be compared."""
-        self.check_source(source, what, advice)
-        self._expected = (source or {}).get("fingerprint") or self._expected
+        self._expected = theirs["fingerprint"] or self._expected
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], device: torch.device | str = "cpu") -> TextBatch:
