@@ -2,6 +2,7 @@
 
 from callbacks.checkpoint import LastCheckpoint
 from callbacks.cknna import CKNNACallback
+from callbacks.clip_score import CLIPScoreCallback
 from callbacks.distribution import DistributionCallback
 from callbacks.ema import EMA
 from callbacks.images import ReconstructionImages, SampleImages
@@ -18,6 +19,7 @@ from callbacks.writers import LatentWriter, ReconstructionWriter
 __all__ = [
     "EMA",
     "CKNNACallback",
+    "CLIPScoreCallback",
     "ClassAccuracyCallback",
     "DistributionCallback",
     "EndTogether",

@@ -4,7 +4,7 @@ Every rank writes its own part and nothing is kept in memory. Caches go on where
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -256,9 +256,14 @@ def keep_settings(
         )
 
 
-def write_images(directory: Path, images: Tensor, index: Tensor) -> None:
+def numbered(number: int) -> str:
+    """Name of an image's file, by its number."""
+    return f"{number:08d}.png"
+
+
+def write_images(directory: Path, images: Tensor, index: Tensor, named: Callable[[int], str] = numbered) -> None:
     """Writes images `[B, 3, H, W]` in [-1, 1] as PNG named by `index: [B]`, but for padding."""
     pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
     for number, picture in zip(index.tolist(), pixels, strict=True):
         if number >= 0:
-            write_picture(directory / f"{number:08d}.png", picture)
+            write_picture(directory / named(number), picture)

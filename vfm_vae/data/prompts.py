@@ -1,6 +1,8 @@
 """Prompts that images are to be drawn for: from files as evaluation suites have them, or given one by one."""
 
+import json
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +43,19 @@ class SamplePrompts(SampleNumbers):
         super().__init__(len(prompts) * images_per_prompt)
         self.prompts, self.images_per_prompt = list(prompts), images_per_prompt
 
+    def settings(self) -> dict[str, Any]:
+        """SHA-256, in hexadecimal, over the prompts, and how many images each has."""
+        texts = json.dumps([prompt.text for prompt in self.prompts])
+        return {"prompts": sha256(texts.encode()).hexdigest(), "images_per_prompt": self.images_per_prompt}
+
     def __getitem__(self, draw: Draw | int) -> tuple[Any, ...]:
         """Returns an empty image, label -1, the number, which is -1 for padding, and the prompt as the caption."""
         number = draw if isinstance(draw, int) else draw.index
-        return *super().__getitem__(draw), Caption(self.prompts[number // self.images_per_prompt].text)
+        return *super().__getitem__(draw), Caption(self.prompt_of(number).text)
+
+    def prompt_of(self, number: int) -> Prompt:
+        """The prompt of a sample, by its number."""
+        return self.prompts[number // self.images_per_prompt]
 
 
 def read_prompts(given: str | Path | Sequence[str]) -> list[Prompt]:
@@ -87,7 +98,7 @@ def _of_objects(file: Path) -> list[Prompt]:
             record = parse_object(line, place)
             text = next((record[field] for field in FIELDS if field in record), None)
             if not isinstance(text, str):
-                raise ValueError(f"{place}: has no text named {' or '.join(FIELDS)}")
+                raise ValueError(f"{place} has no text named {' or '.join(FIELDS)}")
             prompts.append(Prompt(text.strip(), record=record))
     return prompts
 

@@ -66,6 +66,10 @@ class SampleNumbers(SampleSet):
         self.size = size
         self.labels = np.full(size, -1)
 
+    def settings(self) -> dict[str, Any]:
+        """What samples depend on besides their numbers, as plain data."""
+        return {}
+
     def __len__(self) -> int:
         """Number of samples."""
         return self.size
