@@ -133,7 +133,7 @@ class TextEncoder(Described, ABC):
                     f"model.conditioning.encoder: the weights of {self.name} are others than those that the cache or "
                     f"the checkpoint was made with: {self.fingerprint()}, not {self._expected}; give the same"
                 )
-            with torch.inference_mode(False):  # training could not use what was made in it
+            with torch.inference_mode(False), torch.no_grad():  # training could not use what is made in that mode
                 (self._empty[place],) = self.tokens([""], place)
         return self._empty[place]
 
