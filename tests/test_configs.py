@@ -57,6 +57,7 @@ def test_every_config_is_covered_here():
     seen |= {"ldm/lightningdit.yaml", "ldm/samples.yaml", *(f"ldm/{run}.yaml" for run in RUNS)}
     seen |= {f"ldm/size/{size}.yaml" for size in ("b", "l", "1p0b", "1p6b", "ditdh_s")}
     seen |= {"data/latents.yaml", "data/imagenet_centre.yaml", "demo/latents.yaml", "vfm_vae/latents.yaml"}
+    seen |= {"data/captions.yaml", "data/captions_wds.yaml"}  # built by tests/data/test_captions.py
     seen |= {"demo/ldm.yaml", "demo/ldm_train.yaml", "demo/ldm_guided.yaml", "demo/weak_test.yaml"}
     seen |= {"vfm_vae/test.yaml", "vfm_vae/test_published.yaml", "ldm/test.yaml", "ldm/cknna.yaml"}
     seen |= {"ldm/ditdh.yaml", "ldm/rae_ditdh_xl.yaml"}

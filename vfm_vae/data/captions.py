@@ -150,7 +150,7 @@ def decoded(content: bytes, place: str) -> str:
         pass
     is_wide = b"\0" in content or content.startswith((BOM_UTF16_BE, BOM_UTF16_LE))
     likely = "UTF-16" if is_wide else "LATIN1"
-    raise ValueError(f"{place}: is not UTF-8; convert the file, for instance with `iconv -f {likely} -t UTF-8`")
+    raise ValueError(f"{place} is not UTF-8; convert the file, for instance with `iconv -f {likely} -t UTF-8`")
 
 
 def parse_object(line: str, place: str) -> dict[str, Any]:
@@ -165,10 +165,10 @@ def parse_object(line: str, place: str) -> dict[str, Any]:
     """
     try:
         parsed = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place}: is no JSON ({error})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is no JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(parsed, dict):
-        raise ValueError(f'{place}: is not an object such as {{"name": "value"}}, but {line[:60]}')
+        raise ValueError(f'{place} is not an object such as {{"name": "value"}}, but {line[:60]}')
     return parsed
 
 
@@ -192,8 +192,8 @@ def captions_in(value: Any, place: str) -> list[str]:
 def _image_name(entry: dict[str, Any], place: str) -> str:
     given = entry.get("file_name")
     if not isinstance(given, str) or not given:
-        raise ValueError(f"{place}: has no file_name, the path of an image from the folder of the file")
+        raise ValueError(f"{place} has no file_name, the path of an image from the folder of the file")
     name = posixpath.normpath(given)
     if name.startswith(("/", "../")) or name in (".", ".."):
-        raise ValueError(f"{place}: the file_name {given!r} is no file below the folder; give its path from there")
+        raise ValueError(f"{place} has a file_name that is not below the folder, {given!r}; give its path from there")
     return name
