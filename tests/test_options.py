@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from importlib import import_module
 from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ import ldm.models
 from ldm.models.lightningdit import LightningDiT
 from ldm.module import DiffusionModule
 from ldm.sweep.grid import Sweep
+from vfm_vae.cli import NAMED
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
 from vfm_vae.evaluate import evaluate_samples
@@ -38,7 +41,7 @@ TRIED = (-1, 0, math.nan, math.inf)
 MEANT = {
     -1: {
         "leaves the end to the trainer": ["max_images"],
-        "counts from the last layer": ["FrozenVFM.layers", "TransformersVFM.layers"],
+        "counts from the last layer": ["FrozenVFM.layers", "TransformersVFM.layers", "TransformersText.layer"],
     },
     0: {
         "trains nothing, as trainer.max_steps": ["max_images"],
@@ -46,7 +49,7 @@ MEANT = {
         "is a seed": ["seed", "photos"],
         "is a class": ["classes"],
         "is what enters the first block": [
-            "FrozenVFM.layers", "TransformersVFM.layers", "ProjectedDiscriminator.layers",
+            "FrozenVFM.layers", "TransformersVFM.layers", "TransformersText.layer", "ProjectedDiscriminator.layers",
         ],
         "is the finest level": ["ConvVAE.attention"],
         "is black": ["TransformersVFM.mean", "RAE.pixel_mean"],
@@ -89,6 +92,14 @@ def vfm() -> FrozenVFM:
 
 
 @cache
+def reader() -> TemporaryDirectory[str]:
+    """A folder with the config of a language model."""
+    folder = TemporaryDirectory()
+    Path(folder.name, "config.json").write_text('{"model_type": "t5", "num_layers": 2}')
+    return folder
+
+
+@cache
 def tokenizer() -> VFMVAE:
     decoder = Decoder(16, [8] * 5, [8], [1], 0, w_channels=8)
     return VFMVAE(Adapter(**REQUIRED["Adapter"]()), decoder, vfm())
@@ -128,6 +139,7 @@ REQUIRED: dict[str, Callable[[], dict[str, Any]]] = {
         "model": tokenizer(), "discriminator": ProjectedDiscriminator(**REQUIRED["ProjectedDiscriminator"]()),
         "objective": Objective(), "optimizer": ADAM, "discriminator_optimizer": ADAM,
     },
+    "TransformersText": lambda: {"name": reader().name},
     "TransformersVFM": lambda: {
         "name": "owner/model", "pretrained": False, "mean": [0.5] * 3, "std": [0.5] * 3,
         "model_args": {"model_type": "dinov2", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
@@ -161,6 +173,8 @@ def subclasses(kind: type) -> set[type]:
 
 def configurable() -> list[Callable]:
     """All that a config or the command line can name: modules, data, callbacks, and what these are made of."""
+    for module in NAMED:
+        import_module(module)
     for package in (callbacks, ldm, ldm.models):
         list(modules_of(package))
     callback_classes = {kind for kind in subclasses(Callback) if kind.__module__.startswith("callbacks.")}
