@@ -1,5 +1,7 @@
 """The configs that cache latents and evaluate build what they measure with, by the protocol that they name."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,20 @@ def test_caches_build(name):
     cli = build("demo/tokenizer.yaml", "demo/weak.yaml", name, "trainer/cpu.yaml", command="predict")
     assert cli.model.predict == "latents" and cli.datamodule.predict == ("train", "val")
     assert callback(cli, "LatentWriter").dtype == "float32"
+
+
+def test_caches_with_captions_build(tmp_path):
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "vocab_size": 151936}
+    config = {"model_type": "qwen2_5_vl", "text_config": sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = (CONFIGS / "vfm_vae/latents_text.yaml").read_text().replace("Qwen/Qwen2.5-VL-3B-Instruct", str(tmp_path))
+    (tmp_path / "latents_text.yaml").write_text(text)
+    cli = build(
+        "demo/tokenizer.yaml", "demo/weak.yaml", tmp_path / "latents_text.yaml", "trainer/cpu.yaml", command="predict"
+    )
+    encoder = callback(cli, "LatentWriter").text
+    assert (encoder.width, encoder.max_tokens, encoder.layer, encoder.precision) == (2048, 256, -1, "bfloat16")
+    assert cli.model.predict == "moments" and not encoder.is_loaded
 
 
 @pytest.mark.parametrize("name", ["test", "test_published"])

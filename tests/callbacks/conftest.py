@@ -40,7 +40,7 @@ class NoiseData(LightningDataModule):
         batch = collate(samples)
         white = torch.full((self.padding, 3, 8, 8), 255, dtype=torch.uint8)
         padding = Batch(white, torch.zeros(self.padding).long(), -torch.ones(self.padding).long())
-        return Batch(*(torch.cat(pair) for pair in zip(batch, padding, strict=True)))
+        return Batch(*(torch.cat(pair) for pair in zip(batch[:3], padding[:3], strict=True)))
 
     test_dataloader = predict_dataloader = val_dataloader
 
