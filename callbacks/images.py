@@ -95,36 +95,40 @@ class ReconstructionImages(Output):
 
 
 class SampleImages(Output):
-    """Shows samples after each validation in grids, one for each guidance scale, with a row for each class.
+    """Shows samples after each validation in grids, one for each guidance scale, with a row for each class or prompt.
 
     They are drawn with the weights that validation uses, always from the same noise. Grids go to TensorBoard as
     `val/samples_guidance_<scale>`, and the latest to `<log_dir>/images/samples_guidance_<scale>.png`. Only rank zero
     draws. If the module has no tokenizer to decode with, it warns and draws nothing.
 
     Args:
-        classes: The classes to show, one in each row; null for one row of samples as the module numbers them, if they
-            have no classes.
-        num_images: Number of samples of each class.
+        classes: The classes to show, one in each row; null for prompts, or for one row of samples as the module numbers
+            them.
+        num_images: Number of samples of each class or prompt.
         guidance_scales: Guidance scales to show, one grid for each; 1 is without guidance.
         batch_size: How many samples are drawn at a time.
+        prompts: The prompts to show, one in each row, instead of classes. The first validation loads the text encoder.
 
     Raises:
-        ValueError: if a number lies outside its range, or nothing is to be shown; when a run starts, if the module
-            draws no samples, or knows no such class.
+        ValueError: if a number lies outside its range, nothing is to be shown, or both classes and prompts are; when a
+            run starts, if the module draws no samples, knows no such class, or takes no prompts.
     """
 
     def __init__(
         self,
-        classes: Sequence[int] | None,
+        classes: Sequence[int] | None = None,
         num_images: int = 8,
         guidance_scales: Sequence[float] = (1.0,),
         batch_size: int = 64,
+        prompts: Sequence[str] | None = None,
     ) -> None:
         at_least(0, classes=classes, guidance_scales=guidance_scales)
         at_least(1, num_images=num_images, batch_size=batch_size)
         if not guidance_scales or (classes is not None and not classes):
             raise ValueError("classes, guidance_scales: give at least one of each")
-        self.classes, self.num_images = classes, num_images
+        if prompts is not None and (classes is not None or not prompts):
+            raise ValueError("prompts: give at least one, and no classes; or leave them out")
+        self.classes, self.prompts, self.num_images = classes, prompts, num_images
         self.guidance_scales, self.batch_size = list(guidance_scales), batch_size
         self._directory = Path()
 
@@ -136,6 +140,8 @@ class SampleImages(Output):
             if pl_module.num_classes is None:
                 raise ValueError("classes: the model draws samples that are not of classes; set it to null")
             within(0, pl_module.num_classes - 1, classes=self.classes)
+        if self.prompts is not None and pl_module.num_classes is not None:
+            raise ValueError("prompts: the model draws samples of classes, and takes no prompts; give classes")
         if not pl_module.can_decode:
             rank_zero_warn(
                 "SampleImages: model.tokenizer is null, so there is nothing to decode samples; none are shown."
@@ -146,12 +152,11 @@ class SampleImages(Output):
         """Draws on all ranks, because a sharded model needs all of them."""
         if trainer.sanity_checking or not pl_module.can_decode:
             return
-        labels = None if self.classes is None else torch.tensor(self.classes).repeat_interleave(self.num_images)
-        numbers = torch.arange(self.num_images if labels is None else len(labels))
+        numbers = torch.arange(self.num_images * len(self.classes or self.prompts or [None]))
         for scale in self.guidance_scales:
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 images = [
-                    to_uint8(pl_module.draw(part, None if labels is None else labels[part], scale).images).cpu()
+                    to_uint8(pl_module.draw(part, self._asked_for(part), scale).images).cpu()
                     for part in numbers.split(self.batch_size)
                 ]
             if not trainer.is_global_zero:
@@ -159,6 +164,13 @@ class SampleImages(Output):
             grid = make_grid(torch.cat(images), nrow=self.num_images, padding=2, pad_value=255)
             name = f"samples_guidance_{scale:g}"
             show(trainer, grid, self._directory / f"{name}.png", f"val/{name}")
+
+    def _asked_for(self, numbers: Tensor) -> Tensor | list[str] | None:
+        """What samples are drawn for, by their numbers."""
+        rows = numbers // self.num_images
+        if self.prompts is not None:
+            return [self.prompts[row] for row in rows.tolist()]
+        return None if self.classes is None else torch.tensor(self.classes)[rows]
 
 
 def show(trainer: Trainer, grid: Tensor, file: Path, tag: str, ended: bool = False) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from callbacks.evaluation import EvaluationCallback
 from vfm_vae.contracts import HasEvaluationSettings
+from vfm_vae.data.prompts import SamplePrompts
 from vfm_vae.data.transforms import CentreCrop, ResizeAndCrop
 from vfm_vae.lightning_private import undeclared
 from vfm_vae.metrics.summary import (
@@ -102,6 +103,8 @@ def evaluation_settings(trainer: Trainer) -> dict[str, Any]:
     if isinstance(crop, CentreCrop | ResizeAndCrop) and data.source != "latents":
         name = "adm" if isinstance(crop, CentreCrop) else "resize"
         settings["data"] = {"image_size": crop.image_size, "evaluation_crop": name}
+    if trainer.testing and isinstance(samples := getattr(data, "samples", None), SamplePrompts):
+        settings["data"] = settings.get("data", {}) | samples.settings()
     for callback in undeclared(trainer).callbacks:
         if isinstance(callback, EvaluationCallback):
             name = type(callback).__name__

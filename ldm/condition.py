@@ -41,7 +41,7 @@ class Condition(ABC):
         """Each row as JSON has it, for files and titles."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is kept of the rows beside samples, `[B, ...]` each, by the names of their fields: all of it, as here."""
+        """What is kept of the rows beside samples: here all of them, `[B, ...]` each, by the names of their fields."""
         return {name: getattr(self, name) for name in self.rows}
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
@@ -12,7 +13,8 @@ from vfm_vae.cli import CLI
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.trial import Output
 
-SWEEP = "sweep"
+SWEEP, PROMPT = "sweep", "prompt"
+PROMPTED = ("test", "predict", SWEEP)  # commands that draw samples for prompts
 KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's, in the place of a file
 
 
@@ -53,7 +55,8 @@ class SweepingTrainer(Trainer):
 class SweepingCLI(CLI):
     """The command line that has `sweep`, too: the options of `test`, and those of the grid.
 
-    A sweep writes its own files, so it goes without loggers and callbacks that would write.
+    A sweep writes its own files, so it goes without loggers and callbacks that would write. Prompts can be given as
+    `--prompt`, which is short for `--data.prompts`.
     """
 
     @staticmethod
@@ -62,16 +65,27 @@ class SweepingCLI(CLI):
         return CLI.subcommands() | {SWEEP: {"model", "datamodule", "sweep"}}
 
     def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
-        """Adds the options of the grid."""
+        """Adds prompts, and the options of the grid."""
         super().add_subcommand_arguments(parser, subcommand)
+        if subcommand in PROMPTED:
+            parser.add_argument(
+                f"--{PROMPT}",
+                type=str,
+                nargs="+",
+                help='One or several texts to draw samples for, in quotes, such as --prompt "a cat" "a dog"; '
+                "`data.images_per_prompt` says how many of each. Short for `data.prompts`, which reads files as well.",
+            )
         if subcommand == SWEEP:
             parser.add_class_arguments(Sweep, SWEEP)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses a command line."""
         super().parse_arguments(parser, args)
+        options = self.config[self.config.subcommand]
+        if prompts := options.get(PROMPT):
+            _take_prompts(options.data, prompts)
         if self.config.subcommand == SWEEP:
-            self.config[SWEEP].trainer.logger = False
+            options.trainer.logger = False
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Makes the trainer."""
@@ -87,3 +101,13 @@ class SweepingCLI(CLI):
         """Sweeps over a checkpoint."""
         trainer: Any = self.trainer
         trainer.sweep(**options, sweep=self.config_init[SWEEP][SWEEP])
+
+
+def _take_prompts(data: Namespace, prompts: list[str]) -> None:
+    """Sets the option of the data that `--prompt` stands for."""
+    for other in ("num_samples", "prompts"):
+        if data[other] is not None:
+            raise ValueError(
+                f"prompt: says what samples are to be drawn, as data.{other} does; leave one of the two out"
+            )
+    data.prompts = prompts

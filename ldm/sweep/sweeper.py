@@ -162,10 +162,13 @@ class Sweeper:
 
     def _shared_settings(self) -> dict[str, Any]:
         """What all numbers depend on, as `metrics.json` has it."""
-        count = getattr(self.data, "num_samples", None)
-        if count is None:
-            raise ValueError("data.num_samples: give the number of samples to draw for each setting, such as 10000")
-        settings: dict[str, Any] = {"num_samples": count, "model": self.module.drawing_settings()}
+        samples = getattr(self.data, "samples", None)
+        if samples is None:
+            raise ValueError(
+                "data.num_samples: give the number of samples to draw for each setting, such as 10000, or data.prompts"
+            )
+        count = len(samples)
+        settings = {"num_samples": count, **samples.settings(), "model": self.module.drawing_settings()}
         for callback in self.measuring:
             name = type(callback).__name__
             while name in settings:
