@@ -196,13 +196,13 @@ def test_listed_images_that_do_not_exist_count_as_damaged(captioned):
 
 GOOD = b'{"file_name": "apple/000.JPEG", "text": "x"}\n'
 BAD = {  # second lines, or whole files, and what is said of them
-    "no JSON": (GOOD + b"{'file_name'}\n", "line 2 is no JSON (Expecting property name enclosed in double quotes at column 2)"),
+    "no JSON": (GOOD + b"{'file_name'}\n", "line 2 is no JSON (Expecting property name enclosed in double quotes"),
     "cut off": (GOOD + GOOD[:30], "metadata.jsonl', line 2 is no JSON (Expecting ',' delimiter at column 31)"),
     "no object": (GOOD + b"[1]\n", "metadata.jsonl', line 2 is not an object such as"),
     "no name": (GOOD + b'\n{"text": "y"}\n', "metadata.jsonl', line 3 has no file_name, the path of an image"),
     "a number for a name": (GOOD + b'{"file_name": 3}\n', "metadata.jsonl', line 2 has no file_name"),
     "above": (b'{"file_name": "apple/../../val/pear/000.JPEG"}', "line 1 has a file_name that is not below the folder"),
-    "absolute": (b'{"file_name": "/etc/a.jpg", "text": "x"}', "below the folder, '/etc/a.jpg'; give its path from there"),
+    "absolute": (b'{"file_name": "/etc/a.jpg", "text": "x"}', "the folder, '/etc/a.jpg'; give its path from there"),
     "a number": (GOOD.replace(b'"x"', b"[1]"), "line 1: 'text' is neither a text nor a list of texts, but [1]"),
     "other fields": (GOOD.replace(b"text", b"words"), "none of its lines has a field 'text', but there is words"),
     "nothing": (b"\n", """has no captions: expected is a line such as {"file_name": "some/image.jpg", "text": "its"""),

@@ -102,7 +102,9 @@ class CaptionMembers(NamedTuple):
             ValueError: it is not as expected.
         """
         text = decoded(content, place)
-        return captions_in(parse_object(text, place).get(self.field) if self.field else text, place)
+        if not self.field:
+            return captions_in(text, place)
+        return captions_in(parse_object(text, place).get(self.field), f"{place}: {self.field!r}")
 
 
 def shard_index(folder: Path, split: str, captions: str | None = None) -> Path:
