@@ -146,7 +146,7 @@ class LatentWriter(Output):
                 raise ValueError(f"directory: {str(file.parent)!r} holds safetensors of unknown origin; choose another")
             sizes = files_state(dataset).sizes if trainer.is_global_zero else None  # the same for copies
             images = {"images": trainer.strategy.broadcast(sizes)}
-            of_split = images | {"num_images": stream.plan.num_images}
+            of_split: dict[str, Any] = images | {"num_images": stream.plan.num_images}
             if self.text is not None:
                 digest = captions_digest(dataset) if trainer.is_global_zero else None
                 of_split |= {"text": source_of(self.text, file), "captions": trainer.strategy.broadcast(digest)}

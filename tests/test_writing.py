@@ -24,6 +24,7 @@ from callbacks.writers import keep_settings, write_images
 from vfm_vae.data.archive import write_archive
 from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.data.shard_index import Shard, _save_index
+from vfm_vae.data.texts import EmptyCaption
 from vfm_vae.embedded.vit import WEIGHTS
 from vfm_vae.files import write_image
 from vfm_vae.metrics.summary import write_entry
@@ -53,6 +54,7 @@ WRITERS = {
     "all.npz": lambda folder: write_archive(folder / "all.npz", [np.zeros((2, 2, 3), np.uint8)], 1),
     "metrics.json": lambda folder: write_entry(folder / "metrics.json", "run", {"metrics": {}}),
     "latents_stats.pt": lambda folder: LatentStatistics(GREY, GREY).write(folder / "latents_stats.pt"),
+    "text_empty.pt": lambda folder: EmptyCaption(GREY, 1).write(folder),
     "index.npz": lambda folder: _save_index(folder / "index.npz", {"a.tar": SHARD}),
     "training.ckpt": lambda folder: write_training(folder, {"state_dict": {}}, {}),
     "00000003.png": lambda folder: write_images(folder, GREY, torch.tensor([3])),

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import LightningModule
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_readers import Readers
 from torch.nn.functional import avg_pool2d
 
 from callbacks.texts import expected_size
@@ -25,6 +26,7 @@ from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import LatentDataset
 from vfm_vae.data.sampling import Draw
 from vfm_vae.text import HashedWords
+from vfm_vae.transformers_text import TransformersText
 from vfm_vae.types import Encoded
 
 CAPTIONS = {
@@ -244,6 +246,25 @@ def test_a_cache_without_text_stays_as_it_was(predict):
         assert ours.keys() - theirs.keys() == TEXTS
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert (with_text / "latents_stats.pt").read_bytes() == (without / "latents_stats.pt").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_language_model_embeds_captions_wherever_it_lies(predict, tmp_path):
+    readers = Readers(tmp_path / "models")
+    encoder = TransformersText(readers("qwen2_5_vl"), max_tokens=40, precision="float32")
+    folder = predict(text=encoder)
+    batch, images = LatentDataset(folder, train=False), [texts[0] for texts in ALL]
+    text, alone = batch.collate([batch[index] for index in range(7)]).text, encoder.encode(images)
+    assert text.captions == alone.captions and torch.equal(text.mask, alone.mask) and text.mask.sum() > 70
+    assert torch.equal(text.empty, alone.empty) and text.embeddings.shape == (7, 40, encoder.width)
+    torch.testing.assert_close(text.embeddings, alone.embeddings, rtol=2**-7, atol=1e-4)  # of another company
+    before = contents(folder)
+    for name in ("latents_shard00001.safetensors", "latents_stats.pt"):
+        (folder / name).unlink()
+    predict(text=TransformersText(str(readers.copy("qwen2_5_vl", "copy")), max_tokens=40, precision="float32"))
+    assert contents(folder) == before
+    with pytest.raises(ValueError, match=r"another text encoder than .*: its fingerprint is '\w{64}', here '\w{64}'; "):
+        predict(text=TransformersText(readers("qwen2_5_vl", "b", seed=1), max_tokens=40, precision="float32"))
 
 
 RANKS = """
