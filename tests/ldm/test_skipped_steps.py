@@ -79,6 +79,16 @@ class NothingIsRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class NoGPU:
+    """The host waits for none."""
+
+    def __enter__(self):
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *_):
+        torch.cuda.set_sync_debug_mode("default")
+
+
 class Step(Callback):
     """Enters a context for each step of training but the first."""
 
@@ -118,14 +128,7 @@ def test_a_step_that_does_not_log_waits_for_nothing(diffusion, latents, trainer,
 
 @pytest.mark.gpu
 def test_a_step_that_does_not_log_waits_for_no_gpu(diffusion, latents, tmp_path):
-    class Strict:
-        def __enter__(self):
-            torch.cuda.set_sync_debug_mode("error")
-
-        def __exit__(self, *_):
-            torch.cuda.set_sync_debug_mode("default")
-
-    module, step = diffusion(), Step(Strict())
+    module, step = diffusion(), Step(NoGPU())
     module.optimizer = adamw(fused=True)
     options = {"logger": False, "enable_model_summary": False, "enable_checkpointing": False, "precision": "bf16-mixed"}
     run = Trainer(
