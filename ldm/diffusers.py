@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -17,6 +17,7 @@ from ldm.condition import Condition, Labels
 from ldm.pipeline import LatentDiffusion
 from vfm_vae.diffusers import AutoencoderVFM, WholeModel, build_described, described, half_precision
 from vfm_vae.finite import check_finite
+from vfm_vae.options import at_least
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -49,8 +50,7 @@ class LatentDiffusionModel(WholeModel, ModelMixin, ConfigMixin):  # by which nam
         num_classes: int | None = 1000,
     ):
         super().__init__()
-        self.diffusion = build_described(LatentDiffusion, description)
-        self.diffusion.latent_source = description["tokenizer"]
+        self.diffusion = build_described(LatentDiffusion, description).completed(description)
 
     @classmethod
     def from_model(cls, model: LatentDiffusion) -> "LatentDiffusionModel":
@@ -62,9 +62,10 @@ class LatentDiffusionModel(WholeModel, ModelMixin, ConfigMixin):  # by which nam
         # A new one, for the model may have been given another sampler or guidance than it was made with.
         diffusion = LatentDiffusion(model.model, model.sampler, model.guidance, model.conditioning)
         diffusion.normalization, diffusion.latent_source = model.normalization, model.latent_source
+        description = described(diffusion)
         with torch.device("meta"):  # the structure alone, in which the model takes its place
             wrapped = cls(
-                description=described(diffusion),
+                description=description,
                 in_channels=model.model.in_channels,
                 sample_size=list(model.model.input_size),
                 num_classes=model.model.num_classes,
@@ -97,13 +98,13 @@ class LatentDiffusionModel(WholeModel, ModelMixin, ConfigMixin):  # by which nam
     @apply_forward_hook
     def sample(
         self,
-        class_labels: Sequence[int] | Tensor,
+        class_labels: Sequence[Any] | Tensor,
         seed: int,
         guidance_scale: float | None = None,
         index: Tensor | None = None,
         num_inference_steps: int | None = None,
     ) -> Tensor:
-        """Latents as the tokenizer decodes them, `[B, C, h, w]`; arguments as of the pipeline."""
+        """Latents `[B, C, h, w]` as the tokenizer decodes them, of labels or prompts; arguments as of the pipelines."""
         diffusion = self.diffusion if num_inference_steps is None else self._with_steps(num_inference_steps)
         with half_precision(self):
             return diffusion.sample(class_labels, seed, guidance_scale, index).latents
@@ -117,8 +118,8 @@ class LatentDiffusionModel(WholeModel, ModelMixin, ConfigMixin):  # by which nam
         return diffusion
 
 
-class LatentDiffusionPipeline(DiffusionPipeline):
-    """From labels to images, by the samplers and the guidance of this project.
+class SamplingPipeline(DiffusionPipeline):
+    """The base class of pipelines, with the samplers and the guidance of this project.
 
     Args:
         transformer: Makes latents.
@@ -139,7 +140,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae.network.compression)
 
     @classmethod
-    def from_model(cls, model: LatentDiffusion) -> "LatentDiffusionPipeline":
+    def from_model(cls, model: LatentDiffusion) -> Self:
         """Wraps a model and its tokenizer, which are not copied.
 
         Raises:
@@ -153,6 +154,45 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return cls(transformer, AutoencoderVFM.from_tokenizer(tokenizer, mean, std, size))
 
     @torch.no_grad()
+    def _images(
+        self,
+        values: Sequence[Any] | Tensor,
+        guidance_scale: float | None,
+        generator: torch.Generator | None,
+        seed: int | None,
+        index: Tensor | None,
+        num_inference_steps: int | None,
+        output_type: str,
+        return_dict: bool,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draws an image for each label or prompt."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type: one of {', '.join(OUTPUT_TYPES)}, given {output_type!r}")
+        if seed is not None and generator is not None:
+            raise ValueError("seed, generator: give one of the two")
+        if seed is None:
+            device = None if generator is None else generator.device
+            seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+        images = self.transformer.sample(values, seed, guidance_scale, index, num_inference_steps)
+        if output_type != "latent":
+            images = self.vae.decode(images).sample.clamp(-1, 1)
+            check_finite("images", images)
+        images = self.image_processor.postprocess(images, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+class LatentDiffusionPipeline(SamplingPipeline):
+    """From labels to images, by the samplers and the guidance of this project.
+
+    Args:
+        transformer: Makes latents.
+        vae: Decodes them.
+
+    Raises:
+        ValueError: if the latents are another tokenizer's.
+    """
+
     def __call__(
         self,
         class_labels: int | Sequence[int] | Tensor,
@@ -183,18 +223,64 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         Raises:
             ValueError: if a label is no class, an option is out of its range, or what comes out is not finite.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type: one of {', '.join(OUTPUT_TYPES)}, given {output_type!r}")
-        if seed is not None and generator is not None:
-            raise ValueError("seed, generator: give one of the two")
-        if seed is None:
-            device = None if generator is None else generator.device
-            seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
         labels = torch.as_tensor(class_labels).reshape(-1)
-        images = self.transformer.sample(labels, seed, guidance_scale, index, num_inference_steps)
-        if output_type != "latent":
-            images = self.vae.decode(images).sample.clamp(-1, 1)
-            check_finite("images", images)
-        images = self.image_processor.postprocess(images, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._images(
+            labels, guidance_scale, generator, seed, index, num_inference_steps, output_type, return_dict
+        )
+
+
+class TextToImagePipeline(SamplingPipeline):
+    """From prompts to images, by the samplers and the guidance of this project.
+
+    The text encoder is not saved along: folders say which it is, and its weights are read for the first prompt.
+
+    Args:
+        transformer: Makes latents.
+        vae: Decodes them.
+
+    Raises:
+        ValueError: if the latents are another tokenizer's, or the model takes no prompts.
+    """
+
+    def __init__(self, transformer: LatentDiffusionModel, vae: AutoencoderVFM):
+        if transformer.diffusion.conditioning.text_encoder is None:
+            raise ValueError("transformer: this model takes no prompts; use LatentDiffusionPipeline")
+        super().__init__(transformer, vae)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        index: Tensor | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draws images for prompts.
+
+        Args:
+            prompt: A text, or several.
+            num_images_per_prompt: How many images of each; they follow each other.
+            guidance_scale: Instead of the model's; 1 is no guidance.
+            generator: A seed is drawn from it; from torch's own one if neither is given.
+            seed: Seed of the noise, as for `LatentDiffusion.sample`, which gives the same images.
+            index: Numbers of the samples, int64 `[B]`; from 0 on if not given.
+            num_inference_steps: The sampler's option `steps`, instead of the model's.
+            output_type: As of `LatentDiffusionPipeline`.
+            return_dict: Whether not to return a tuple.
+
+        Returns:
+            `images`.
+
+        Raises:
+            ValueError: if there is no prompt, an option is out of its range, or what comes out is not finite.
+        """
+        at_least(1, num_images_per_prompt=num_images_per_prompt)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        repeated = [text for text in prompts for _ in range(num_images_per_prompt)]
+        return self._images(
+            repeated, guidance_scale, generator, seed, index, num_inference_steps, output_type, return_dict
+        )

@@ -16,6 +16,9 @@ from vfm_vae.frozen import sha256_of
 from vfm_vae.options import at_least
 from vfm_vae.types import TextBatch, padded
 
+# Whatever the defaults are: diffusers changes both while it loads.
+_PLAIN: Any = {"device": "cpu", "dtype": torch.float32}
+
 
 class TextEncoder(Described, ABC):
     """Turns captions into embeddings; nothing trains, saves or counts it.
@@ -194,11 +197,12 @@ class HashedWords(TextEncoder):
     def _embedded(self, words: Sequence[str]) -> Tensor:
         vectors = torch.stack([self._vector(word) for word in words])
         half = self.width // 2
-        angles = torch.arange(len(words))[:, None] * 10000.0 ** (-torch.arange(half) / half)
+        positions, channels = (torch.arange(size, **_PLAIN) for size in (len(words), half))
+        angles = positions[:, None] * 10000.0 ** (-channels / half)
         return vectors + torch.cat([angles.sin(), angles.cos()], dim=1)
 
     def _vector(self, word: str) -> Tensor:
-        return torch.randn(self.width, generator=torch.Generator().manual_seed(seed_of(*word.encode())))
+        return torch.randn(self.width, generator=torch.Generator().manual_seed(seed_of(*word.encode())), **_PLAIN)
 
 
 def _facts(source: Mapping[str, Any]) -> dict[str, Any]:
