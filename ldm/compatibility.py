@@ -13,13 +13,11 @@ from ldm.alignment import REPA
 from ldm.condition import Conditioning
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
+from ldm.text_checks import check_captions, go_on_with_texts
 from vfm_vae.checkpoints import few, fill
 from vfm_vae.data.datamodule import ImageNetDataModule
-from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.latents import LatentDataset, LatentStatistics
-from vfm_vae.data.samples import SampleSet
 from vfm_vae.schema import Kind, Stored, read
-from vfm_vae.text import TextEncoder
 from vfm_vae.tokenizer import FrozenTokenizer
 
 
@@ -100,74 +98,6 @@ def check_parts(denoiser: Denoiser, alignment: REPA | None, tokenizer: FrozenTok
             f"model.in_channels: the tokenizer's latents have {tokenizer.identity['channels']} channels, but the "
             f"denoiser takes {denoiser.in_channels}"
         )
-
-
-def check_texts(denoiser: Denoiser, conditioning: Conditioning) -> None:
-    """Checks that a denoiser takes the texts that it is told, or is told none and takes none.
-
-    Raises:
-        ValueError: if not.
-    """
-    takes, gives = denoiser.text_channels, conditioning.text_channels
-    if takes == gives:
-        return
-    names = type(denoiser).__name__, type(conditioning).__name__
-    if not gives:
-        fault = f"{names[0]} takes texts, but {names[1]} gives none; give ldm.text.Captions with a text encoder"
-        raise ValueError(f"model.conditioning: {fault}")
-    encoder = getattr(conditioning.text_encoder, "name", "")
-    fault = f"embeddings of {takes} channels" if takes else "no texts"
-    advice = f"set it to {gives}" if takes else "give another denoiser, or set model.conditioning to null"
-    raise ValueError(
-        f"model.text_channels: {names[0]} takes {fault}, but {encoder} embeds texts in {gives} channels; {advice}"
-    )
-
-
-def check_captions(dataset: SampleSet, encoder: TextEncoder) -> None:
-    """Checks that a data set has captions, and none that another text encoder embedded.
-
-    Args:
-        dataset: Images or cached latents.
-        encoder: At hand; it remembers the fingerprint of the one that made a cache.
-
-    Raises:
-        ValueError: if not.
-    """
-    if not isinstance(dataset, LatentDataset):
-        if isinstance(dataset, ImageDataset) and not dataset.has_captions:
-            raise ValueError(
-                "data.captions: the denoiser is told captions, but the data comes without; say where they are, such as "
-                "'text' for that field of metadata.jsonl"
-            )
-        return
-    place, again = f"data.root: the latents in {str(dataset.folder)!r}", "make the cache again with this one"
-    if dataset.text_shape is None:
-        raise ValueError(
-            f"{place} come without captions, which the denoiser is told; {again}: set data.captions and LatentWriter's "
-            "text"
-        )
-    what, advice = f"{place} have captions of", f"give that one (model.conditioning), or {again}"
-    encoder.go_on_as(dataset.text_source, what, advice)
-    if dataset.text_shape != (encoder.max_tokens, encoder.width):
-        raise ValueError(
-            f"{what} {dataset.text_shape} (tokens at most, channels), but {encoder.name} gives "
-            f"{(encoder.max_tokens, encoder.width)}; {again}"
-        )
-
-
-def go_on_with_texts(conditioning: Conditioning, source: Mapping[str, Any] | None, place: str) -> None:
-    """Has a text encoder, where there is one, go on as that of a model that was trained.
-
-    Args:
-        conditioning: What the denoiser is told.
-        source: What is known of the other, see `TextEncoder.source`; None where nothing is.
-        place: Names the model.
-
-    Raises:
-        ValueError: if it is another.
-    """
-    if conditioning.text_encoder is not None:
-        conditioning.text_encoder.go_on_as(source, f"{place} was trained on texts of", "give the same")
 
 
 def check_classes(data: ImageNetDataModule, num_classes: int | None) -> None:

@@ -10,10 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from ldm.condition import Condition
 from ldm.pipeline import LatentDiffusion
-from vfm_vae.data.prompts import SamplePrompts
 from vfm_vae.frozen import sha256_of
 from vfm_vae.images import Rounding, from_uint8, quantised
-from vfm_vae.lightning_private import undeclared
 from vfm_vae.options import at_least
 from vfm_vae.tokenizer import FrozenTokenizer
 from vfm_vae.types import Batch, LatentBatch, Samples
@@ -118,21 +116,6 @@ class DrawingModule(LightningModule):
             "precision": self.trainer.precision,
             "matmul_precision": torch.get_float32_matmul_precision(),
         }
-
-    def on_predict_start(self) -> None:
-        """Checks that prompts are given to a model that takes such.
-
-        Raises:
-            ValueError: if it is told classes.
-        """
-        data = undeclared(self.trainer).datamodule
-        if isinstance(getattr(data, "samples", None), SamplePrompts) and self.num_classes is not None:
-            raise ValueError(
-                "data.prompts (--prompt): this model draws samples of classes and takes no prompts; give "
-                "data.num_samples, or a model that was trained on captions"
-            )
-
-    on_test_start = on_predict_start
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Samples:
         """Draws the samples that a batch numbers."""

@@ -30,6 +30,7 @@ from ldm.objective import block_features, denoising_errors, rehearse, weighted_s
 from ldm.pipeline import LatentDiffusion, class_labels
 from ldm.samplers import Sampler
 from ldm.skipping import SkippedSteps
+from ldm.text_checks import check_prompts
 from vfm_vae import schema
 from vfm_vae.checkpoints import check_state
 from vfm_vae.compilation import Compile, should_compile
@@ -324,6 +325,8 @@ class DiffusionModule(DrawingModule):
                 self.tokenizer.compile_regions()
             self.pipeline.guidance.compile_regions()
         data, pipeline = undeclared(self.trainer).datamodule, self.pipeline
+        if data is not None and stage in ("test", "predict"):
+            check_prompts(data, self.conditioning)
         if stage != "predict" and data is not None:
             known, conditioning = pipeline.latent_source, self.conditioning
             pipeline.latent_source = check_data(data, self.model, self.tokenizer, self.alignment, known, conditioning)

@@ -7,12 +7,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ldm.compatibility import DIFFUSION, check_texts, check_tokenizer, go_on_with_texts, name_of
+from ldm.compatibility import DIFFUSION, check_tokenizer, name_of
 from ldm.condition import ClassLabels, Condition, Conditioning, LabelMode
 from ldm.guidance import Guidance
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
 from ldm.samplers import Euler, Sampler
+from ldm.text_checks import check_texts, go_on_with_texts
 from vfm_vae.data.sampling import IndexedNoise
 from vfm_vae.description import describe
 from vfm_vae.finite import check_finite

@@ -106,6 +106,14 @@ def test_either_labels_or_prompts_are_given(model):
     assert torch.equal(model.sample([CAT]).latents, model.sample(prompts=[CAT]).latents)
 
 
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_prompts_are_not_for_models_of_classes(command, diffusion, latents, trainer):
+    with pytest.raises(
+        ValueError, match=r"data\.prompts \(--prompt\): the model draws samples of 3 classes, and takes no"
+    ):
+        getattr(trainer(), command)(diffusion(), datamodule=latents(prompts=[CAT]))
+
+
 def test_a_folder_says_whose_texts_the_model_takes(model, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
