@@ -1,5 +1,8 @@
 """The configs of diffusion models build the published runs, at full size and in the demo."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from building import build_ldm, callback, count
@@ -94,6 +97,29 @@ def test_sizes_of_diffusion_models(size, parameters):
         configs = ("ldm/lightningdit.yaml", "ldm/epochs64.yaml", f"ldm/size/{size}.yaml", "data/latents.yaml")
         model = build_ldm(*configs, "trainer/cpu.yaml").model.model
     assert len(model.blocks) == parameters == SIZES[size.replace("b", "B") if "1p" in size else size.upper()].depth
+
+
+T2I_RUNS = {"t2i_lumina": (1_754_933_536, 1e-4, 0.0, 2.0), "t2i_lightningdit": (826_304_416, 2e-4, 1.0, 1.0)}
+
+
+@pytest.mark.parametrize("run", T2I_RUNS)
+def test_full_size_text_to_image_builds(run: str, tmp_path: Path):
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "vocab_size": 151936}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "text_config": sizes}))
+    options = [f"--model.conditioning.encoder.name={tmp_path}", "--model.optimizer.init_args.fused=false"]
+    with torch.device("meta"):
+        cli = build_ldm(f"ldm/{run}.yaml", "trainer/cpu.yaml", options=options)
+    module, (parameters, rate, cosine, clip) = cli.model, T2I_RUNS[run]
+    assert count(module.model) == parameters
+    assert module.model.text_channels == module.conditioning.text_channels == 2048
+    assert not module.conditioning.text_encoder.is_loaded
+    made = module.configure_optimizers()
+    (group,) = (made if isinstance(made, torch.optim.Optimizer) else made[0][0]).param_groups
+    assert (group.get("initial_lr", group["lr"]), group["weight_decay"]) == (rate, 0)
+    assert (module.weights["cosine"], cli.trainer.gradient_clip_val, module.label_drop) == (cosine, clip, 0.1)
+    assert cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches == 1024
+    assert (module.times, module.pipeline.guidance.scale, cli.trainer.max_steps) == ("lognormal", 4.0, 100_000)
+    assert len(callback(cli, "SampleImages").prompts) == 4
 
 
 def test_sampling_builds():

@@ -7,21 +7,18 @@ network's output around for the scheduler, whose velocities lead from data to no
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.condition import Condition
 from ldm.models.denoiser import Denoiser, Prediction, Predicts
-from ldm.models.layers import layers_of, rotate, run_block, scaled_init, token_grid, unpatchify, xavier_init, zero_init
+from ldm.models.layers import layers_of, run_block, scaled_init, token_grid, unpatchify, xavier_init, zero_init
 from ldm.text import text_of
 from vfm_vae.checkpoints import fill
 from vfm_vae.diffusers_folder import defaults_of, read_diffusers
-from vfm_vae.options import at_least, one_of, positive
-
-Attends = Literal["library", "fast"]
+from vfm_vae.options import at_least, positive
 
 # What diffusers calls our options.
 OPTIONS = {
@@ -38,54 +35,6 @@ OPTIONS = {
     "qk_norm": "qk_norm",
     "learn_sigma": "learn_sigma",
 }
-
-
-class FastAttention:
-    """What diffusers' `LuminaAttnProcessor2_0` computes, in fewer steps.
-
-    Rotations are of real numbers, which compilers know. Attention among the image's tokens, all of which there are, has
-    no mask, and takes keys and values without a copy for each query's head; for that there are faster kernels.
-    """
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Attends, before the outputs are projected; names are those that diffusers gives.
-
-        Args:
-            attn: The layer that this is of.
-            hidden_states: Tokens of the image, `[B, N, D]`.
-            encoder_hidden_states: What they attend to, the same or a text, `[B, M, D']`.
-            attention_mask: Which of those there are, bool `[B, 1, 1, M]`; null for all.
-            query_rotary_emb: Cosines and sines by which queries turn, `[N, d / 2]` each.
-            key_rotary_emb: Those by which keys turn, `[M, d / 2]` each; null for a text's.
-
-        Returns:
-            `[B, N, heads, d]`.
-        """
-        query, key = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
-        dtype, width = query.dtype, query.shape[-1] // attn.heads
-        if attn.norm_q is not None:
-            query, key = attn.norm_q(query), attn.norm_k(key)
-        query, key, value = (
-            part.unflatten(-1, (-1, width)).transpose(1, 2) for part in (query, key, attn.to_v(encoder_hidden_states))
-        )  # [B, heads, N, d], and twice [B, key-value heads, M, d]
-        if query_rotary_emb is not None:
-            query = rotate(query, *query_rotary_emb)
-        if key_rotary_emb is not None:
-            key = rotate(key, *key_rotary_emb)
-        if attention_mask is not None:  # kernels that take a mask want a key for each query's head
-            key, value = (part.repeat_interleave(attn.heads // part.shape[1], dim=1) for part in (key, value))
-        out = F.scaled_dot_product_attention(
-            query.to(dtype), key.to(dtype), value, attention_mask, enable_gqa=key.shape[1] != attn.heads
-        )
-        return out.transpose(1, 2)
 
 
 class LuminaNextDiT(Denoiser):
@@ -108,8 +57,6 @@ class LuminaNextDiT(Denoiser):
         norm_eps: What the norms of tokens add to mean squares.
         qk_norm: Whether to normalise queries and keys.
         learn_sigma: Whether the output has as many channels again, which are not used; published weights have them.
-        attention: How attention is computed: `library`, as diffusers does, or `fast`, which is the same but for
-            rounding, and takes less time and memory.
         activation_checkpointing: Whether to compute blocks again in the backward pass: it takes about a third more time
             and a fraction of the memory.
         predicts: What the network's output is: the `velocity`, or the `data`, of which the velocity is made.
@@ -135,7 +82,6 @@ class LuminaNextDiT(Denoiser):
         norm_eps: float = 1e-5,
         qk_norm: bool = True,
         learn_sigma: bool = False,
-        attention: Attends = "library",
         activation_checkpointing: bool = False,
         predicts: Predicts = "velocity",
     ):
@@ -143,7 +89,6 @@ class LuminaNextDiT(Denoiser):
         at_least(1, patch_size=patch_size, depth=depth, width=width, num_heads=num_heads, num_kv_heads=num_kv_heads)
         at_least(1, text_channels=text_channels, multiple_of=multiple_of)
         positive(ffn_dim_multiplier=ffn_dim_multiplier, norm_eps=norm_eps)
-        one_of("attention", attention, "library", "fast")
         if width % (4 * num_heads):
             raise ValueError(f"width: {width} does not divide by 4 · num_heads = {4 * num_heads}")
         if num_kv_heads is not None and num_heads % num_kv_heads:
@@ -152,16 +97,14 @@ class LuminaNextDiT(Denoiser):
         from diffusers.models.transformers.lumina_nextdit2d import LuminaNextDiT2DModel
 
         self.grid = token_grid(self.input_size, patch_size)
-        self.patch_size, self.text_channels, self.attention = patch_size, text_channels, attention
+        self.patch_size, self.depth, self.width, self.text_channels = patch_size, depth, width, text_channels
+        self.num_heads, self.num_kv_heads, self.qk_norm, self.norm_eps = num_heads, num_kv_heads, qk_norm, norm_eps
+        self.multiple_of, self.ffn_dim_multiplier, self.learn_sigma = multiple_of, ffn_dim_multiplier, learn_sigma
         self.activation_checkpointing = activation_checkpointing
         # Its parts rather than the whole, which has a weight that nothing uses.
         network = LuminaNextDiT2DModel(**self.diffusers_config())
         self.patch_embedder, self.time_caption_embed = network.patch_embedder, network.time_caption_embed
         self.blocks, self.norm_out = network.layers, network.norm_out
-        if attention == "fast":
-            for block in self.blocks:
-                block.attn1.set_processor(FastAttention())
-                block.attn2.set_processor(FastAttention())
         table = get_2d_rotary_pos_embed_lumina(width // num_heads, *self.grid)  # complex [rows, columns, d / 2]
         # As bits, since a change of the module's precision rounds what looks like numbers.
         self.register_buffer("rotary", torch.view_as_real(table).view(torch.int32), persistent=False)
@@ -172,22 +115,19 @@ class LuminaNextDiT(Denoiser):
         time, text = self.time_caption_embed.timestep_embedder, self.time_caption_embed.caption_embedder
         xavier_init(*layers_of(self))
         scaled_init(0.02, *(layer.weight for layer in layers_of(time)))
-        zero_init(*layers_of(text, self.norm_out), *(block.norm1.linear for block in self.blocks))
+        zero_init(*layers_of(text, self.norm_out, *(block.get_submodule("norm1") for block in self.blocks)))
 
     def forward(self, state: Tensor, t: Tensor, condition: Condition, align: bool = False) -> Prediction:
         """See `Denoiser.forward`."""
         told = text_of(condition)
-        dtype = self.patch_embedder.proj.weight.dtype  # float32 under autocast, too: so is what blocks add to
-        text, rotary = told.embeddings.to(dtype), self.rotary.view(torch.float32)
-        tokens, mask, _, table = self.patch_embedder(state.to(dtype), torch.view_as_complex(rotary))
-        inputs = mask, table, text, told.mask
-        if self.attention == "fast":
-            cos, sin = rotary.flatten(0, 1).unbind(-1)  # [N, d / 2] each
-            inputs = None, (cos, sin), text, told.mask[:, None, None]
-        time_and_text = self.time_caption_embed(t, text, told.mask)
-        tokens = tokens.to(dtype)
+        dtype = self.patch_embedder.proj.weight.dtype
+        text, rotary = told.embeddings.to(dtype), torch.view_as_complex(self.rotary.view(torch.float32))
+        time_and_text = self.time_caption_embed(t, text, told.mask)  # [B, min(D, 1024)]
+        tokens, mask, _, rotary = self.patch_embedder(state.to(dtype), rotary)  # [B, N, D]
+        tokens = tokens.to(dtype)  # float32 under autocast, as what blocks add to is with the other denoisers
+        inputs: tuple[Any, ...] = mask, rotary, text, told.mask, time_and_text, {}
         for block in self.blocks:
-            tokens = run_block(block, tokens, *inputs, time_and_text, {}, recompute=self.activation_checkpointing)
+            tokens = run_block(block, tokens, *inputs, recompute=self.activation_checkpointing)
         output = unpatchify(self.norm_out(tokens, time_and_text), self.grid, self.patch_size)[:, : self.in_channels]
         return Prediction(self.as_velocity(output.to(state.dtype), state, t))
 
@@ -198,9 +138,8 @@ class LuminaNextDiT(Denoiser):
 
     def diffusers_config(self) -> dict[str, Any]:
         """Options of diffusers' `LuminaNextDiT2DModel`."""
-        return {theirs: self.arguments[ours] for ours, theirs in OPTIONS.items()} | {
-            "sample_size": max(self.input_size)
-        }
+        given = {theirs: getattr(self, ours) for ours, theirs in OPTIONS.items()}
+        return {"sample_size": max(self.input_size), **given}
 
     @classmethod
     def from_diffusers(cls, name: str | Path, hub: Mapping[str, Any] | None = None, **options: Any) -> Self:
@@ -209,7 +148,7 @@ class LuminaNextDiT(Denoiser):
         Args:
             name: The folder, such as `transformer` of a pipeline's, or the hub's `owner/model`.
             hub: Options of `huggingface_hub.snapshot_download`.
-            **options: Arguments that the folder does not tell, such as `attention`; by default, `input_size` is the
+            **options: Arguments that the folder does not tell, such as `predicts`; by default, `input_size` is the
                 folder's `sample_size`.
 
         Returns:
@@ -239,6 +178,6 @@ class LuminaNextDiT(Denoiser):
         weights = {key.replace("blocks.", "layers.", 1): tensor for key, tensor in self.state_dict().items()}
         with torch.device("meta"):
             network = LuminaNextDiT2DModel(**self.diffusers_config())
-        unused = torch.zeros(network.hidden_size)  # which diffusers leaves to chance
-        network.load_state_dict(weights | {"pad_token": unused}, assign=True)
+        weights["pad_token"] = self.patch_embedder.proj.bias.new_zeros(self.width)  # nothing uses it
+        network.load_state_dict(weights, assign=True)
         network.save_pretrained(folder)
