@@ -82,7 +82,7 @@ class SampleWriter(Output):
         """Notes how samples are drawn, and with which weights, which are averaged ones by now."""
         trainer.predict_loop.return_predictions = False
         unsaid = {"rounding": "round"}  # as all were, before there was a choice
-        settings = pl_module.evaluation_settings() | self._samples.settings()
+        settings = {**pl_module.evaluation_settings(), **self._samples.settings()}
         keep_settings(trainer, self.directory / "samples.json", settings, unsaid)
         if self.npz:  # which is written when all samples are there
             alike(trainer.strategy, lambda: check_place(self._archive, option="directory"))

@@ -104,7 +104,7 @@ def test_missing_weights_and_other_models_are_refused(folder, tmp_path):
     tensors = load_file(tmp_path / "clip/model.safetensors")
     tensors.pop("logit_scale")
     save_file(tensors, tmp_path / "clip/model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="it lacks weights.*logit_scale"):
+    with pytest.raises(ValueError, match=r"it lacks weights.*logit_scale"):
         CLIP(str(tmp_path / "clip"))
     BertConfig().save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match="can't be loaded as a CLIP of transformers: it is 'bert'"):
