@@ -158,13 +158,22 @@ def test_copies_share_weights_and_other_processes_read_their_own(qwen):
 
 def test_what_is_around_does_not_matter_and_nothing_is_left_behind(folder, qwen):
     encoder, expected = exact(folder("qwen2_5_vl")), qwen.encode(CAPTIONS)
-    before = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        encoder.tokens(CAPTIONS[:1], CPU)
         found = encoder.encode(CAPTIONS)
-    assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(found.embeddings, expected.embeddings) and not found.empty.is_inference()
     assert not any(weight.is_inference() or weight.requires_grad for weight in encoder._network.parameters())
     assert not any(module.training for module in encoder._network.modules())
+
+
+def test_what_is_not_used_may_lack_and_no_random_numbers_are_drawn_for_it(folder):
+    place = folder.copy("bert", "without_pooler")
+    tensors = load_file(place / "model.safetensors")
+    save_file({name: x for name, x in tensors.items() if "pooler" not in name}, place / "model.safetensors")
+    before = torch.get_rng_state()
+    encoder, whole = exact(str(place), max_tokens=24), exact(folder("bert"), max_tokens=24)
+    assert torch.equal(encoder.tokens(CAPTIONS[:1], CPU)[0], whole.tokens(CAPTIONS[:1], CPU)[0])
+    assert torch.equal(torch.get_rng_state(), before) and encoder.fingerprint() == whole.fingerprint()
 
 
 def test_long_captions_are_cut_within_and_told_of_once(folder):
