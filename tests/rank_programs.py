@@ -218,6 +218,43 @@ result = {"metrics": metrics, "weights": dict(module.state_dict()), "images_seen
 torch.save(result, out / f"{devices}_{run.global_rank}.pt")
 """
 )
+TEXTS = """
+import os
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+
+from callbacks.samples import SampleWriter
+from captioned import cached, captioner, words, write_captioned
+from ldm.guidance import Guidance
+from ldm.models.text_lightningdit import TextLightningDiT
+
+devices, out = int(sys.argv[1]), Path(sys.argv[3])
+
+
+def trainer(*callbacks, **kwargs):
+    return Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        callbacks=list(callbacks), **kwargs,
+    )
+
+
+root = write_captioned(out / f"cache{devices}" / os.environ.get("LOCAL_RANK", "0"), words())
+torch.manual_seed(0)
+module = captioner(TextLightningDiT(8, 4, 4, depth=1, width=32, num_heads=2), guidance=Guidance(2.0, start=0.3))
+for parameter in module.model.parameters():  # many begin at zero
+    torch.nn.init.normal_(parameter, std=0.1)
+prompts = ["a cat", "a rocket", "photograph of cup of coffee", "", "a cat on a rocket"]
+data = cached(root, val_batch_size=4, prompts=prompts, images_per_prompt=2)
+metrics = trainer().validate(module, datamodule=data, verbose=False)[0]
+trainer(SampleWriter(str(out / f"samples{devices}"))).predict(module, datamodule=data)
+run = trainer(max_steps=3, limit_val_batches=0)
+run.fit(module, datamodule=data)
+torch.save({"metrics": metrics, "weights": dict(module.state_dict())}, out / f"{devices}_{run.global_rank}.pt")
+"""
 POISON = """
 import sys
 from functools import partial
@@ -286,7 +323,7 @@ weights = {f"{name}.{key}": p.detach() for name, m in (("t", tokenizer), ("d", d
            for key, p in m.named_parameters()}
 torch.save({"history": history, "weights": weights}, out / f"2_{run.global_rank}.pt")
 """
-SCRIPTS = {"tokenizer": TOKENIZER, "diffusion": DIFFUSION, "aligned": ALIGNED, "poison": POISON}
+SCRIPTS = {"tokenizer": TOKENIZER, "diffusion": DIFFUSION, "aligned": ALIGNED, "texts": TEXTS, "poison": POISON}
 
 
 # One program, so that ranks are started once.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from rank_programs import ALL, SCRIPTS
+from safetensors.torch import load_file
 
 from vfm_vae.data.latents import LatentDataset
 
@@ -23,8 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     for name, text in SCRIPTS.items():
         (folder / f"{name}.py").write_text(text)
         (folder / name).mkdir()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
-    for devices, names in ((1, ["tokenizer", "diffusion", "aligned"]), (2, list(SCRIPTS))):
+    path = ":".join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/ldm")))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path}
+    for devices, names in ((1, ["tokenizer", "diffusion", "aligned", "texts"]), (2, list(SCRIPTS))):
         process = subprocess.run(
             [sys.executable, "all.py", str(devices), str(photos), "", *names],
             cwd=folder,
@@ -100,6 +102,20 @@ def test_two_processes_align_as_one(folder: Path):
     assert second["metrics"] == first["metrics"]
     assert first["images_seen"] == one["images_seen"] == 24
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
+
+
+def test_two_processes_draw_prompts_as_one(folder: Path):
+    (one,) = results(folder, "texts", 1)
+    first, second = results(folder, "texts", 2)
+    assert first["metrics"] == pytest.approx(one["metrics"], rel=1e-5) and second["metrics"] == first["metrics"]
+    assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
+    drawn = []
+    for devices in (1, 2):
+        parts = [load_file(path) for path in (folder / "texts" / f"samples{devices}").glob("*.safetensors")]
+        latents, index = (torch.cat([part[name] for part in parts]) for name in ("latents", "index"))
+        assert sorted(index.tolist()) == list(range(10))  # two of each prompt
+        drawn.append(latents[index.argsort()])
+    assert torch.allclose(*drawn, atol=1e-5) and drawn[0].std(dim=0).min() > 0.1
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_both(folder: Path):
