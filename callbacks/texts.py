@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vfm_vae.checkpoints import read_json
 from vfm_vae.data.images import ImageDataset
+from vfm_vae.data.samples import SampleSet
 from vfm_vae.data.texts import EMPTY, EmptyCaption
 from vfm_vae.finite import NotFinite
 from vfm_vae.saving import alike
@@ -19,13 +20,13 @@ from vfm_vae.types import Caption
 NUM_ASKED = 1000  # images whose captions are counted before all are embedded
 
 
-def check_captions(datasets: Iterable[ImageDataset]) -> None:
+def check_captions(datasets: Iterable[SampleSet]) -> None:
     """Checks that images have captions.
 
     Raises:
         ValueError: if not.
     """
-    if not all(dataset.has_captions for dataset in datasets):
+    if not all(isinstance(dataset, ImageDataset) and dataset.has_captions for dataset in datasets):
         raise ValueError(
             "data.captions: the cache is to hold embeddings of captions, and the images have none; name the field that "
             "holds them, or leave out the writer's text"

@@ -159,9 +159,11 @@ def test_the_size_is_that_of_captions_spread_over_the_data():
 
 def test_a_damaged_image_has_no_captions(predict, root):
     (root / "val/a/1.png").write_bytes(b"no image")
-    folder = predict(text=Words())
+    encoder = Words()
+    folder = predict(text=encoder)
     cached = LatentDataset(folder, train=False)
     assert [cached.captions_of(index) for index in range(6)] == [ALL[0], *ALL[2:]]
+    assert sorted(encoder.embedded) == sorted(["", *(caption for texts in (ALL[0], *ALL[2:]) for caption in texts)])
     shard = load_file(folder / "latents_shard00000.safetensors")
     assert len(shard["moments"]) == len(shard["image_ends"]) == 2
 
