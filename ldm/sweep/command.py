@@ -107,7 +107,5 @@ def _take_prompts(data: Namespace, prompts: list[str]) -> None:
     """Sets the option of the data that `--prompt` stands for."""
     for other in ("num_samples", "prompts"):
         if data[other] is not None:
-            raise ValueError(
-                f"prompt: says what samples are to be drawn, as data.{other} does; leave one of the two out"
-            )
+            raise ValueError(f"prompt: says what to draw, as data.{other} does; give one of the two, null as the other")
     data.prompts = prompts
