@@ -65,11 +65,10 @@ class ClassAccuracyCallback(EvaluationCallback):
         super().setup(trainer, pl_module, stage)
         found = len(list_classes(self.images.parent, self.images.name))
         if isinstance(pl_module, DrawsSamples) and found != pl_module.num_classes:
-            known = pl_module.num_classes or "none"
-            raise ValueError(
-                f"images: {str(self.images)!r} has {found} classes, but samples are of {known}; give "
-                "images of the classes that the model was trained on"
-            )
+            known, advice = pl_module.num_classes, "give images of the classes that the model was trained on"
+            if known is None:
+                known, advice = "none", f"leave {type(self).__name__} out"
+            raise ValueError(f"images: {str(self.images)!r} has {found} classes, but samples are of {known}; {advice}")
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the VFM to the module's device; fits the probe, the first time, on every rank alike."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from captioned import LENGTH, WIDTH, Pooling, cached, captioner, words, write_captioned
 
+from callbacks.probe import ClassAccuracyCallback
 from ldm.condition import ClassLabels, Labels
 from ldm.models.lightningdit import LightningDiT
 from ldm.pipeline import LatentDiffusion
@@ -16,6 +17,7 @@ from vfm_vae.data.latents import IDENTITY
 from vfm_vae.data.sampling import IndexedNoise
 from vfm_vae.text import HashedWords
 from vfm_vae.types import Batch, LatentBatch, TextBatch
+from vfm_vae.vfm import FrozenVFM
 
 CAT, ROCKET, LONG = "a cat", "a rocket", "a cup of coffee on a small table"
 
@@ -199,6 +201,12 @@ def test_data_without_captions_is_refused(cache, photos, trainer):
     images = ImageNetDataModule(photos, image_size=64, batch_size=8, num_workers=0)
     with pytest.raises(ValueError, match=r"data\.captions: the denoiser is told captions, but the data comes without"):
         trainer(max_steps=1).fit(captioner(), datamodule=images)
+
+
+def test_a_probe_of_classes_is_not_for_samples_of_texts(root, photos, trainer):
+    probe = ClassAccuracyCallback(str(photos / "train"), FrozenVFM("vit_photos_patch8_64"), image_size=64)
+    with pytest.raises(ValueError, match=r"has 13 classes, but samples are of none; leave ClassAccuracyCallback out$"):
+        trainer(callbacks=[probe], max_steps=1).fit(captioner(), datamodule=cached(root))
 
 
 def test_a_model_of_classes_trains_on_data_with_captions(root, diffusion, trainer):
