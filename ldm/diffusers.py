@@ -269,7 +269,8 @@ class TextToImagePipeline(SamplingPipeline):
             seed: Seed of the noise, as for `LatentDiffusion.sample`, which gives the same images.
             index: Numbers of the samples, int64 `[B]`; from 0 on if not given.
             num_inference_steps: The sampler's option `steps`, instead of the model's.
-            output_type: As of `LatentDiffusionPipeline`.
+            output_type: `pil`, `np` (`[B, H, W, 3]` in [0, 1]), `pt` (`[B, 3, H, W]` in [0, 1]) or `latent` (as the
+                VAE decodes it).
             return_dict: Whether not to return a tuple.
 
         Returns:
