@@ -61,7 +61,7 @@ def read_captions(folder: Path, field: str) -> tuple[list[str], CaptionTable]:
         The images' names, ordered by their top folders and then by what follows; and their captions.
 
     Raises:
-        ValueError: there is no such file, it is not UTF-8, a line is not as expected, or no line has the field.
+        ValueError: there is no such file, it is not UTF-8, a line is not as expected, or there is no caption.
     """
     file = folder / METADATA
     expected = f'expected is a line such as {{"file_name": "some/image.jpg", "{field}": "its caption"}} for each image'
@@ -69,8 +69,7 @@ def read_captions(folder: Path, field: str) -> tuple[list[str], CaptionTable]:
         raise ValueError(f"captions: there is no file {str(file)!r}; {expected}")
     numbers: dict[str, int] = {}  # of images by their names, in the order of the lines
     text, ends, images = bytearray(), array("q", [0]), array("q")  # of each caption: its bytes, their end, its image
-    others: Collection[str] = ()
-    has_field = False
+    fields: Collection[str] = ()
     for line_number, line in enumerate(read_lines(file, "captions"), 1):
         if not line:
             continue
@@ -81,22 +80,31 @@ def read_captions(folder: Path, field: str) -> tuple[list[str], CaptionTable]:
             text += caption.encode()
             ends.append(len(text))
             images.append(image)
-        has_field, others = has_field or field in entry, others or entry.keys() - {"file_name"}
-    if not has_field:
-        found = f"none of its lines has a field {field!r}, but there is {', '.join(sorted(others))}" if others else ""
-        raise ValueError(f"captions: {str(file)!r} has no captions: {found or expected}")
+        fields = fields or entry
+    if not images:
+        found = f"; the first line has {', '.join(sorted(fields))}" if fields else ""
+        raise ValueError(f"captions: {str(file)!r} has no caption in a field {field!r}{found}; {expected}")
     names = sorted(numbers, key=lambda name: name.partition("/")[::2])
-    ranks = np.empty(len(names), dtype=np.int64)
+    ranks = np.empty(len(names), dtype=np.int64)  # of images in that order, by their numbers
     ranks[[numbers[name] for name in names]] = np.arange(len(names))
-    owners = ranks[np.array(images)]
-    order = np.argsort(owners, kind="stable")
-    counts = np.bincount(owners, minlength=len(names))
-    bounds = np.array(ends)
-    table = CaptionTable(
-        np.frombuffer(text, dtype=np.uint8), bounds[:-1][order], bounds[1:][order], np.cumsum(counts) - counts, counts
-    )
-    say_uncaptioned(folder, names, counts == 0)
+    table = _by_image(text, np.array(ends), ranks[np.array(images)], len(names))
+    say_uncaptioned(folder, names, table.counts == 0)
     return names, table
+
+
+def _by_image(text: bytearray, ends: np.ndarray, owners: np.ndarray, num_images: int) -> CaptionTable:
+    """A table of captions that came in any order.
+
+    Args:
+        text: All captions in UTF-8.
+        ends: Where each ends, after a zero, int64 `[1 + captions]`.
+        owners: Number of each caption's image, int64 `[captions]`.
+        num_images: Number of images.
+    """
+    order = np.argsort(owners, kind="stable")
+    counts = np.bincount(owners, minlength=num_images)
+    firsts = np.cumsum(counts) - counts
+    return CaptionTable(np.frombuffer(text, dtype=np.uint8), ends[:-1][order], ends[1:][order], firsts, counts)
 
 
 def say_uncaptioned(place: Path, names: Sequence[str], lacking: np.ndarray) -> None:
