@@ -204,7 +204,7 @@ BAD = {  # second lines, or whole files, and what is said of them
     "above": (b'{"file_name": "apple/../../val/pear/000.JPEG"}', "line 1 has a file_name that is not below the folder"),
     "absolute": (b'{"file_name": "/etc/a.jpg", "text": "x"}', "the folder, '/etc/a.jpg'; give its path from there"),
     "a number": (GOOD.replace(b'"x"', b"[1]"), "line 1: 'text' is neither a text nor a list of texts, but [1]"),
-    "other fields": (GOOD.replace(b"text", b"words"), "in a field 'text'; the first line has file_name, words; expected"),
+    "other fields": (GOOD.replace(b"text", b"words"), "in a field 'text'; the first line has file_name, words; exp"),
     "nothing": (b"\n", """in a field 'text'; expected is a line such as {"file_name": "some/image.jpg", "text": "it"""),
     "empty captions": (GOOD.replace(b'"x"', b'""'), "has no caption in a field 'text'; the first line has file_name"),
     "Latin-1": (GOOD + GOOD.replace(b"x", b"\xe4"), "2 is not UTF-8; convert the file, for instance with `iconv -f L"),
