@@ -163,7 +163,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         index: Tensor | None = None,
         prompts: Sequence[str] | None = None,
     ) -> Samples:
-        """Draws a sample for each label or prompt; each depends on the seed, its number and its label alone.
+        """Draws a sample for each label or prompt; each depends on the seed, its number and that alone.
 
         They are those that `python -m ldm predict` draws by the same seed, numbers and labels or prompts, but not yet
         in 8 bits.

@@ -20,18 +20,21 @@ def check_texts(denoiser: Denoiser, conditioning: Conditioning) -> None:
         ValueError: if not.
     """
     takes, gives = denoiser.text_channels, conditioning.text_channels
-    if takes == gives:
-        return
-    names = type(denoiser).__name__, type(conditioning).__name__
-    if not gives:
-        fault = f"{names[0]} takes texts, but {names[1]} gives none; give ldm.text.Captions with a text encoder"
-        raise ValueError(f"model.conditioning: {fault}")
-    encoder = getattr(conditioning.text_encoder, "name", "")
-    fault = f"embeddings of {takes} channels" if takes else "no texts"
-    advice = f"set it to {gives}" if takes else "give another denoiser, or set model.conditioning to null"
-    raise ValueError(
-        f"model.text_channels: {names[0]} takes {fault}, but {encoder} embeds texts in {gives} channels; {advice}"
-    )
+    network, told = type(denoiser).__name__, type(conditioning).__name__
+    if takes and not gives:
+        raise ValueError(
+            f"model.conditioning: {network} takes texts, but {told} gives none; give ldm.text.Captions with a text "
+            "encoder"
+        )
+    if gives and not takes:
+        raise ValueError(
+            f"model.conditioning: {told} gives texts, but {network} takes none; leave it null, or give another denoiser"
+        )
+    if takes != gives:
+        raise ValueError(
+            f"model.text_channels: {network} takes texts of {takes} channels, but the encoder of {told} gives {gives}; "
+            f"set it to {gives}"
+        )
 
 
 def check_captions(dataset: SampleSet, encoder: TextEncoder) -> None:

@@ -120,14 +120,13 @@ CLASSES = {"in_channels": 4, "input_size": 4, "depth": 1, "width": 16, "num_head
         (
             lambda: Pooling(12),
             lambda: Captions(words()),
-            "model.text_channels: Pooling takes embeddings of 12 channels, but hashed_words embeds texts in 8 "
-            "channels; set it to 8",
+            "model.text_channels: Pooling takes texts of 12 channels, but the encoder of Captions gives 8; set it to 8",
         ),
         (
             lambda: LightningDiT(**CLASSES, num_classes=3),
             lambda: Captions(words()),
-            "model.text_channels: LightningDiT takes no texts, but hashed_words embeds texts in 8 channels; give "
-            "another denoiser, or set model.conditioning to null",
+            "model.conditioning: Captions gives texts, but LightningDiT takes none; leave it null, or give another "
+            "denoiser",
         ),
         (
             lambda: Pooling(),
