@@ -101,6 +101,20 @@ def test_evaluation_of_diffusion_models_builds(offline_networks, tmp_path, name,
         build_ldm(*configs, command="test")
 
 
+def test_evaluation_of_text_to_image_builds(offline_networks, photos, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"category": "animals", "prompt": "a cat"}\n')
+    config = (CONFIGS / "ldm/t2i_test.yaml").read_text()
+    for place, stand_in in (("prompts.jsonl", tmp_path / "prompts.jsonl"), ("images", photos / "val")):
+        config = config.replace(f"data/mjhq30k/{place}", str(stand_in))
+    (tmp_path / "test.yaml").write_text(config)
+    configs = ("ldm/lightningdit.yaml", "ldm/size/b.yaml", tmp_path / "test.yaml", "trainer/cpu.yaml")
+    options = ["--data.num_samples=null", "--data.root=nowhere", "--model.model.depth=1"]
+    cli = build_ldm(*configs, options=options, command="test")  # a folder of images can't be on the meta device
+    assert [prompt.text for prompt in cli.datamodule.samples.prompts] == ["a cat"]
+    assert callback(cli, "DistributionCallback").reference == str(photos / "val")
+    assert callback(cli, "CLIPScoreCallback").name == "openai/clip-vit-base-patch16" and callback(cli, "EMA")
+
+
 def test_sweeps_build(offline_networks, tmp_path, photos):
     reference = tmp_path / "reference.npz"
     np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
