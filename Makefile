@@ -83,7 +83,7 @@ DEMO_GUIDED = $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo tokenizer-study ablation test test-all lint format bench bench-gpu tensorboard embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples sweep evaluate evaluate-tokenizer evaluate-ldm clean
+.PHONY: help install demo demo-tokenizer demo-text tokenizer-study ablation test test-all lint format bench bench-gpu tensorboard embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples sweep evaluate evaluate-tokenizer evaluate-ldm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -95,9 +95,12 @@ $(READY): setup.cfg pyproject.toml
 
 install: $(READY) ## make .venv with the package and what develops it
 
-demo: install ## train tokenizer and diffusion model on the embedded photographs, and sample; results in runs/demo
+# Both stages go on where they were stopped, and end at once where they are complete.
+demo-tokenizer: install
 	$(FIT) -c configs/demo/tokenizer.yaml -c configs/demo/strong.yaml $(ARGS)
 	$(FIT) -c configs/demo/tokenizer.yaml -c configs/demo/weak.yaml $(ARGS)
+
+demo: demo-tokenizer ## train tokenizer and diffusion model on the embedded photographs, and sample; results in runs/demo
 	$(TOKENIZER) predict -c runs/demo/weak/config.yaml -c configs/demo/latents$(if $(REG),_reg).yaml \
 	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt $(ARGS)
 	$(TOKENIZER) test -c runs/demo/weak/config.yaml -c configs/demo/weak_test.yaml \
@@ -110,8 +113,16 @@ demo: install ## train tokenizer and diffusion model on the embedded photographs
 	@echo "Reconstructions: runs/demo/weak/images/val.png · samples by class: runs/demo/$(DEMO_NAME)/images/samples_guidance_*.png"
 	@echo "Samples as files: runs/demo/samples$(if $(REG),_reg){/,.npz} · numbers: runs/demo/metrics.json · TensorBoard: make tensorboard"
 
-runs/demo/weak/checkpoints/last.ckpt:
-	$(MAKE) demo DENOISER=reg
+demo-text: demo-tokenizer ## train a text-to-image model on the photographs' captions, and draw what prompts ask for; results in runs/demo
+	$(TOKENIZER) predict -c runs/demo/weak/config.yaml -c configs/demo/latents_text.yaml \
+	  --ckpt_path runs/demo/weak/checkpoints/last.ckpt $(ARGS)
+	$(LDM) fit -c configs/demo/text.yaml -c configs/demo/text_train.yaml $(ARGS)
+	$(BIN)/python -m vfm_vae.embedded.captions --prompts runs/demo/prompts.jsonl
+	$(LDM) predict -c configs/demo/text.yaml -c configs/demo/text_guided.yaml $(ARGS)
+	$(BIN)/python -m vfm_vae.metrics.prompted runs/demo/samples_text --prompts runs/demo/prompts.jsonl \
+	  --metrics runs/demo/metrics.json --entry text_guided --picture runs/demo/text_samples.png
+	$(BIN)/python -m ldm.convert runs/demo/text/checkpoints/last.ckpt --out runs/demo/pretrained/text
+	@echo "Samples beside their prompts: runs/demo/text_samples.png · numbers: runs/demo/metrics.json · TensorBoard: make tensorboard"
 
 # On ImageNet, where DATA is given; then one command runs at a time, on all GPUs.
 GIVEN := $(filter-out file,$(origin DATA))

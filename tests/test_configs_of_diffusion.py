@@ -9,6 +9,7 @@ from building import build_ldm, callback, count
 
 from ldm.alignment import REG
 from ldm.models.lightningdit import SIZES
+from vfm_vae.embedded.captions import write_prompts
 
 RUNS = {"epochs64": (80_000, "lognormal"), "epochs80": (100_000, "lognormal")}
 RUNS |= {"epochs560": (600_000, "lognormal"), "epochs560_uniform": (700_000, "uniform")}
@@ -150,3 +151,17 @@ def test_demo_reg_builds(overlays, photos, tmp_path, monkeypatch):
     assert type(cli.model.alignment) is REG
     assert cli.model.model.grid == (4, 4)
     assert callback(cli, "Report").path.name == "metrics.json"
+
+
+@pytest.mark.parametrize(("overlay", "command"), [("text_train", "fit"), ("text_guided", "predict")])
+def test_demo_text_builds(overlay, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_prompts(tmp_path / "runs/demo/prompts.jsonl")
+    cli = build_ldm("demo/text.yaml", f"demo/{overlay}.yaml", "trainer/cpu.yaml", command=command)
+    assert cli.model.model.text_channels == cli.model.conditioning.text_encoder.width == 64
+    if command == "fit":
+        schedule = cli.model.schedules["lr_scheduler"].make(torch.optim.SGD([torch.zeros(1)], lr=1.0))
+        assert schedule.lr_lambdas[0](cli.trainer.max_steps) == 0 < schedule.lr_lambdas[0](cli.trainer.max_steps - 1)
+    else:
+        assert len(cli.datamodule.samples) == 4 * 13 * 8 and cli.model.pipeline.guidance.scale > 1
+        assert callback(cli, "SampleWriter").directory.name == "samples_text"
