@@ -65,6 +65,7 @@ def test_every_config_is_covered_here():
     seen |= {"ldm/reg.yaml", *(f"ldm/{run}.yaml" for run in REG_RUNS), "vfm_vae/latents_reg.yaml"}
     seen |= {"vfm_vae/latents_text.yaml"}
     seen |= {"demo/latents_reg.yaml", "demo/reg.yaml", "demo/reg_guided.yaml"}
+    seen |= {"demo/latents_text.yaml", "demo/text.yaml", "demo/text_train.yaml", "demo/text_guided.yaml"}
     seen |= {f"study/{name}.yaml" for name in STUDY}  # built by tests/ldm/test_study.py
     seen |= {f"vfm_vae/baselines/{name}.yaml" for name in BASELINES}
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == seen
@@ -95,7 +96,7 @@ def test_trainers_of_gpus_build(names, ranks, strategy):
 
 def test_configs_say_little_twice():
     texts = [path.read_text() for path in CONFIGS.rglob("*.yaml")]
-    assert sum(text.count("class_path") for text in texts) <= 172  # half as many as when each class was named in full
+    assert sum(text.count("class_path") for text in texts) <= 183  # half as many as when each class was named in full
     assert not [text for text in texts if "class_path: vfm_vae." in text or "feature_channels" in text]
 
 

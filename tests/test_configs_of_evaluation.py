@@ -68,6 +68,13 @@ def test_caches_with_captions_build(tmp_path):
     assert cli.model.predict == "moments" and not encoder.is_loaded
 
 
+def test_cache_of_the_demo_with_captions_builds():
+    configs = ("demo/tokenizer.yaml", "demo/weak.yaml", "demo/latents_text.yaml")
+    cli = build(*configs, "trainer/cpu.yaml", command="predict")
+    assert cli.model.predict == "moments"  # mirrored views would belie "left" and "right"
+    assert callback(cli, "LatentWriter").text.width == 64 and cli.config.predict.data.captions == "text"
+
+
 @pytest.mark.parametrize("name", ["test", "test_published"])
 def test_evaluation_of_tokenizers_builds(name, vgg, offline_networks):
     configs = ("vfm_vae/base.yaml", "vfm_vae/weak.yaml", f"vfm_vae/{name}.yaml", "data/imagenet.yaml")
