@@ -124,6 +124,9 @@ REQUIRED: dict[str, Callable[[], dict[str, Any]]] = {
     "ImageNetDataModule": lambda: {"root": "photos"},
     "LatentWriter": lambda: {"directory": "latents"},
     "LightningDiT": lambda: SMALL,
+    "LuminaNextDiT": lambda: {name: value for name, value in SMALL.items() if name != "num_classes"} | {
+        "num_kv_heads": 1,
+    },
     "Objective": lambda: {"perceptual_loss": torch.nn.Identity()},
     "ProjectedDiscriminator": lambda: {"backbone": VFM, "size": 64, "layers": [2]},
     "RAE": lambda: {

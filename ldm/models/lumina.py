@@ -98,7 +98,8 @@ class LuminaNextDiT(Denoiser):
 
         self.grid = token_grid(self.input_size, patch_size)
         self.patch_size, self.depth, self.width, self.text_channels = patch_size, depth, width, text_channels
-        self.num_heads, self.num_kv_heads, self.qk_norm, self.norm_eps = num_heads, num_kv_heads, qk_norm, norm_eps
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        self.qk_norm, self.norm_eps = qk_norm, norm_eps
         self.multiple_of, self.ffn_dim_multiplier, self.learn_sigma = multiple_of, ffn_dim_multiplier, learn_sigma
         self.activation_checkpointing = activation_checkpointing
         # Its parts rather than the whole, which has a weight that nothing uses.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from captioned import words, write_captioned
 
 from vfm_vae.post_hoc import find, reconstruct, snapshots
 
@@ -33,17 +34,30 @@ from callbacks.post_hoc_ema import PostHocEMA
 from ldm.guidance import Guidance, InternalGuidance
 from ldm.models.ditdh import DiTDH
 from ldm.models.lightningdit import LightningDiT
+from ldm.models.lumina import LuminaNextDiT
+from ldm.models.text_lightningdit import TextLightningDiT
 from ldm.module import DiffusionModule
 from ldm.samplers import Euler
+from ldm.text import Captions
 from vfm_vae.compilation import is_compiled
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.saving import WholeCheckpoints
 from vfm_vae.schedules import WarmupDecay
 from vfm_vae.frozen import Frozen
+from vfm_vae.text import HashedWords
 
-cache, out, compiled = sys.argv[1], Path(sys.argv[2]), sys.argv[3] in ("compiled", "base", "ditdh")
+cache, out, compiled = sys.argv[1], Path(sys.argv[2]), sys.argv[3] in ("compiled", "base", "ditdh", "lumina")
 parts, inner = ({"base_depth": 1, "predicts": "data"}, InternalGuidance(1.5)) if sys.argv[3] == "base" else ({}, None)
 matrices, clip = (partial(torch.optim.Muon, lr=2e-2), None) if sys.argv[3] == "muon" else (None, 0.5)
+told, shown = None, SampleImages([0, 1], 2)
+if sys.argv[3] in ("text", "lumina"):
+    told, shown = Captions(HashedWords(8, 6)), SampleImages(prompts=["a cat", "a rocket"], num_images=2)
+KINDS = {
+    "ditdh": partial(DiTDH, head_depth=1, head_width=48, head_num_heads=2, num_classes=3),
+    "text": partial(TextLightningDiT, 8),
+    "lumina": partial(LuminaNextDiT, num_kv_heads=1, text_channels=8, multiple_of=8),
+}
+kind = KINDS.get(sys.argv[3], partial(LightningDiT, num_classes=3))
 torch.compile = partial(torch.compile, backend="eager")
 
 
@@ -59,22 +73,22 @@ class Colours(Frozen):  # shows latents as they are
 
 def fit(name, strategy, max_steps):
     torch.manual_seed(0)
-    kind = partial(DiTDH, head_depth=1, head_width=48, head_num_heads=2) if sys.argv[3] == "ditdh" else LightningDiT
-    denoiser = kind(4, 4, 2, 2, 32, 2, num_classes=3, activation_checkpointing=compiled, **parts)
+    sizes = {"in_channels": 4, "input_size": 4, "patch_size": 2, "depth": 2, "width": 32, "num_heads": 2}
+    denoiser = kind(**sizes, activation_checkpointing=compiled, **parts)
     for parameter in filter(lambda p: p.requires_grad, denoiser.parameters()):  # many begin at zero
         torch.nn.init.normal_(parameter, std=0.05)
     if sys.argv[3] == "ditdh":  # frequencies that each rank has drawn for itself, as those of rank zero
         denoiser.time_embed.frequencies += int(os.environ.get("LOCAL_RANK", 0))
     optimizer, decoder = partial(torch.optim.AdamW, lr=1e-3, fused=True), Colours(torch.nn.Identity())
     module = DiffusionModule(denoiser, optimizer, Euler(4), Guidance(2.0, inner=inner), decoder,
-                             torch_compile=compiled, matrix_optimizer=matrices,
+                             torch_compile=compiled, matrix_optimizer=matrices, conditioning=told,
                              lr_scheduler=partial(WarmupDecay, warmup_steps=4))
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy=strategy, precision="bf16-mixed", gradient_clip_val=clip,
         max_steps=max_steps, max_epochs=-1, check_val_every_n_epoch=None, val_check_interval=2, num_sanity_val_steps=0,
         logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=out / name,
-        callbacks=[WholeCheckpoints(), EMA(decay=0.9), PostHocEMA(), SampleImages([0, 1], 2), ModelCheckpoint(
+        callbacks=[WholeCheckpoints(), EMA(decay=0.9), PostHocEMA(), shown, ModelCheckpoint(
             out / name, save_last=True, save_top_k=0, every_n_train_steps=1, enable_version_counter=False)],
     )
     data = ImageNetDataModule(cache, source="latents", batch_size=4, val_batch_size=2, num_workers=0)
@@ -111,8 +125,10 @@ def close(ours: object, theirs: object) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["eager", "compiled", "muon", "base", "ditdh"])
+@pytest.mark.parametrize("how", ["eager", "compiled", "muon", "base", "ditdh", "text", "lumina"])
 def test_sharded_and_resumed_equals_whole(tmp_path: Path, cache: Path, how: str):
+    if how in ("text", "lumina"):
+        cache = write_captioned(tmp_path / "cache", words())
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
     process = subprocess.run(
