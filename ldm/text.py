@@ -120,12 +120,11 @@ class Captions(nn.Module, Conditioning):
                 "data.captions: the denoiser is told captions, but the data has none; set it, or give a cache that "
                 "holds them"
             )
-        is_cached = batch.text.embeddings is not None
-        return Text.of(batch.text if is_cached else self.text_encoder.encode(batch.text.captions, batch.index.device))
+        return self._embedded(batch.text, batch.index.device)
 
     def of_evaluation(self, batch: Batch | LatentBatch) -> Text | None:
-        """The batch's captions or prompts; None where it has none."""
-        return None if batch.text is None else self.of_batch(batch)
+        """The batch's captions or prompts, each of which is embedded alone; None where it has none."""
+        return None if batch.text is None else self._embedded(batch.text, batch.index.device, together=False)
 
     def null_of_batch(self, batch: Batch | LatentBatch) -> Text:
         """As many empty captions."""
@@ -138,15 +137,19 @@ class Captions(nn.Module, Conditioning):
         return self._nothing(index)
 
     def of_values(self, values: Sequence[Any] | Tensor) -> Text:
-        """Prompts; one alone may be given as it is."""
+        """Prompts, each of which is embedded alone; one may be given as it is."""
         prompts = [values] if isinstance(values, str) else values
         if not isinstance(prompts, Sequence) or not prompts or not all(isinstance(text, str) for text in prompts):
             raise ValueError(f"prompts: give at least one text, given {reprlib.repr(values)}")
-        return Text.of(self.text_encoder.encode(prompts, self._device))
+        return Text.of(self.text_encoder.encode(prompts, self._device, together=False))
 
     def settings(self) -> dict[str, Any]:
         """Which text encoder embeds the prompts, for which its weights are read."""
         return {"conditioning": class_path(type(self)), "text_encoder": self.text_encoder.identity()}
+
+    def _embedded(self, text: TextBatch, device: torch.device, together: bool = True) -> Text:
+        is_cached = text.embeddings is not None
+        return Text.of(text if is_cached else self.text_encoder.encode(text.captions, device, together))
 
     def _nothing(self, index: Tensor) -> Text:
         empty = self.text_encoder.empty(self._device)

@@ -40,8 +40,9 @@ def test_equal_captions_are_embedded_once_and_the_empty_one_once_and_for_all():
     assert batch.captions == ("ab", "", "abc", "ab") and batch.embeddings[:, 0, 0].tolist() == [2, 0, 3, 2]
     assert encoder.asked == [[""], ["ab", "abc"]] and batch.mask.sum(1).tolist() == [1] * 4
     assert encoder.encode([""]).embeddings.shape == (1, 3, 2)
-    encoder.encode(["ab"])
-    assert encoder.asked[2:] == [["ab"]] and torch.equal(encoder.empty(), batch.empty)
+    alone = encoder.encode(["ab", "", "abc", "ab"], together=False)
+    assert encoder.asked[2:] == [["ab"], ["abc"]] and torch.equal(alone.embeddings, batch.embeddings)
+    assert torch.equal(encoder.empty(), batch.empty)
 
 
 def test_what_is_made_in_inference_mode_can_be_trained_on():

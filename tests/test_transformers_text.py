@@ -100,7 +100,7 @@ def weights_of(encoder):
 )
 def test_captions_do_not_see_their_neighbours(folder, kind, monkeypatch):
     encoder = exact(folder(kind), max_tokens=LENGTH.get(kind, 64))
-    together = encoder.encode(CAPTIONS)
+    together, one_by_one = encoder.encode(CAPTIONS), encoder.encode(CAPTIONS, together=False)
     monkeypatch.setattr(transformers_text, "TOGETHER", 2)
     in_parts = encoder.tokens(CAPTIONS, CPU)
     for row, caption in enumerate(CAPTIONS):
@@ -108,6 +108,7 @@ def test_captions_do_not_see_their_neighbours(folder, kind, monkeypatch):
         assert len(alone) == encoder.count([caption])[0] == together.mask[row].sum()
         torch.testing.assert_close(together.embeddings[row, : len(alone)], alone, rtol=0.01, atol=0.01)
         torch.testing.assert_close(in_parts[row], alone, rtol=0.01, atol=0.01)
+        assert torch.equal(one_by_one.embeddings[row, : len(alone)], alone)
     assert not together.embeddings[~together.mask].any()
     assert torch.equal(together.empty, encoder.tokens([""], CPU)[0]) and len(together.empty) >= 1
 

@@ -105,7 +105,7 @@ class TextEncoder(Described, ABC):
         self._expected = theirs["fingerprint"] or self._expected
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str], device: torch.device | str = "cpu") -> TextBatch:
+    def encode(self, captions: Sequence[str], device: torch.device | str = "cpu", together: bool = True) -> TextBatch:
         """Captions with their embeddings; those that are too long are cut, counted, and told of once.
 
         Equal captions are embedded once.
@@ -113,13 +113,17 @@ class TextEncoder(Described, ABC):
         Args:
             captions: The captions, at least one.
             device: Device to compute on, where the embeddings will be.
+            together: Whether captions are computed at once, which is faster, but others may change how an embedding is
+                rounded.
 
         Raises:
             ValueError: if the weights are others than those of the cache or the checkpoint.
         """
         empty, place = self.empty(device), torch.device(device)
         distinct = [caption for caption in dict.fromkeys(captions) if caption]
-        known = {"": empty} | dict(zip(distinct, self.tokens(distinct, place) if distinct else [], strict=True))
+        parts = [distinct] if together and distinct else [[caption] for caption in distinct]
+        tokens = [caption for part in parts for caption in self.tokens(part, place)]
+        known = {"": empty} | dict(zip(distinct, tokens, strict=True))
         return TextBatch(tuple(captions), *padded([known[caption] for caption in captions], self.max_tokens), empty)
 
     @torch.no_grad()

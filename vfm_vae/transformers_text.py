@@ -44,7 +44,7 @@ class TransformersText(TextEncoder):
         name: Folder, or `owner/model` on the Hugging Face hub, for instance `Qwen/Qwen2.5-VL-3B-Instruct`. Weights are
             read from safetensors.
         layer: Which hidden states the embeddings are, as `output_hidden_states` of the library counts them: 0 is what
-            enters the first block, k the output of block k; -1 is the last one after the final norm.
+            enters the first block, k what leaves block k, and -1 what leaves the final norm.
         max_tokens: The most tokens of a caption, those of the template included.
         precision: Precision of weights and computation, `bfloat16` or `float32`. The embeddings are bfloat16.
         template: Whether captions are put into the tokenizer's chat template; the default is true if it has one.

@@ -84,6 +84,16 @@ def test_the_empty_text_is_embedded_once():
     assert not encoder.empty().is_inference()
 
 
+def test_prompts_are_embedded_one_by_one_and_captions_together():
+    conditioning, asked = Captions(encoder := words()), []
+    tokens = encoder.tokens
+    encoder.tokens = lambda captions, device: asked.append(list(captions)) or tokens(captions, device)
+    batch = Batch(torch.zeros(2, 3, 0, 0), torch.zeros(2), torch.arange(2), TextBatch((CAT, "a dog")))
+    found = [conditioning.of_batch(batch), conditioning.of_evaluation(batch), conditioning.of_values([CAT, "a dog"])]
+    assert asked == [[""], [CAT, "a dog"], [CAT], ["a dog"], [CAT], ["a dog"]]
+    assert all(torch.equal(text.embeddings, found[0].embeddings) for text in found)
+
+
 def test_the_encoder_is_no_part_of_the_model_and_copies_share_it():
     module = captioner()
     assert not [name for name in module.state_dict() if "condition" in name]
@@ -93,7 +103,8 @@ def test_the_encoder_is_no_part_of_the_model_and_copies_share_it():
     assert twin.conditioning.text_encoder is module.conditioning.text_encoder
     module.to("meta")  # the device that prompts are embedded on
     seen = []
-    module.conditioning.text_encoder.encode = lambda prompts, device: seen.append(device) or words().encode(prompts)
+    encode = module.conditioning.text_encoder.encode
+    module.conditioning.text_encoder.encode = lambda prompts, device, together: seen.append(device) or encode(prompts)
     module.pipeline.condition([CAT])
     assert seen == [torch.device("meta")]
 
