@@ -240,6 +240,13 @@ def test_other_places_of_captions_are_refused(tmp_path, source, captions, messag
         datamodule(tmp_path, source=source, captions=captions)
 
 
+def test_images_with_captions_are_not_mirrored_in_a_centre_crop(tmp_path):
+    def mirrors(captions):
+        return datamodule(tmp_path, crop="centre", captions=captions).train_transform.flip
+
+    assert mirrors(None) and not mirrors("text")
+
+
 @pytest.mark.parametrize("config", ["captions", "captions_wds"])
 def test_configs_crop_as_evaluation_does(config):
     given = yaml.safe_load((CONFIGS / f"data/{config}.yaml").read_text())["data"]

@@ -63,7 +63,7 @@ class ImageNetDataModule(LightningDataModule):
         mixed_shards: How many tar shards are shuffled together at a time.
         cache_dir: Folder for the list of small images and the index of tar shards; the default is `root`.
         crop: How training images are cropped: `random` for tokenizers; `centre` for diffusion models, as in evaluation
-            but mirrored half of the time.
+            but mirrored half of the time, unless there are captions, which would say "left" of what is right.
         evaluation_crop: How images are cropped in evaluation: `adm`, like ADM's reference images, or `resize`, as for
             published reconstruction numbers (bilinear, then the centre).
         min_crop: Smallest side of the random crop in training, as a fraction of the image's shorter side.
@@ -134,7 +134,7 @@ class ImageNetDataModule(LightningDataModule):
         self.samples = _samples(num_samples, prompts, images_per_prompt)
         self.train_transform: Transform = RandomCrop(image_size, min_crop, resampling)
         if crop == "centre":
-            self.train_transform = CentreCrop(image_size, flip=True)
+            self.train_transform = CentreCrop(image_size, flip=captions is None)
         self.evaluation_crop = evaluation_crop
         self.evaluation_transform: Transform = (CentreCrop if evaluation_crop == "adm" else ResizeAndCrop)(image_size)
         cache = Path(cache_dir) if cache_dir else self.root
