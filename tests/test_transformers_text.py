@@ -167,6 +167,22 @@ def test_what_is_around_does_not_matter_and_nothing_is_left_behind(folder, qwen)
     assert not any(module.training for module in encoder._network.modules())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_cuda_gives_the_same_in_the_precision_asked_for(qwen, precision):
+    expected, place = qwen.encode(CAPTIONS), torch.device("cuda")
+    encoder = TransformersText(qwen.name, precision=precision)
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        found = encoder.encode(CAPTIONS, place)
+    assert found.embeddings.device.type == found.empty.device.type == "cuda"
+    assert {weight.dtype for weight in encoder._network.parameters()} == {getattr(torch, precision)}
+    assert encoder.fingerprint() == TransformersText(qwen.name, precision=precision).fingerprint()
+    error = (found.embeddings.cpu().float() - expected.embeddings.float()).norm() / expected.embeddings.float().norm()
+    assert error < (0.005 if precision == "float32" else 0.1)
+    (again,) = encoder.tokens(CAPTIONS[:1], CPU)  # weights move to where they are asked for
+    torch.testing.assert_close(again, found.embeddings[0, : len(again)].cpu(), rtol=0.1, atol=0.1)
+
+
 def test_what_is_not_used_may_lack_and_no_random_numbers_are_drawn_for_it(folder):
     place = folder.copy("bert", "without_pooler")
     tensors = load_file(place / "model.safetensors")
