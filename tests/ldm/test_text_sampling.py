@@ -78,6 +78,13 @@ def test_no_more_is_computed_than_guidance_takes(model):
     assert sorted(sizes) == [3, 3, 6, 6, 6]
 
 
+def test_captions_that_are_embedded_already_are_drawn_without_the_encoder(model):
+    """As in a validation on a cache."""
+    expected = model.sample(prompts=[CAT, LONG]).latents
+    model.conditioning.text_encoder.tokens = model.conditioning.text_encoder.empty = None
+    assert torch.equal(model.sample(told(CAT, LONG)).latents, expected)
+
+
 def test_the_module_draws_what_the_pipeline_samples(model):
     module = captioner(model.model, sampler=model.sampler, guidance=model.guidance)
     module.normalization.take(LatentStatistics(model.normalization.mean, model.normalization.std))
