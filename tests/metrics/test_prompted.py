@@ -6,10 +6,21 @@ import pytest
 import torch
 from PIL import Image
 
-from vfm_vae.embedded.captions import ASKED, write_prompts
+from vfm_vae.embedded.captions import ASKED, PLACES, write_prompts
 from vfm_vae.embedded.judge import Judge
 from vfm_vae.metrics import prompted
-from vfm_vae.metrics.prompted import NAMES, PLACE_NUMBERS, Asked, Reader, crops_of, measure, measure_real, read_samples
+from vfm_vae.metrics.prompted import (
+    NAMES,
+    PLACE_NUMBERS,
+    Asked,
+    Reader,
+    compare,
+    crops_of,
+    measure,
+    measure_real,
+    read_samples,
+)
+from vfm_vae.vfm import FrozenVFM
 
 FEW = ["cat", "coffee", "rocket"]
 
@@ -18,7 +29,7 @@ FEW = ["cat", "coffee", "rocket"]
 def reader():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prompted, "NAMES", FEW)
-        return Reader(Judge(), fitted=120)
+        return Reader(FrozenVFM("vit_photos_patch8_64"), Judge(), fitted=120)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +50,8 @@ def samples(reader):
 def test_real_crops_are_read_rightly_and_by_chance_under_shuffled_prompts(reader, samples):
     images, asked = samples
     numbers, right = measure(reader, images, asked)
-    assert numbers["subject_accuracy"] > 0.97 and numbers["place_accuracy"] > 0.7
+    assert numbers["subject_accuracy"] > 0.97 and numbers["subject_by_judge_accuracy"] > 0.97
+    assert numbers["place_nearby_accuracy"] > 0.9 > numbers["place_accuracy"] > 0.7
     assert numbers["place_accuracy_shuffled"] == pytest.approx(1 / 8, abs=0.05)
     assert right["place"].float().mean() == numbers["place_accuracy"]
 
@@ -67,9 +79,21 @@ def test_places_are_those_of_the_photograph_that_was_asked_for(reader, samples):
 
 def test_what_real_crops_reach_is_measured_by_photograph(reader, monkeypatch):
     monkeypatch.setattr(prompted, "NAMES", FEW)
-    subjects, places = measure_real(reader, 40)
-    assert subjects.shape == places.shape == (3,)
-    assert (subjects > 0.9).all() and (places > 0.5).all()
+    real = measure_real(reader, 40)
+    assert all(accuracies.shape == (3,) for accuracies in real.values())
+    assert (real["subject"] > 0.9).all() and (real["place"] > 0.5).all()
+
+
+def test_nearby_are_places_that_have_a_side_in_common():
+    asked = Asked(torch.zeros(9, dtype=torch.int64), torch.full((9,), PLACE_NUMBERS["top"]), torch.ones(9).bool())
+    right = compare({"place": torch.arange(9)}, asked)
+    assert [place for place, near in zip(PLACES, right["place_nearby"], strict=True) if near] == [
+        "top left",
+        "top",
+        "top right",
+        "centre",
+    ]
+    assert right["place"].nonzero().tolist() == [[PLACE_NUMBERS["top"]]]
 
 
 @pytest.fixture
@@ -100,10 +124,11 @@ def test_samples_that_do_not_fit_the_prompts_are_told(folder):
         read_samples(folder / "samples", folder / "others.jsonl")
 
 
+@pytest.mark.slow
 def test_command_line_writes_an_entry_and_a_picture(folder, reader, samples, monkeypatch, capsys):
     class Fitted(Reader):
-        def __init__(self, judge):
-            self.judge = judge
+        def __init__(self, vfm, judge):
+            self.networks = {"subject": vfm, "subject_by_judge": judge}
             self._subjects, self._places = reader._subjects, reader._places * 5
 
     monkeypatch.setattr(prompted, "Reader", Fitted)

@@ -1,8 +1,9 @@
 """Measures whether samples show what the prompts of the `photos` data set ask for: the subject, and its place.
 
-Two kinds of linear classifiers see the judge's features of samples. One tells subjects apart. For each subject, another
-tells the nine places of its photograph apart. Both are fitted to real crops, which are drawn from anywhere in the
-photographs, and are measured on further ones, too: no sample can be expected to do better than those.
+Linear classifiers see samples by a network's pooled features. One tells subjects apart by the VFM's, as `make demo` has
+it, and one by the judge's. For each subject, another tells the nine places of its photograph apart by the judge's. All
+are fitted to real crops, which are drawn from anywhere in the photographs, and are measured on further ones, too: no
+sample can be expected to do better than those.
 
 As a control, the same samples are measured against other prompts: the places of each subject's prompts are shuffled.
 
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from vfm_vae.contracts import VFM
 from vfm_vae.data.listing import list_images
 from vfm_vae.data.prompts import read_prompts
 from vfm_vae.embedded.captions import PLACES, SUBJECTS, place_of
@@ -29,11 +31,12 @@ from vfm_vae.embedded.photos import SIDES, TILES, Box, crop, load_photo
 from vfm_vae.images import from_uint8
 from vfm_vae.metrics.probe import LinearProbe
 from vfm_vae.metrics.summary import check_entries, json_numbers, versions, write_entry
+from vfm_vae.vfm import FrozenVFM
 from vfm_vae.writing import write_picture
 
 SIZE = 64  # of crops and samples, in pixels
 FITTED, REAL = 500, 100  # crops of each photograph that classifiers are fitted to, and measured on
-SHUFFLES = 100
+SHUFFLES, PLACED = 100, ("place", "place_nearby")
 NAMES, PLACE_NUMBERS = list(SUBJECTS), {place: number for number, place in enumerate(PLACES)}
 
 
@@ -88,24 +91,21 @@ class Reader:
     """Reads subjects and places off images.
 
     Args:
-        judge: The network whose features are read.
+        vfm: A network by whose features subjects are read.
+        judge: One by whose features subjects and places are read.
         fitted: How many real crops of each photograph to fit to.
     """
 
-    def __init__(self, judge: Judge, fitted: int = FITTED) -> None:
-        self.judge = judge
+    def __init__(self, vfm: VFM, judge: VFM, fitted: int = FITTED) -> None:
+        self.networks = {"subject": vfm, "subject_by_judge": judge}
         crops = [crops_of(name, fitted, seed=0) for name in NAMES]
-        features = [self.features(images) for images, _ in crops]
         subjects = torch.arange(len(NAMES)).repeat_interleave(fitted)
-        self._subjects = LinearProbe(torch.cat(features), subjects)
-        self._places = [LinearProbe(of_one, places) for of_one, (_, places) in zip(features, crops, strict=True)]
+        features = self._features(torch.cat([images for images, _ in crops]))
+        self._subjects = {name: LinearProbe(values, subjects) for name, values in features.items()}
+        of_each = features["subject_by_judge"].split(fitted)
+        self._places = [LinearProbe(values, places) for values, (_, places) in zip(of_each, crops, strict=True)]
 
-    @torch.inference_mode()
-    def features(self, images: Tensor) -> Tensor:
-        """The judge's features, `[n, 96]`, of uint8 images `[n, 3, H, W]`."""
-        return torch.cat([self.judge(from_uint8(part)).pooled for part in images.split(100)])
-
-    def read(self, images: Tensor, subjects: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, images: Tensor, subjects: Tensor) -> dict[str, Tensor]:
         """What images show.
 
         Args:
@@ -113,14 +113,29 @@ class Reader:
             subjects: Of which photographs the places are, int64 `[n]`.
 
         Returns:
-            Numbers of the subjects and of the places, int64 `[n]` each.
+            Numbers of the `subject`, of the `subject_by_judge` and of the `place`, int64 `[n]` each.
         """
-        features = self.features(images)
+        features = self._features(images)
         places = torch.zeros_like(subjects)
         for subject in subjects.unique().tolist():
             rows = subjects == subject
-            places[rows] = self._places[subject].predict(features[rows])
-        return self._subjects.predict(features), places
+            places[rows] = self._places[subject].predict(features["subject_by_judge"][rows])
+        return {name: self._subjects[name].predict(values) for name, values in features.items()} | {"place": places}
+
+    @torch.inference_mode()
+    def _features(self, images: Tensor) -> dict[str, Tensor]:
+        parts = [from_uint8(part) for part in images.split(100)]
+        return {name: torch.cat([network(part).pooled for part in parts]) for name, network in self.networks.items()}
+
+
+def compare(shown: Mapping[str, Tensor], asked: Asked) -> dict[str, Tensor]:
+    """Whether samples show what they are to show, bool `[n]` by name.
+
+    Besides the names of `Reader.read` there is `place_nearby`: there, or at a place that has a side in common with it.
+    """
+    right = {name: values == (asked.places if name == "place" else asked.subjects) for name, values in shown.items()}
+    rows, columns = shown["place"] // 3 - asked.places // 3, shown["place"] % 3 - asked.places % 3  # in steps
+    return right | {"place_nearby": rows.abs() + columns.abs() <= 1}
 
 
 def measure(reader: Reader, images: Tensor, asked: Asked) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -132,15 +147,15 @@ def measure(reader: Reader, images: Tensor, asked: Asked) -> tuple[dict[str, Ten
         asked: What they are to show.
 
     Returns:
-        Fractions by name; and whether the `subject` and the `place` of each sample are right, bool `[n]`.
+        Fractions by name; and whether each sample is right, see `compare`.
     """
-    subjects, places = reader.read(images, asked.subjects)
-    right = {"subject": subjects == asked.subjects, "place": places == asked.places}
-    shuffled = torch.stack([places == _shuffled(asked, seed) for seed in range(SHUFFLES)]).float().mean(0)
-    numbers: dict[str, Tensor] = {}
-    for name, rows in {"": torch.ones_like(asked.seen), "_seen": asked.seen, "_unseen": ~asked.seen}.items():
-        numbers |= {f"{what}_accuracy{name}": hits[rows].float().mean() for what, hits in right.items()}
-        numbers |= {f"place_accuracy{name}_shuffled": shuffled[rows].mean()}
+    shown = reader.read(images, asked.subjects)
+    right, numbers = compare(shown, asked), {}
+    others = [compare(shown, asked._replace(places=_shuffled(asked, seed))) for seed in range(SHUFFLES)]
+    shuffled = {name: torch.stack([other[name] for other in others]).float().mean(0) for name in PLACED}
+    for part, rows in {"": torch.ones_like(asked.seen), "_seen": asked.seen, "_unseen": ~asked.seen}.items():
+        numbers |= {f"{name}_accuracy{part}": hits[rows].float().mean() for name, hits in right.items()}
+        numbers |= {f"{name}_accuracy{part}_shuffled": hits[rows].mean() for name, hits in shuffled.items()}
     return numbers, right
 
 
@@ -154,16 +169,16 @@ def _shuffled(asked: Asked, seed: int) -> Tensor:
     return places
 
 
-def measure_real(reader: Reader, count: int = REAL) -> tuple[Tensor, Tensor]:
-    """How often subjects and places of real crops are read rightly, by subject, `[subjects]` each."""
-    right = []
+def measure_real(reader: Reader, count: int = REAL) -> dict[str, Tensor]:
+    """How often real crops are read rightly, by subject, `[subjects]` for each of the names of `compare`."""
+    by_subject = []
     for subject, name in enumerate(NAMES):
         images, places = crops_of(name, count, seed=1)
-        found = reader.read(images, torch.full_like(places, subject))
         rows = places != PLACE_NUMBERS["centre"]  # which no prompt asks for
-        right.append([(found[0] == subject)[rows].float().mean(), (found[1] == places)[rows].float().mean()])
-    subjects, places = torch.tensor(right).unbind(1)
-    return subjects, places
+        asked = Asked(torch.full_like(places, subject), places, torch.ones_like(rows))
+        right = compare(reader.read(images, asked.subjects), asked)
+        by_subject.append({name: hits[rows].float().mean() for name, hits in right.items()})
+    return {name: torch.stack([right[name] for right in by_subject]) for name in by_subject[0]}
 
 
 def table_of(right: Mapping[str, Tensor], asked: Asked, real: Tensor) -> Table:
@@ -247,16 +262,17 @@ def main() -> None:
     if given.metrics is not None:
         check_entries(given.metrics, "metrics")
     images, asked = read_samples(given.samples, given.prompts)
-    reader = Reader(Judge())
+    reader = Reader(FrozenVFM("vit_photos_patch8_64"), Judge())
     numbers, right = measure(reader, images, asked)
-    real_subjects, real_places = measure_real(reader)
-    numbers |= {"subject_accuracy_real": real_subjects.mean(), "place_accuracy_real": real_places.mean()}
-    Console().print(table_of(right, asked, real_places))
+    real = measure_real(reader)
+    numbers |= {f"{name}_accuracy_real": hits.mean() for name, hits in real.items()}
+    Console().print(table_of(right, asked, real["place"]))
     for name, value in sorted(numbers.items()):
-        print(f"{name:32s} {float(value):.3f}")
+        print(f"{name:40s} {float(value):.3f}")
     print(f"chance: 1 / {len(NAMES)} of the subjects, 1 / {len(PLACES)} of the places")
     if given.metrics is not None:
-        settings = {"samples": len(images), "judge": reader.judge.source(), "fitted": FITTED, "real": REAL}
+        networks = {name: network.source() for name, network in reader.networks.items()}
+        settings = {"num_images": len(images), "fitted": FITTED, "real": REAL, "networks": networks}
         entry = {"metrics": json_numbers({f"val/{name}": value for name, value in numbers.items()})}
         write_entry(given.metrics, given.entry, entry | {"versions": versions(), "settings": settings})
     if given.picture is not None:
