@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch import LightningDataModule
+
 from ldm.condition import Conditioning
 from ldm.models.denoiser import Denoiser
-from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.latents import LatentDataset
 from vfm_vae.data.prompts import SamplePrompts
@@ -69,13 +70,14 @@ def check_captions(dataset: SampleSet, encoder: TextEncoder) -> None:
         )
 
 
-def check_prompts(data: ImageNetDataModule, conditioning: Conditioning) -> None:
+def check_prompts(data: LightningDataModule, conditioning: Conditioning) -> None:
     """Checks that samples of prompts are not asked of a model of classes.
 
     Raises:
         ValueError: if they are.
     """
-    if isinstance(data.samples, SamplePrompts) and conditioning.num_classes is not None:
+    samples = getattr(data, "samples", None)  # others' DataModules need not have it
+    if isinstance(samples, SamplePrompts) and conditioning.num_classes is not None:
         raise ValueError(
             f"data.prompts (--prompt): the model draws samples of {conditioning.num_classes} classes, and takes no "
             "prompts; give data.num_samples, or a model that was trained on captions"

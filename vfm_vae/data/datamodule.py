@@ -80,7 +80,6 @@ class ImageNetDataModule(LightningDataModule):
         seed: Seed of the order, the augmentation and the captions of training images.
 
     Attributes:
-        samples: What test and prediction draw instead of reading a data set; None where they read one.
         predict_indices: What this rank is to predict, in order, by split (or `samples`); set by a writer that knows
             what is there already. Without an entry, everything is divided over the ranks.
 
@@ -131,7 +130,9 @@ class ImageNetDataModule(LightningDataModule):
         self.batch_size, self.micro_batch_size, self.val_batch_size = batch_size, micro_batch_size, val_batch_size
         self.num_workers, self.min_size, self.mixed_shards = num_workers, min_size, mixed_shards
         self.predict, self.num_samples = tuple(predict), num_samples
-        self.samples = _samples(num_samples, prompts, images_per_prompt)
+        if prompts is not None and num_samples is not None:
+            raise ValueError("num_samples: prompts say how many samples there are; leave one of the two options out")
+        self._prompts = None if prompts is None else SamplePrompts(read_prompts(prompts), images_per_prompt)
         self.train_transform: Transform = RandomCrop(image_size, min_crop, resampling)
         if crop == "centre":
             self.train_transform = CentreCrop(image_size, flip=captions is None)
@@ -195,6 +196,11 @@ class ImageNetDataModule(LightningDataModule):
     def on_exception(self, exception: BaseException) -> None:
         """Restores them."""
         self._steps.end()
+
+    @property
+    def samples(self) -> SampleSet | None:
+        """What test and prediction draw instead of reading a data set; None where they read one."""
+        return self._prompts if self.num_samples is None else SampleNumbers(self.num_samples)
 
     @property
     def classes(self) -> list[str]:
@@ -305,12 +311,3 @@ class ImageNetDataModule(LightningDataModule):
             # Otherwise each new iterator would draw from the global generator, and noise would depend on it.
             "generator": torch.Generator(),
         }
-
-
-def _samples(num_samples: int | None, prompts: str | Sequence[str] | None, images_per_prompt: int) -> SampleSet | None:
-    """The samples that are to be drawn; None where there are none."""
-    if prompts is None:
-        return None if num_samples is None else SampleNumbers(num_samples)
-    if num_samples is not None:
-        raise ValueError("num_samples: prompts say how many samples there are; leave one of the two options out")
-    return SamplePrompts(read_prompts(prompts), images_per_prompt)
