@@ -150,9 +150,10 @@ def measure(reader: Reader, images: Tensor, asked: Asked) -> tuple[dict[str, Ten
         Fractions by name; and whether each sample is right, see `compare`.
     """
     shown = reader.read(images, asked.subjects)
-    right, numbers = compare(shown, asked), {}
+    right = compare(shown, asked)
     others = [compare(shown, asked._replace(places=_shuffled(asked, seed))) for seed in range(SHUFFLES)]
     shuffled = {name: torch.stack([other[name] for other in others]).float().mean(0) for name in PLACED}
+    numbers: dict[str, Tensor] = {}
     for part, rows in {"": torch.ones_like(asked.seen), "_seen": asked.seen, "_unseen": ~asked.seen}.items():
         numbers |= {f"{name}_accuracy{part}": hits[rows].float().mean() for name, hits in right.items()}
         numbers |= {f"{name}_accuracy{part}_shuffled": hits[rows].mean() for name, hits in shuffled.items()}
@@ -206,9 +207,8 @@ def draw(images: Tensor, asked: Asked, columns: int = 4) -> np.ndarray:
     panel = room + (columns + 1) * (SIZE + gap) + 10 * gap
     picture = Image.new("RGB", (2 * panel, 20 + len(NAMES) * (SIZE + gap)), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
-    for side, heading in enumerate(("seen together in training", "never seen together")):
-        pen.text((side * panel + 4, 3), heading, "black", font)
-        pen.text((side * panel + room + 4, 3), "a real crop, then samples", "black", font)
+    for side, heading in enumerate(("subject and place seen together in training", "never seen together")):
+        pen.text((side * panel + 4, 3), f"{heading}: a real crop, then samples", "black", font)
         for subject, name in enumerate(NAMES):
             of_subject = ((asked.subjects == subject) & (asked.seen == (side == 0))).nonzero()[:, 0]
             place = int(asked.places[of_subject[len(of_subject) * (subject % 7) // 7]])
