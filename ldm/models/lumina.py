@@ -125,7 +125,7 @@ class LuminaNextDiT(Denoiser):
         text, rotary = told.embeddings.to(dtype), torch.view_as_complex(self.rotary.view(torch.float32))
         time_and_text = self.time_caption_embed(t, text, told.mask)  # [B, min(D, 1024)]
         tokens, mask, _, rotary = self.patch_embedder(state.to(dtype), rotary)  # [B, N, D]
-        tokens = tokens.to(dtype)  # float32 under autocast, as what blocks add to is with the other denoisers
+        tokens = tokens.to(dtype)  # float32 under autocast, as between blocks, which so share one compilation
         inputs: tuple[Any, ...] = mask, rotary, text, told.mask, time_and_text, {}
         for block in self.blocks:
             tokens = run_block(block, tokens, *inputs, recompute=self.activation_checkpointing)

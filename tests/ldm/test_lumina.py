@@ -165,10 +165,11 @@ def test_padding_does_not_matter_and_words_do():
 def test_bfloat16_stays_close_and_rounds_no_positions():
     model = randomised(small(), 0.1).eval()
     state, t, told = inputs(model)
-    blocks, expected = outputs_of_blocks(model), model(state, t, told).velocity
+    expected, blocks, given = model(state, t, told).velocity, outputs_of_blocks(model), []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     with torch.autocast("cpu", torch.bfloat16):
         half = model(state, t, told).velocity
-    assert all(tokens.dtype == torch.float32 for tokens in blocks)  # what blocks add to
+    assert {tokens.dtype for tokens in (*given, *blocks)} == {torch.float32}  # what blocks add to
     table = model.rotary.clone()
     quarter = model.to(torch.bfloat16)(state, t, told).velocity
     assert torch.equal(model.rotary, table)
