@@ -144,7 +144,7 @@ class Captions(nn.Module, Conditioning):
         return Text.of(self.text_encoder.encode(prompts, self._device, together=False))
 
     def settings(self) -> dict[str, Any]:
-        """Which text encoder embeds the prompts, for which its weights are read."""
+        """Which text encoder embeds the prompts, wherever it lies."""
         return {"conditioning": class_path(type(self)), "text_encoder": self.text_encoder.identity()}
 
     def _embedded(self, text: TextBatch, device: torch.device, together: bool = True) -> Text:

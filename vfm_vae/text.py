@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vfm_vae.data.sampling import seed_of
-from vfm_vae.description import Described, class_path, describe
+from vfm_vae.description import Described, describe
 from vfm_vae.frozen import sha256_of
 from vfm_vae.options import at_least
 from vfm_vae.types import TextBatch, padded
@@ -76,9 +76,10 @@ class TextEncoder(Described, ABC):
         return {**describe(self), "fingerprint": self.fingerprint() if self.is_loaded else self._expected}
 
     def identity(self) -> dict[str, Any]:
-        """What embeddings depend on, wherever the weights lie; reads them."""
-        arguments = {name: x for name, x in describe(self)["init_args"].items() if name not in self.whereabouts}
-        return {"class_path": class_path(self._made_as), "init_args": arguments, "fingerprint": self.fingerprint()}
+        """What embeddings depend on, wherever the weights lie, which are read if their fingerprint is not known."""
+        source = self.source()
+        arguments = {name: value for name, value in source["init_args"].items() if name not in self.whereabouts}
+        return source | {"init_args": arguments, "fingerprint": source["fingerprint"] or self.fingerprint()}
 
     def go_on_as(self, source: Mapping[str, Any] | None, what: str, advice: str) -> None:
         """Compares itself with the text encoder of a cache or a checkpoint, and remembers that one's fingerprint.

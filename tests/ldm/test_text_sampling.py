@@ -153,6 +153,9 @@ def test_settings_tell_the_text_encoder_by_its_weights_and_not_by_its_place(mode
     here, there, other = (LatentDiffusion(Pooling(), conditioning=Captions(Moved(*args))).settings() for args in (
         ("here", "a"), ("there", "a"), ("here", "b")))  # fmt: skip
     assert here == there != other
+    unread = Moved("anywhere")
+    unread.go_on_as({**Moved("here").source(), "fingerprint": "a" * 64}, "x", "y")
+    assert LatentDiffusion(Pooling(), conditioning=Captions(unread)).settings() == here and not unread.is_loaded
 
 
 def test_a_checkpoint_knows_the_text_encoder_though_its_weights_were_never_read(tmp_path, trainer):
