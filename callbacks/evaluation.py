@@ -152,8 +152,8 @@ class EvaluationCallback(Callback, ABC):
         return values
 
 
-def rows_of(batch: AnyBatch, chosen: Tensor) -> AnyBatch:
-    """The chosen samples of a batch, by a mask `[B]` or by positions."""
+def rows_of(batch: AnyBatch, chosen: Tensor | slice) -> AnyBatch:
+    """The chosen samples of a batch, by a mask `[B]`, by positions, or by a slice."""
     kind: Any = type(batch)
     return kind(*(None if tensor is None else tensor[chosen] for tensor in batch))
 

@@ -10,6 +10,7 @@ from torch import nn
 from training import changed, repeat, weights
 
 from callbacks.ema import EMA
+from callbacks.evaluation import rows_of
 from vfm_vae.conv_vae import ConvVAE
 from vfm_vae.discriminators.patchgan import PatchGAN
 from vfm_vae.discriminators.projected import ProjectedDiscriminator
@@ -18,7 +19,6 @@ from vfm_vae.losses.objective import Objective
 from vfm_vae.module import TokenizerModule
 from vfm_vae.modules.equivariance import EquivarianceRegularizer, Transform
 from vfm_vae.modules.latent_noise import noised
-from vfm_vae.types import Batch
 from vfm_vae.vfm import FrozenVFM
 
 VFM = "vit_photos_patch8_64"
@@ -278,7 +278,7 @@ def test_it_trains_against_a_patchgan_alone_or_against_none(trainer, batch, orde
 def test_a_conv_vae_is_drawn_to_its_vfm(trainer, batch):
     losses = {"alignment": 0.5, "distmat_margin": 0.25, "cos_margin": 0.5}
     aligned, logged = module(conv_vae(aligned=True), losses, optimizer=partial(torch.optim.Adam, lr=1e-2)), Logged()
-    trainer(max_steps=20, callbacks=[logged]).fit(aligned, repeat(Batch(*(part[:4] for part in batch))))
+    trainer(max_steps=20, callbacks=[logged]).fit(aligned, repeat(rows_of(batch, slice(4))))
     first, *_, last = logged.steps
     assert last["train/alignment"] < 0.7 * first["train/alignment"] and last["train/loss_l1"] < first["train/loss_l1"]
 

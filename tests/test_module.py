@@ -8,13 +8,13 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from training import changed, repeat, weights
 
+from callbacks.evaluation import rows_of
 from vfm_vae.discriminators.augment import DifferentiableAugmentation
 from vfm_vae.modules.posterior import DiagonalGaussian
-from vfm_vae.types import Batch
 
 
 def test_one_batch_overfits(tiny_module, trainer, batch):
-    batch = Batch(*(part[:2] for part in batch))
+    batch = rows_of(batch, slice(2))
     module = tiny_module(objective={"adversarial": 0.01, "alignment": 1.0})
 
     def error() -> float:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from training import repeat
 
+from callbacks.evaluation import rows_of
 from vfm_vae.types import Batch
 
 
@@ -26,7 +27,7 @@ def test_a_sampled_evaluation_belongs_to_the_image(tiny_module, batch):
     module = tiny_module(evaluate="sample").eval()
     mode = tiny_module().eval()
     whole = module.latents(batch)
-    part = Batch(*(tensor[1:2] for tensor in batch))
+    part = rows_of(batch, slice(1, 2))
     torch.testing.assert_close(module.latents(part), whole[1:2], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(whole, mode.latents(batch))
     assert module.latents(batch) is not module.latents(part)  # kept for the batch at hand alone

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from callbacks.evaluation import rows_of
 from vfm_vae import compilation
 from vfm_vae.compilation import compile_regions, should_compile
 from vfm_vae.conv_vae import ConvVAE
@@ -17,7 +18,6 @@ from vfm_vae.discriminators.layers import LocalBatchNorm
 from vfm_vae.modules import layers, maps, modulated
 from vfm_vae.modules.decoder import Decoder
 from vfm_vae.modules.equivariance import EquivarianceRegularizer
-from vfm_vae.types import Batch
 from vfm_vae.vfm import FrozenVFM
 
 
@@ -162,7 +162,7 @@ def test_ten_steps_with_equivariance_recompile_no_more_often_than_there_are_shap
     for layer in layers_of(module.model.decoder):
         layer.recompute = True
         layer.register_forward_pre_hook(lambda _, args: shapes.add(tuple(args[0].shape)))
-    batches = [batch] * 9 + [Batch(*(part[:4] for part in batch))]  # the last is smaller
+    batches = [batch] * 9 + [rows_of(batch, slice(4))]  # the last is smaller
     trainer(max_steps=10).fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     assert module.guard.num_skipped == 0 and len(shapes) > 10
     # Passes to the input alone, for the adaptive weight, are graphs of their own.

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from callbacks.cknna import CKNNACallback
+from callbacks.evaluation import rows_of
 from callbacks.heatmap import block_heat_map
 from callbacks.probe import LinearProbeCallback
 from callbacks.report import Report
@@ -146,7 +147,7 @@ def test_se_cknna_by_the_published_protocol(encoder, numbered, trainer, vfm):
     run.validate(encoder, data, verbose=False)
     val_batch = whole(data.val_set)
     chosen = val_batch.index * 13 % 26 < 13
-    part = Batch(*(tensor[chosen] for tensor in val_batch))
+    part = rows_of(val_batch, chosen)
     stems = [Path(data.val_set.name(i)).stem for i in part.index.tolist()]
     number = torch.tensor([sorted(stems).index(stem) for stem in stems])
     assert stems != sorted(stems) and sorted(number.tolist()) == list(range(13))
@@ -173,7 +174,7 @@ def test_images_without_names_are_numbered_in_their_order(encoder, val_batch, tr
     loader = torch.utils.data.DataLoader(rows, 7, collate_fn=ImageDataset.collate)
     run = trainer(CKNNACallback([vfm], k=5, se_cknna="published", num_images=13))
     run.validate(encoder, loader, verbose=False)
-    part = Batch(*(tensor[::2] for tensor in val_batch))
+    part = rows_of(val_batch, slice(None, None, 2))
     with torch.no_grad():
         features = torch.zeros(13, 6)
         for rows, pixels in transformed("published", part.images, torch.arange(13))["equivariance"]:

@@ -7,6 +7,7 @@ from torch.utils.data import default_collate
 
 from callbacks.cknna import CKNNACallback
 from callbacks.distribution import DistributionCallback
+from callbacks.evaluation import rows_of
 from callbacks.probe import LinearProbeCallback
 from callbacks.robustness import RobustnessCallback
 from vfm_vae.images import from_uint8, quantised
@@ -73,7 +74,7 @@ def test_features_are_named_even_where_no_image_is_chosen(module, data, trainer)
     batch = next(iter(data.val_dataloader()))
     skipped = [i for i in range(5) if i * 6 % 13 >= 6]
     with torch.no_grad():
-        callback.update(module, type(batch)(*(field[skipped] for field in batch)))
+        callback.update(module, rows_of(batch, skipped))
     assert set(callback._stores) == {"cknna/latent", "cknna/pixels"}
     with pytest.warns(UserWarning, match="more images than 0"):
         assert callback.results()["cknna/latent"].isnan()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from callbacks.evaluation import rows_of
 from vfm_vae.losses.objective import Objective
 from vfm_vae.modules.adapter import Adapter
 from vfm_vae.modules.decoder import Decoder
@@ -304,7 +305,7 @@ def discrete_module(tiny_module: Callable) -> Callable:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_one_batch_overfits(discrete_module, trainer, batch, precision):
-    batch = Batch(*(part[:3] for part in batch))
+    batch = rows_of(batch, slice(3))
     module = discrete_module(entropy=0.01)
 
     def error() -> float:
