@@ -115,7 +115,8 @@ def test_evaluation_of_text_to_image_builds(offline_networks, photos, tmp_path):
         config = config.replace(f"data/mjhq30k/{place}", str(stand_in))
     (tmp_path / "test.yaml").write_text(config)
     configs = ("ldm/lightningdit.yaml", "ldm/size/b.yaml", tmp_path / "test.yaml", "trainer/cpu.yaml")
-    options = ["--data.num_samples=null", "--data.root=nowhere", "--model.model.depth=1"]
+    small = ["--model.model.depth=1", "--model.model.width=48"]
+    options = ["--data.num_samples=null", "--data.root=nowhere", *small]
     cli = build_ldm(*configs, options=options, command="test")  # a folder of images can't be on the meta device
     assert [prompt.text for prompt in cli.datamodule.samples.prompts] == ["a cat"]
     assert callback(cli, "DistributionCallback").reference == str(photos / "val")
