@@ -36,7 +36,7 @@ from vfm_vae.writing import write_picture
 
 SIZE = 64  # of crops and samples, in pixels
 FITTED, REAL = 500, 100  # crops of each photograph that classifiers are fitted to, and measured on
-SHUFFLES, PLACED = 100, ("place", "place_nearby")
+SHUFFLES, PLACED = 30, ("place", "place_nearby")
 NAMES, PLACE_NUMBERS = list(SUBJECTS), {place: number for number, place in enumerate(PLACES)}
 
 
@@ -110,7 +110,7 @@ class Reader:
 
         Args:
             images: uint8 `[n, 3, H, W]`.
-            subjects: Of which photographs the places are, int64 `[n]`.
+            subjects: Numbers of the photographs whose places are told apart, int64 `[n]`.
 
         Returns:
             Numbers of the `subject`, of the `subject_by_judge` and of the `place`, int64 `[n]` each.
