@@ -65,9 +65,9 @@ class ClassAccuracyCallback(EvaluationCallback):
         super().setup(trainer, pl_module, stage)
         found = len(list_classes(self.images.parent, self.images.name))
         if isinstance(pl_module, DrawsSamples) and found != pl_module.num_classes:
-            known, advice = pl_module.num_classes, "give images of the classes that the model was trained on"
-            if known is None:
-                known, advice = "none", f"leave {type(self).__name__} out"
+            known, advice = pl_module.num_classes or "none", "give images of the classes that the model was trained on"
+            if pl_module.num_classes is None:
+                advice = f"leave {type(self).__name__} out"
             raise ValueError(f"images: {str(self.images)!r} has {found} classes, but samples are of {known}; {advice}")
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
