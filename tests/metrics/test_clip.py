@@ -54,6 +54,8 @@ def test_long_captions_are_cut_counted_and_told_of_once(clip, images):
         clip(images, CAPTIONS)
         clip(images[:2], [f"{CAPTIONS[4]} and more"] * 2)
     assert clip.num_cut == 3 and len(told) == 1
+    clip(images[:1], ["x" * (MAX_TOKENS - 2)])  # with the tokens that begin and end it, it just fits
+    assert clip.num_cut == 3
     assert torch.equal(*clip(images[[0, 0]], [CAPTIONS[4], f"{CAPTIONS[4]} and more"]))
 
 
