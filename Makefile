@@ -6,8 +6,9 @@ GPUS ?= 1
 STAGE ?= patchgan
 ARGS ?=
 RUN ?= epochs64
-RUN_REG := $(if $(filter reg% best,$(RUN)),_reg)
-RUN_BASE = $(if $(RUN_REG),reg,$(if $(findstring ditdh,$(RUN)),ditdh,lightningdit))
+# What a run needs beside the latents: a VFM's features, or captions.
+BESIDE := $(if $(filter reg% best,$(RUN)),_reg)$(if $(filter t2i_%,$(RUN)),_text)
+RUN_BASE = $(if $(filter _reg,$(BESIDE)),reg,$(if $(findstring ditdh,$(RUN)),ditdh,lightningdit))
 # A variant of the tokenizer's training, with runs of its own, and of what is trained on its latents.
 RECIPES := as_published discrete
 RECIPE ?=
@@ -41,6 +42,7 @@ FIT := $(TOKENIZER) fit
 # A folder of tar shards or of images; no GPU, one, or several of one machine.
 SHARDS := $(foreach folder,. train,$(wildcard $(call escaped,$(DATA))/$(folder)/*.tar))
 IMAGENET := -c configs/data/$(if $(strip $(SHARDS)),imagenet_wds,imagenet).yaml --data.root $(call path,$(DATA))
+CAPTIONED := -c configs/data/captions$(if $(strip $(SHARDS)),_wds).yaml --data.root $(call path,$(DATA))
 one_or_many = $(if $(filter 0,$(GPUS)),cpu,$(if $(filter 1,$(GPUS)),gpu,$(1)))
 TRAINER = -c configs/trainer/$(call one_or_many,ddp8).yaml $(DEVICES)
 TRAINER_LDM = -c configs/trainer/$(call one_or_many,ddp8_ldm).yaml $(DEVICES)
@@ -57,12 +59,14 @@ FORMER_ssim := weak
 FORMER_patchgan := ssim
 STAGES := strong weak ssim patchgan
 OF_STAGE = $(if $(BASELINE),$(RUNS)/tokenizer,$(call one_of,STAGE,$(STAGES))$(RUNS)/$(STAGE))
-RUN_CONFIGS := $(filter-out cknna ditdh lightningdit reg samples sweep test%,$(basename $(notdir $(wildcard configs/ldm/*.yaml))))
+RUN_CONFIGS := $(filter-out cknna ditdh lightningdit reg samples sweep t2i_test test%,$(basename $(notdir $(wildcard configs/ldm/*.yaml))))
 OF_RUN = $(call one_of,RUN,$(RUN_CONFIGS))$(RUNS)/ldm/$(RUN)
 former = $(if $(FORMER_$(1)),--model.init_from=$(RUNS)/$(FORMER_$(1))/checkpoints/last.ckpt)
 VARIANT = $(if $(RECIPE),-c configs/vfm_vae/$(RECIPE).yaml $(call former,$@))
-VARIANT_LATENTS := $(if $(OTHER),--run.output=$(RUNS)/latents$(RUN_REG))
-VARIANT_LDM = $(if $(OTHER),--data.root=$(RUNS)/latents$(RUN_REG) --run.folder=$(RUNS)/ldm \
+RUN_BASES = $(if $(filter _text,$(BESIDE)),,-c configs/ldm/$(RUN_BASE).yaml \
+  $(if $(filter lightningdit,$(RUN_BASE)),-c configs/data/latents.yaml))
+VARIANT_LATENTS := $(if $(OTHER),--run.output=$(RUNS)/latents$(BESIDE))
+VARIANT_LDM = $(if $(OTHER),--data.root=$(RUNS)/latents$(BESIDE) --run.folder=$(RUNS)/ldm \
   --model.tokenizer.checkpoint=$(OF_STAGE)/checkpoints/last.ckpt $(LATENT_$(BASELINE)))
 LATENT_sdvae := --model.model.in_channels=4 --model.model.input_size=32 --model.model.patch_size=2
 LATENT_rae := --model.model.in_channels=768
@@ -188,17 +192,16 @@ patchgan: install ## stage 4, PatchGAN fine-tuning, from the SSIM stage
 baseline: install ## another tokenizer: make baseline BASELINE=sdvae|vavae|rae DATA=/path GPUS=8; then latents, ldm, … with this BASELINE
 	$(FIT) $(BASELINE_CONFIGS) $(IMAGENET) $(TRAINER) $(AT_A_TIME) $(ARGS)
 
-latents: install ## cache the latents of the data that STAGE was trained on, with features for RUN=reg…|best: make latents GPUS=8
-	$(TOKENIZER) predict -c $(OF_STAGE)/config.yaml -c configs/vfm_vae/latents$(RUN_REG).yaml $(TRAINER) $(MEASURED) \
+latents: install ## cache the latents of the data that STAGE was trained on, with features for RUN=reg…|best, or of captioned data in DATA for RUN=t2i_…: make latents GPUS=8
+	$(TOKENIZER) predict -c $(OF_STAGE)/config.yaml $(if $(filter _text,$(BESIDE)),$(CAPTIONED)) -c configs/vfm_vae/latents$(BESIDE).yaml $(TRAINER) $(MEASURED) \
 	  --trainer.precision=32-true $(VARIANT_LATENTS) \
 	  --ckpt_path $(OF_STAGE)/checkpoints/last.ckpt $(ARGS)
 
-ldm: install ## train a denoiser on cached latents: make ldm RUN=epochs64|epochs80|epochs560|reg80|reg480|reg640|best|rae_ditdh_xl GPUS=8
-	$(LDM) fit -c configs/ldm/$(RUN_BASE).yaml $(if $(filter lightningdit,$(RUN_BASE)),-c configs/data/latents.yaml) \
-	  -c configs/ldm/$(notdir $(OF_RUN)).yaml $(TRAINER_LDM) $(AT_A_TIME) $(VARIANT_LDM) $(ARGS)
+ldm: install ## train a denoiser on cached latents: make ldm RUN=epochs64|epochs80|epochs560|reg80|reg480|reg640|best|rae_ditdh_xl|t2i_lumina|t2i_lightningdit GPUS=8
+	$(LDM) fit $(RUN_BASES) -c configs/ldm/$(notdir $(OF_RUN)).yaml $(TRAINER_LDM) $(AT_A_TIME) $(VARIANT_LDM) $(ARGS)
 
-samples: install ## draw 50 000 samples from a trained LightningDiT: make samples RUN=epochs64 GPUS=8
-	$(LDM) predict -c $(OF_RUN)/config.yaml -c configs/ldm/samples.yaml $(TRAINER_LDM) $(MEASURED) \
+samples: install ## draw 50 000 samples from a trained denoiser: make samples RUN=epochs64 GPUS=8; or RUN=t2i_lumina ARGS='--prompt "a fox"'
+	$(LDM) predict -c $(OF_RUN)/config.yaml $(if $(filter _text,$(BESIDE)),,-c configs/ldm/samples.yaml) $(TRAINER_LDM) $(MEASURED) \
 	  --trainer.precision=32-true \
 	  --ckpt_path $(OF_RUN)/checkpoints/last.ckpt --run.output=$(OF_RUN)/samples $(ARGS)
 
@@ -215,7 +218,7 @@ evaluate-tokenizer: install ## rFID and its kin, alignment, probes of a trained 
 	  --ckpt_path $(OF_STAGE)/checkpoints/last.ckpt $(ARGS)
 
 evaluate-ldm: install ## gFID and its kin of a trained LightningDiT
-	$(LDM) test -c $(OF_RUN)/config.yaml -c configs/ldm/test$(PUBLISHED).yaml $(TRAINER_LDM) $(MEASURED) \
+	$(LDM) test -c $(OF_RUN)/config.yaml -c configs/ldm/$(if $(filter _text,$(BESIDE)),t2i_test,test$(PUBLISHED)).yaml $(TRAINER_LDM) $(MEASURED) \
 	  --trainer.precision=32-true \
 	  --ckpt_path $(OF_RUN)/checkpoints/last.ckpt $(ARGS)
 

@@ -219,7 +219,7 @@ MISTAKES = [
     (
         "ldm",
         "RUN=epochs65",
-        "RUN: one of best epochs560 epochs560_uniform epochs64 epochs80 rae_ditdh_xl reg480 reg640 reg80; given",
+        "RUN: one of best epochs560 epochs560_uniform epochs64 epochs80 rae_ditdh_xl reg480 reg640 reg80 t2i_lightningdit t2i_lumina; given",
     ),
     ("samples", "RUN=epochs64 reg80", "given 'epochs64 reg80'"),
     ("demo", "DENOISER=regg", "DENOISER: one of lightningdit reg; given 'regg'"),
@@ -268,9 +268,19 @@ def test_a_run_goes_after_what_runs_of_its_denoiser_share():
         ("reg80", ["ldm/reg", "ldm/reg80"]),
         ("best", ["ldm/reg", "ldm/best"]),
         ("rae_ditdh_xl", ["ldm/ditdh", "ldm/rae_ditdh_xl"]),
+        ("t2i_lumina", ["ldm/t2i_lumina"]),
     ):
         (fit,) = commands("ldm", RUN=run, GPUS="8")
         assert [word for word in fit if word.endswith(".yaml")][:-1] == [f"configs/{name}.yaml" for name in expected]
+
+
+def test_text_to_image_has_captions_prompts_and_numbers_of_its_own():
+    targets = {"latents": "vfm_vae/latents_text", "samples": "trainer/ddp8_ldm", "evaluate-ldm": "ldm/t2i_test"}
+    for target, expected in targets.items():
+        (command,) = commands(target, RUN="t2i_lumina", GPUS="8", DATA="captioned", ARGS="--prompt 'a red fox'")
+        configs = [word for word in command if word.startswith("configs/")]
+        assert f"configs/{expected}.yaml" in configs and command[-2:] == ["--prompt", "a red fox"]
+        assert ("configs/data/captions.yaml" in configs) == (target == "latents")
 
 
 def align(folder: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, str]) -> None:

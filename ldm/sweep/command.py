@@ -11,9 +11,11 @@ from ldm.module import DiffusionModule
 from ldm.sweep.grid import Sweep
 from vfm_vae.cli import CLI
 from vfm_vae.data.datamodule import ImageNetDataModule
+from vfm_vae.description import class_at
 from vfm_vae.trial import Output
 
 SWEEP, PROMPT = "sweep", "prompt"
+WRITER = "callbacks.SampleWriter"
 PROMPTED = ("test", "predict", SWEEP)  # commands that draw samples for prompts
 KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's, in the place of a file
 
@@ -56,7 +58,7 @@ class SweepingCLI(CLI):
     """The command line that has `sweep`, too: the options of `test`, and those of the grid.
 
     A sweep writes its own files, so it goes without loggers and callbacks that would write. Prompts can be given as
-    `--prompt`, which is short for `--data.prompts`.
+    `--prompt`, which is short for `--data.prompts`; samples of them are written without being asked.
     """
 
     @staticmethod
@@ -84,6 +86,8 @@ class SweepingCLI(CLI):
         options = self.config[self.config.subcommand]
         if prompts := options.get(PROMPT):
             _take_prompts(options.data, prompts)
+        if self.config.subcommand == "predict" and options.data.prompts is not None:
+            _write_samples(options.trainer)
         if self.config.subcommand == SWEEP:
             options.trainer.logger = False
 
@@ -109,3 +113,11 @@ def _take_prompts(data: Namespace, prompts: list[str]) -> None:
         if data[other] is not None:
             raise ValueError(f"prompt: says what to draw, as data.{other} does; give one of the two, null as the other")
     data.prompts = prompts
+
+
+def _write_samples(trainer: Namespace) -> None:
+    """Adds what writes samples, if there is nothing that does."""
+    given = trainer.callbacks or []
+    callbacks = given if isinstance(given, list) else [given]
+    if not any(issubclass(class_at(callback.class_path), class_at(WRITER)) for callback in callbacks):
+        trainer.callbacks = [*callbacks, Namespace(class_path=WRITER, init_args=Namespace(directory=None))]
