@@ -23,7 +23,6 @@ from rich.table import Table
 from torch import Tensor
 
 from vfm_vae.contracts import VFM
-from vfm_vae.data.listing import list_images
 from vfm_vae.data.prompts import read_prompts
 from vfm_vae.embedded.captions import PLACES, SUBJECTS, place_of
 from vfm_vae.embedded.judge import Judge
@@ -233,19 +232,19 @@ def read_samples(folder: Path, prompts: Path) -> tuple[Tensor, Asked]:
         prompts: What `vfm_vae.embedded.captions` wrote.
 
     Raises:
-        ValueError: there is no such folder or file, or the two do not fit.
+        ValueError: the two do not fit, or there is no such file of prompts.
     """
     records = [prompt.record for prompt in read_prompts(prompts)]
-    names = sorted(list_images(folder, "samples"))
-    each, rest = divmod(len(names), len(records))
+    files = sorted(folder.glob("*.png"))
+    each, rest = divmod(len(files), len(records))
     if rest or not each:
         raise ValueError(
-            f"samples: {str(folder)!r} holds {len(names)} images, which {len(records)} prompts can't have equally many "
+            f"samples: {str(folder)!r} holds {len(files)} images, which {len(records)} prompts can't have equally many "
             "of; draw the samples again"
         )
     if any(record is None or not {"subject", "place", "seen"} <= record.keys() for record in records):
         raise ValueError(f"prompts: {str(prompts)!r} does not say subject, place and seen of each prompt")
-    images = np.stack([np.asarray(Image.open(folder / name).convert("RGB")) for name in names])
+    images = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
     asked = Asked.by([record for record in records if record is not None for _ in range(each)])
     return torch.from_numpy(images).permute(0, 3, 1, 2), asked
 
