@@ -216,11 +216,7 @@ MISTAKES = [
     ("ldm", "MICRO=few", "GPUS, MICRO: whole numbers; given '1', 'few'"),
     ("latents", "STAGE=patchgam", "STAGE: one of strong weak ssim patchgan; given 'patchgam'"),
     ("evaluate-tokenizer", "STAGE=", "STAGE: one of strong weak ssim patchgan; given ''"),
-    (
-        "ldm",
-        "RUN=epochs65",
-        "RUN: one of best epochs560 epochs560_uniform epochs64 epochs80 rae_ditdh_xl reg480 reg640 reg80 t2i_lightningdit t2i_lumina; given",
-    ),
+    ("ldm", "RUN=epochs65", "reg480 reg640 reg80 t2i_lightningdit t2i_lumina; given 'epochs65'"),
     ("samples", "RUN=epochs64 reg80", "given 'epochs64 reg80'"),
     ("demo", "DENOISER=regg", "DENOISER: one of lightningdit reg; given 'regg'"),
 ]
