@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
@@ -58,7 +58,8 @@ class SweepingCLI(CLI):
     """The command line that has `sweep`, too: the options of `test`, and those of the grid.
 
     A sweep writes its own files, so it goes without loggers and callbacks that would write. Prompts can be given as
-    `--prompt`, which is short for `--data.prompts`; samples of them are written without being asked.
+    `--prompt`, which takes the place of what configs say is to be drawn; `predict` writes samples of prompts even if no
+    config names what writes them.
     """
 
     @staticmethod
@@ -75,7 +76,8 @@ class SweepingCLI(CLI):
                 type=str,
                 nargs="+",
                 help='One or several texts to draw samples for, in quotes, such as --prompt "a cat" "a dog"; '
-                "`data.images_per_prompt` says how many of each. Short for `data.prompts`, which reads files as well.",
+                "`data.images_per_prompt` says how many of each. Takes the place of `data.num_samples` and of "
+                "`data.prompts`, which reads files as well.",
             )
         if subcommand == SWEEP:
             parser.add_class_arguments(Sweep, SWEEP)
@@ -85,7 +87,7 @@ class SweepingCLI(CLI):
         super().parse_arguments(parser, args)
         options = self.config[self.config.subcommand]
         if prompts := options.get(PROMPT):
-            _take_prompts(options.data, prompts)
+            options.data.prompts, options.data.num_samples = prompts, None  # in the place of what configs say
         if self.config.subcommand == "predict" and options.data.prompts is not None:
             _write_samples(options.trainer)
         if self.config.subcommand == SWEEP:
@@ -107,17 +109,9 @@ class SweepingCLI(CLI):
         trainer.sweep(**options, sweep=self.config_init[SWEEP][SWEEP])
 
 
-def _take_prompts(data: Namespace, prompts: list[str]) -> None:
-    """Sets the option of the data that `--prompt` stands for."""
-    for other in ("num_samples", "prompts"):
-        if data[other] is not None:
-            raise ValueError(f"prompt: says what to draw, as data.{other} does; give one of the two, null as the other")
-    data.prompts = prompts
-
-
 def _write_samples(trainer: Namespace) -> None:
     """Adds what writes samples, if there is nothing that does."""
     given = trainer.callbacks or []
     callbacks = given if isinstance(given, list) else [given]
     if not any(issubclass(class_at(callback.class_path), class_at(WRITER)) for callback in callbacks):
-        trainer.callbacks = [*callbacks, Namespace(class_path=WRITER, init_args=Namespace(directory=None))]
+        trainer.callbacks = [*callbacks, dict_to_namespace({"class_path": WRITER, "init_args": {"directory": None}})]

@@ -150,13 +150,17 @@ def test_a_sweep_measures_anew_for_other_prompts(folder, tmp_path, capsys):
     assert "6 samples each" in (tmp_path / "sweep.md").read_text()
 
 
+def test_what_configs_draw_gives_way(folder):
+    for other in ("num_samples: 3", "prompts: [a dog]"):
+        (folder / "other.yaml").write_text(f"data: {{{other}}}")
+        ended = ldm(folder, "predict", "-c", "other.yaml", "--run.output=e", "--prompt", *PROMPTS)
+        assert ended.code == 0, ended.err
+    check_drawn(folder, "e", PROMPTS)
+
+
 def test_mistakes_are_told_in_one_line(folder):
     for options, message in (
-        (
-            ["--prompt", "a cat", "--data.num_samples=3"],
-            "prompt: says what to draw, as data.num_samples does",
-        ),
-        (["--data.prompts=[a dog]", "--prompt", "a cat"], "prompt: says what to draw, as data.prompts does"),
+        (["--data.prompts=[a dog]", "--data.num_samples=3"], "num_samples: "),
         (["--data.prompts=none.txt"], "prompts: 'none.txt' is no file .txt or .jsonl"),
     ):
         ended = predict(folder, "b", *options)
