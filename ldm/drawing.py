@@ -56,6 +56,7 @@ class DrawingModule(LightningModule):
         self.seed = seed
         self.images_seen = 0
         self._drawn: Samples | None = None
+        self._captions: tuple[str, ...] | None = None  # that they were drawn for, where there are any
 
     @property
     def num_classes(self) -> int | None:
@@ -123,8 +124,10 @@ class DrawingModule(LightningModule):
 
     def evaluation_images(self, batch: Batch | LatentBatch) -> tuple[Tensor | None, Tensor]:
         """Samples as `draw` gives them, numbered like the batch, beside its images where it holds any."""
-        if self._drawn is None or not torch.equal(self._drawn.index, batch.index):
-            self._drawn = self.draw(batch.index, self.conditioning.of_evaluation(batch))
+        captions = None if batch.text is None else batch.text.captions
+        # Callbacks that look at different parts of a batch may give the same numbers to images with other captions.
+        if self._drawn is None or captions != self._captions or not torch.equal(self._drawn.index, batch.index):
+            self._drawn, self._captions = self.draw(batch.index, self.conditioning.of_evaluation(batch)), captions
         assert self._drawn.images is not None  # `draw` decodes
         real = from_uint8(batch.images) if isinstance(batch, Batch) and batch.has_images else None
         return real, self._drawn.images

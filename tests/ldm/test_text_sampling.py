@@ -14,7 +14,7 @@ from ldm.pipeline import LatentDiffusion
 from ldm.samplers import Euler
 from ldm.text import Captions
 from vfm_vae.data.latents import LatentStatistics
-from vfm_vae.types import Batch, TextBatch
+from vfm_vae.types import Batch, Samples, TextBatch
 
 PROMPTS = [CAT, ROCKET, LONG, ""]
 
@@ -97,6 +97,21 @@ def test_the_module_draws_what_the_pipeline_samples(model):
     assert torch.equal(predicted.latents, expected.latents) and predicted.condition.plain() == PROMPTS[:3]
     nothing = module.draw(index, decode=False)  # of whatever there is
     assert torch.equal(nothing.latents, model.sample(prompts=[""] * 3, seed=1, index=index).latents)
+
+
+def test_equal_numbers_of_other_captions_are_other_samples():
+    """As callbacks may ask for that look at different parts of a batch."""
+    module, drawn = captioner(), []
+
+    def draw(index, condition):
+        drawn.append(condition.plain())
+        return Samples(torch.zeros(len(index), 3, 4, 4), torch.zeros(len(index), 4, 4, 4), condition, index)
+
+    module.draw = draw
+    nothing, index = torch.empty(2, 3, 0, 0), torch.arange(2)
+    for prompts in ((CAT, ROCKET), (CAT, LONG), (CAT, LONG)):
+        module.evaluation_images(Batch(nothing, index, index, TextBatch(prompts)))
+    assert drawn == [[CAT, ROCKET], [CAT, LONG]]
 
 
 def test_either_labels_or_prompts_are_given(model):
