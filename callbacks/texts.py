@@ -34,22 +34,26 @@ def check_captions(datasets: Iterable[SampleSet]) -> None:
 
 
 def expected_size(encoder: TextEncoder, datasets: Iterable[ImageDataset]) -> str:
-    """What embeddings will take on disk, in one line, by captions spread over the data; no weights are read.
+    """What embeddings will take on disk, and how many captions will be cut, in one line; no weights are read.
+
+    Both are estimated from the captions of at most `NUM_ASKED` images, spread evenly over each data set.
 
     Args:
         encoder: The text encoder.
         datasets: Images with captions.
     """
-    num_captions = num_tokens = 0.0
+    num_captions = num_tokens = num_cut = 0.0
     for dataset in datasets:
         asked = range(0, len(dataset), -(-len(dataset) // NUM_ASKED))
-        captions = [caption for index in asked for caption in dataset.captions_of(index)]
-        counts = [min(count, encoder.max_tokens) for count in encoder.count(captions)]
-        num_captions += len(counts) * len(dataset) / len(asked)
-        num_tokens += sum(counts) * len(dataset) / len(asked)
+        counts = encoder.count([caption for index in asked for caption in dataset.captions_of(index)])
+        each = len(dataset) / len(asked)  # images that one of those asked stands for
+        num_captions += each * len(counts)
+        num_tokens += each * sum(min(count, encoder.max_tokens) for count in counts)
+        num_cut += each * sum(count > encoder.max_tokens for count in counts)
     size = num_tokens * encoder.width * torch.bfloat16.itemsize
     in_units = f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-    return f"text: {num_captions:,.0f} captions of about {num_tokens / num_captions:.0f} tokens: {in_units} in bfloat16"
+    told = f"text: {num_captions:,.0f} captions of about {num_tokens / num_captions:.0f} tokens: {in_units} in bfloat16"
+    return told + (f"; {num_cut / num_captions:.1%} are cut to {encoder.max_tokens} tokens" if num_cut else "")
 
 
 def source_of(encoder: TextEncoder, file: Path) -> Mapping[str, Any]:

@@ -112,8 +112,7 @@ class LatentWriter(Output):
         self._streams, data = [], undeclared(trainer).datamodule
         if self.text is not None:
             check_captions(data.predict_sets.values())
-            if trainer.is_global_zero:
-                rank_zero_info(expected_size(self.text, data.predict_sets.values()))
+            rank_zero_info(expected_size(self.text, data.predict_sets.values()))
         for split, dataset in data.predict_sets.items():
             plan = ShardPlan(self.directory / split, len(dataset), self.shard_size)
             shards = plan.missing(trainer.global_rank, trainer.world_size)

@@ -153,7 +153,7 @@ def test_the_size_is_that_of_captions_spread_over_the_data():
 
     encoder = SimpleNamespace(width=2048, max_tokens=100, count=lambda texts: [100 * len(text) - 358 for text in texts])
     size = expected_size(encoder, [Many()])  # 100 tokens of 142 are left, and of 42 all
-    assert size == "text: 2,562,334 captions of about 71 tokens: 745.2 GB in bfloat16"
+    assert size == "text: 2,562,334 captions of about 71 tokens: 745.2 GB in bfloat16; 50.0% are cut to 100 tokens"
     assert len(asked) == 1000 and asked[:2] == [0, 1282] and asked[-1] > 1_280_000
 
 
