@@ -14,7 +14,7 @@ from vfm_vae.data.sampling import seed_of
 from vfm_vae.description import Described, describe
 from vfm_vae.frozen import sha256_of
 from vfm_vae.options import at_least
-from vfm_vae.types import TextBatch, padded
+from vfm_vae.types import Caption, TextBatch
 
 # Whatever the defaults are: diffusers changes both while it loads.
 _PLAIN: Any = {"device": "cpu", "dtype": torch.float32}
@@ -125,7 +125,7 @@ class TextEncoder(Described, ABC):
         parts = [distinct] if together and distinct else [[caption] for caption in distinct]
         tokens = [caption for part in parts for caption in self.tokens(part, place)]
         known = {"": empty} | dict(zip(distinct, tokens, strict=True))
-        return TextBatch(tuple(captions), *padded([known[caption] for caption in captions], self.max_tokens), empty)
+        return TextBatch.of([Caption(caption, known[caption], empty, self.max_tokens) for caption in captions])
 
     @torch.no_grad()
     def empty(self, device: torch.device | str = "cpu") -> Tensor:

@@ -50,7 +50,7 @@ class TextBatch:
         tokens = [caption.tokens for caption in captions if caption.tokens is not None]
         if not tokens or captions[0].length is None:
             return cls(texts)
-        return cls(texts, *padded(tokens, captions[0].length), captions[0].empty)
+        return cls(texts, *_padded(tokens, captions[0].length), captions[0].empty)
 
     def __len__(self) -> int:
         """Number of captions."""
@@ -78,7 +78,7 @@ class TextBatch:
         return replace(self, **{name: function(x) for name, x in tensors.items() if x is not None})
 
 
-def padded(tokens: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
+def _padded(tokens: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
     """Texts of several lengths side by side, each followed by zeros.
 
     Args:

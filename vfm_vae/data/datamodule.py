@@ -198,7 +198,7 @@ class ImageNetDataModule(LightningDataModule):
         self._steps.end()
 
     @property
-    def samples(self) -> SampleSet | None:
+    def samples(self) -> SampleNumbers | None:
         """What test and prediction draw instead of reading a data set; None where they read one."""
         return self._prompts if self.num_samples is None else SampleNumbers(self.num_samples)
 
