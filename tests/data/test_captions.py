@@ -162,8 +162,9 @@ def test_images_that_nothing_is_said_of_have_the_empty_caption_which_is_said_onc
 
 
 def test_halves_of_characters_do_not_stop_a_run(tree):
-    caption(tree, "train", [("apple/000.JPEG", "a \ud83d smile")])
-    assert dataset(tree).captions_of(0) == ["a ? smile"]
+    caption(tree, "train", [("apple/000.JPEG", "a \ud83d smile"), ("apple/\ud83d.JPEG", "x")])
+    images = dataset(tree)
+    assert images.captions_of(0) == ["a ? smile"] and images.name(1) == "apple/?.JPEG"  # which is not there
 
 
 def test_small_images_take_their_captions_along(captioned):
@@ -198,6 +199,7 @@ GOOD = b'{"file_name": "apple/000.JPEG", "text": "x"}\n'
 BAD = {  # second lines, or whole files, and what is said of them
     "no JSON": (GOOD + b"{'file_name'}\n", "line 2 is no JSON (Expecting property name enclosed in double quotes"),
     "cut off": (GOOD + GOOD[:30], "metadata.jsonl', line 2 is no JSON (Expecting ',' delimiter at column 31)"),
+    "too deep": (GOOD + b"[" * 100_000, "metadata.jsonl', line 2 can't be read as JSON"),
     "no object": (GOOD + b"[1]\n", "metadata.jsonl', line 2 is not an object such as"),
     "no name": (GOOD + b'\n{"text": "y"}\n', "metadata.jsonl', line 3 has no file_name, the path of an image"),
     "a number for a name": (GOOD + b'{"file_name": 3}\n', "metadata.jsonl', line 2 has no file_name"),

@@ -41,7 +41,14 @@ def test_files_of_a_folder_are_named_prompts_in_their_order(tmp_path):
     for name, text in {"b10": "ten\n", "b1": "one,\nand more", "._b1": "hidden"}.items():
         (tmp_path / f"{name}.txt").write_text(text)
     (tmp_path / "notes.md").write_text("none")
+    (tmp_path / "older.txt").mkdir()
     assert read_prompts(tmp_path) == [Prompt("one,\nand more", "b1"), Prompt("ten", "b10")]
+
+
+def test_halves_of_characters_are_question_marks(tmp_path):
+    (tmp_path / "a.jsonl").write_text(r'{"prompt": "a \ud800 cat"}')
+    assert [prompt.text for prompt in read_prompts(tmp_path / "a.jsonl")] == ["a ? cat"]
+    assert [prompt.text for prompt in read_prompts(["a \udcff cat"])] == ["a ? cat"]  # a byte on a command line
 
 
 def test_prompts_that_are_empty_are_kept_and_said(tmp_path):
@@ -58,6 +65,8 @@ BAD = {
     "a.jsonl": (b'{"prompt": "a"}\n{"prompt"}', "a.jsonl', line 2 is no JSON (Expecting ':' delimiter at column 10)"),
     "b.jsonl": (b'{"prompts": "a"}', "b.jsonl', line 1 has no text named prompt or text or caption"),
     "c.jsonl": (b'{"prompt": ["a"]}', "c.jsonl', line 1 has no text named prompt"),
+    "d.jsonl": (b"[" * 100_000, "d.jsonl', line 1 can't be read as JSON"),
+    "e.jsonl": (b'{"number": %s}' % (b"9" * 5000), "e.jsonl', line 1 can't be read as JSON"),
     "c.txt": (b"\n\n", "c.txt' holds none; give at least one"),
     "d.txt/a.txt": ("größer".encode("latin-1"), "d.txt/a.txt' is not UTF-8"),
     "e.txt/a.md": (b"a", "e.txt' holds none; give at least one"),
@@ -82,6 +91,7 @@ def test_mistakes_end_a_run_with_one_line(tmp_path, capsys, name):
     ("options", "message"),
     [
         ({"prompts": [], "num_samples": None}, "prompts: the list holds none"),
+        ({"prompts": ""}, "prompts: '' is no file .txt or .jsonl, and no folder"),
         ({"prompts": ["a"], "num_samples": 3}, "num_samples: prompts say how many samples there are; leave one"),
         ({"prompts": ["a"], "images_per_prompt": 0}, "images_per_prompt: must be at least 1, given 0"),
     ],

@@ -175,6 +175,8 @@ def parse_object(line: str, place: str) -> dict[str, Any]:
         parsed = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is no JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # numbers of too many digits, or brackets too deep
+        raise ValueError(f"{place} can't be read as JSON ({error})") from error
     if not isinstance(parsed, dict):
         raise ValueError(f'{place} is not an object such as {{"name": "value"}}, but {line[:60]}')
     return parsed
@@ -193,15 +195,19 @@ def captions_in(value: Any, place: str) -> list[str]:
     texts = value if isinstance(value, list) else [value]
     if not all(text is None or isinstance(text, str) for text in texts):
         raise ValueError(f"{place} is neither a text nor a list of texts, but {json.dumps(value)[:60]}")
-    whole = (text.encode(errors="replace").decode() for text in texts if text)  # JSON may hold halves of characters
-    return [text.strip() for text in whole if not text.isspace()]
+    return [text.strip() for text in map(whole, filter(None, texts)) if not text.isspace()]
+
+
+def whole(text: str) -> str:
+    """A text with question marks for halves of characters, which JSON may hold and UTF-8 may not."""
+    return text.encode(errors="replace").decode()
 
 
 def _image_name(entry: dict[str, Any], place: str) -> str:
     given = entry.get("file_name")
     if not isinstance(given, str) or not given:
         raise ValueError(f"{place} has no file_name, the path of an image from the folder of the file")
-    name = posixpath.normpath(given)
+    name = posixpath.normpath(whole(given))
     if name.startswith(("/", "../")) or name in (".", ".."):
         raise ValueError(f"{place} has a file_name that is not below the folder, {given!r}; give its path from there")
     return name

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from vfm_vae.data.captions import decoded, parse_object, read_lines
+from vfm_vae.data.captions import decoded, parse_object, read_lines, whole
 from vfm_vae.data.listing import is_hidden
 from vfm_vae.data.samples import SampleNumbers
 from vfm_vae.data.sampling import Draw
@@ -69,14 +69,14 @@ def read_prompts(given: str | Path | Sequence[str]) -> list[Prompt]:
         ValueError: there is no such file, it is not UTF-8, a line is not as expected, or there are no prompts.
     """
     if not isinstance(given, str | Path):
-        prompts = [Prompt(text.strip()) for text in given]
+        prompts = [Prompt(whole(text).strip()) for text in given]
         return _checked(prompts, "the list")
     path = Path(given)
-    if path.is_dir():
+    if given and path.is_dir():
         return _checked(_of_folder(path), repr(str(path)))
     if path.suffix not in (".txt", ".jsonl") or not path.is_file():
         raise ValueError(
-            f"prompts: {str(path)!r} is no file .txt or .jsonl, and no folder; give one, or prompts as a list"
+            f"prompts: {str(given)!r} is no file .txt or .jsonl, and no folder; give one, or prompts as a list"
         )
     return _checked(_of_lines(path) if path.suffix == ".txt" else _of_objects(path), repr(str(path)))
 
@@ -99,12 +99,12 @@ def _of_objects(file: Path) -> list[Prompt]:
             text = next((record[field] for field in FIELDS if field in record), None)
             if not isinstance(text, str):
                 raise ValueError(f"{place} has no text named {' or '.join(FIELDS)}")
-            prompts.append(Prompt(text.strip(), record=record))
+            prompts.append(Prompt(whole(text).strip(), record=record))
     return prompts
 
 
 def _of_folder(folder: Path) -> list[Prompt]:
-    files = sorted(file for file in folder.glob("*.txt") if not is_hidden(file.name))
+    files = sorted(file for file in folder.glob("*.txt") if file.is_file() and not is_hidden(file.name))
     return [Prompt(decoded(file.read_bytes(), f"prompts: {str(file)!r}"), name=file.stem) for file in files]
 
 
