@@ -1,14 +1,15 @@
 """`python -m ldm fit|validate|test|predict|sweep`: the diffusion models' command line."""
 
+from ldm.cli import DiffusionCLI
 from ldm.module import DiffusionModule
-from ldm.sweep.command import SweepingCLI, SweepingTrainer
+from ldm.sweep.trainer import SweepingTrainer
 from vfm_vae.cli import run
 from vfm_vae.data.datamodule import ImageNetDataModule
 
 
 def main() -> None:
     """Runs the command line of this process."""
-    run(DiffusionModule, ImageNetDataModule, SweepingCLI, SweepingTrainer)
+    run(DiffusionModule, ImageNetDataModule, DiffusionCLI, SweepingTrainer)
 
 
 if __name__ == "__main__":

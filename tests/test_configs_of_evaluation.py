@@ -8,9 +8,10 @@ import torch
 from building import CONFIGS, OFFLINE, Build, build, build_ldm, callback
 from lightning.pytorch.callbacks import Checkpoint
 
+from ldm.cli import DiffusionCLI
 from ldm.module import DiffusionModule
-from ldm.sweep.command import SweepingCLI, SweepingTrainer
 from ldm.sweep.goal import goal_of
+from ldm.sweep.trainer import SweepingTrainer
 from vfm_vae.contracts import Measures
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.transforms import CentreCrop, ResizeAndCrop
@@ -19,7 +20,7 @@ from vfm_vae.trial import Output
 from vfm_vae.vit import create_vit
 
 
-class BuildSweep(Build, SweepingCLI):
+class BuildSweep(Build, DiffusionCLI):
     """Builds what a sweep takes."""
 
 

@@ -17,8 +17,8 @@ from ldm.models.denoiser import Denoiser
 from ldm.models.lightningdit import LightningDiT
 from ldm.models.text_lightningdit import TextLightningDiT
 from ldm.pipeline import LatentDiffusion
-from ldm.sweep.command import SweepingTrainer
 from ldm.sweep.grid import Sweep
+from ldm.sweep.trainer import SweepingTrainer
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.images import to_uint8

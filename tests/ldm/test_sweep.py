@@ -29,12 +29,12 @@ from ldm.models.lightningdit import LightningDiT
 from ldm.module import DiffusionModule
 from ldm.samplers import Euler
 from ldm.sweep.averages import Averages
-from ldm.sweep.command import SweepingTrainer
 from ldm.sweep.goal import Goal
 from ldm.sweep.grid import Setting, Sweep
 from ldm.sweep.records import Record
 from ldm.sweep.results import Results
 from ldm.sweep.sweeper import Sweeper
+from ldm.sweep.trainer import SweepingTrainer
 from vfm_vae.checkpoints import read_checkpoint
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.post_hoc import FOLDER, Snapshot, reconstruct

@@ -1,4 +1,4 @@
-"""The command line `python -m ldm`: that of Lightning, with `sweep` beside `fit`, `validate`, `test` and `predict`."""
+"""The command line of `python -m ldm`: the same as the tokenizer's, with `sweep` and `--prompt`."""
 
 from typing import Any
 
@@ -7,59 +7,24 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
-from ldm.module import DiffusionModule
 from ldm.sweep.grid import Sweep
 from vfm_vae.cli import CLI
-from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.description import class_at
 from vfm_vae.trial import Output
 
 SWEEP, PROMPT = "sweep", "prompt"
 WRITER = "callbacks.SampleWriter"
 PROMPTED = ("test", "predict", SWEEP)  # commands that draw samples for prompts
-KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's, in the place of a file
 
 
-class SweepingTrainer(Trainer):
-    """Lightning's trainer, which can sweep as well."""
+class DiffusionCLI(CLI):
+    """The command line of diffusion models.
 
-    def measure_grid(
-        self,
-        model: DiffusionModule,
-        datamodule: ImageNetDataModule,
-        sweep: Sweep,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
-    ) -> None:
-        """Finds the best guidance scale, interval and average of a checkpoint.
+    `sweep` takes the options of `test` and those of its grid. It writes its own files, so it does without loggers and
+    callbacks that would write.
 
-        Each setting is measured by a test with the callbacks at hand. Started again, it goes on where it was stopped.
-
-        Args:
-            model: The model.
-            datamodule: The data, which numbers the samples.
-            sweep: The grid of settings.
-            ckpt_path: Checkpoint of the model.
-            weights_only: Whether checkpoints are read without unpickling objects.
-
-        Raises:
-            ValueError: if there is no checkpoint.
-        """
-        from ldm.sweep.sweeper import Sweeper  # with what draws, which takes a second to import
-
-        if ckpt_path in (None, *KEYWORDS):
-            raise ValueError("ckpt_path: a sweep looks at one checkpoint; give --ckpt_path FILE")
-        Sweeper(self, model, datamodule, sweep, str(ckpt_path), weights_only).run()
-
-    sweep = measure_grid  # the parser calls a group of options by a function's name, and `sweep` are the grid's
-
-
-class SweepingCLI(CLI):
-    """The command line that has `sweep`, too: the options of `test`, and those of the grid.
-
-    A sweep writes its own files, so it goes without loggers and callbacks that would write. Prompts can be given as
-    `--prompt`, which takes the place of what configs say is to be drawn; `predict` writes samples of prompts even if no
-    config names what writes them.
+    `--prompt` takes the place of what configs say is to be drawn. `predict` writes the samples of prompts even if no
+    config names a callback for that.
     """
 
     @staticmethod
@@ -110,7 +75,7 @@ class SweepingCLI(CLI):
 
 
 def _write_samples(trainer: Namespace) -> None:
-    """Adds what writes samples, if there is nothing that does."""
+    """Adds a callback that writes samples, unless one is there."""
     given = trainer.callbacks or []
     callbacks = given if isinstance(given, list) else [given]
     if not any(issubclass(class_at(callback.class_path), class_at(WRITER)) for callback in callbacks):
