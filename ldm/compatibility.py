@@ -13,7 +13,7 @@ from ldm.alignment import REPA
 from ldm.condition import Conditioning
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
-from ldm.text_checks import check_captions, go_on_with_texts
+from ldm.text_checks import check_captions, check_text_encoder
 from vfm_vae.checkpoints import few, fill
 from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.data.latents import LatentDataset, LatentStatistics
@@ -223,7 +223,7 @@ def check_checkpoint(
     Raises:
         ValueError: if it belongs to another tokenizer's latents, or another text encoder.
     """
-    go_on_with_texts(conditioning, stored.content.get("config", {}).get("text"), f"{option}: the checkpoint")
+    check_text_encoder(conditioning, stored.content.get("config", {}).get("text"), f"{option}: the checkpoint")
     check_tokenizer(stored.content["tokenizer"], latent_source, f"{option}: data and tokenizer at hand are")
     # A strategy that shards the model has loaded its state by now, and taken it out.
     state = stored.content.get("state_dict", normalization.state_dict(prefix="normalization."))

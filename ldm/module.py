@@ -265,7 +265,7 @@ class DiffusionModule(DrawingModule):
     def on_validation_epoch_end(self) -> None:
         """Logs over all ranks, unless there was nothing but numbers of samples."""
         stage = "test" if self.trainer.testing else "val"
-        if stage == "test" and undeclared(self.trainer).datamodule.samples is not None:
+        if stage == "test" and getattr(undeclared(self.trainer).datamodule, "samples", None) is not None:
             return
         values = {f"{stage}/loss": self.val_loss.compute()} | self.val_loss_by_time.named(stage)
         self.log_dict(values, rank_zero_only=False)

@@ -13,7 +13,7 @@ from ldm.guidance import Guidance
 from ldm.models.denoiser import Denoiser
 from ldm.normalization import LatentNormalization
 from ldm.samplers import Euler, Sampler
-from ldm.text_checks import check_texts, go_on_with_texts
+from ldm.text_checks import check_text_encoder, check_texts
 from vfm_vae.data.sampling import IndexedNoise
 from vfm_vae.description import describe
 from vfm_vae.finite import check_finite
@@ -122,7 +122,7 @@ class LatentDiffusion(nn.Module, Pretrained):
     def completed(self, config: Mapping[str, Any]) -> Self:
         """Notes which tokenizer's latents it makes, and of which text encoder it takes texts."""
         self.latent_source = config["tokenizer"]
-        go_on_with_texts(self.conditioning, config.get("text"), "name: the model")
+        check_text_encoder(self.conditioning, config.get("text"), "name: the model")
         return self
 
     def use_tokenizer(self, tokenizer: str | Path | PretrainedTokenizer | None) -> Self:

@@ -156,5 +156,6 @@ class Captions(nn.Module, Conditioning):
         return Text.nothing(empty, self.text_encoder.max_tokens, len(index))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # Follows the model to its device. A buffer would, too, but belong to what ranks share.
         self._device = fn(torch.empty(0, device=self._device)).device
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it

@@ -84,12 +84,12 @@ def check_prompts(data: LightningDataModule, conditioning: Conditioning) -> None
         )
 
 
-def go_on_with_texts(conditioning: Conditioning, source: Mapping[str, Any] | None, place: str) -> None:
-    """Has a text encoder, where there is one, go on as that of a model that was trained.
+def check_text_encoder(conditioning: Conditioning, source: Mapping[str, Any] | None, place: str) -> None:
+    """Checks that the text encoder, where there is one, is the one that a model was trained with.
 
     Args:
         conditioning: What the denoiser is told.
-        source: What is known of the other, see `TextEncoder.source`; None where nothing is.
+        source: What the model says of its own, see `TextEncoder.source`; None where it says nothing.
         place: Names the model.
 
     Raises:

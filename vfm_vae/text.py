@@ -40,7 +40,7 @@ class TextEncoder(Described, ABC):
     width: int
     max_tokens: int
     num_cut: int = 0
-    _expected: str | None = None  # fingerprint of the weights, by a cache or a checkpoint
+    _expected: str | None = None  # the fingerprint that weights are to have, as a cache or a checkpoint says
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Itself: copies of a model share its large weights, which never change."""
@@ -71,20 +71,20 @@ class TextEncoder(Described, ABC):
     def source(self) -> dict[str, Any]:
         """What it takes to have these embeddings again: class, arguments, and the `fingerprint`.
 
-        That is None while the weights are not read, unless a cache or a checkpoint has told it.
+        While the weights are not read, that is the one that a cache or a checkpoint has named, or else None.
         """
         return {**describe(self), "fingerprint": self.fingerprint() if self.is_loaded else self._expected}
 
     def identity(self) -> dict[str, Any]:
-        """What embeddings depend on, wherever the weights lie, which are read if their fingerprint is not known."""
+        """What embeddings depend on: `source` without `whereabouts`; reads the weights for an unknown fingerprint."""
         source = self.source()
         arguments = {name: value for name, value in source["init_args"].items() if name not in self.whereabouts}
         return source | {"init_args": arguments, "fingerprint": source["fingerprint"] or self.fingerprint()}
 
     def go_on_as(self, source: Mapping[str, Any] | None, what: str, advice: str) -> None:
-        """Compares itself with the text encoder of a cache or a checkpoint, and remembers that one's fingerprint.
+        """Takes the place of the text encoder that made a cache or a checkpoint, if it is the same.
 
-        Weights that are yet to be read will be compared with it.
+        Weights that are yet to be read are compared with that one's fingerprint before they embed anything.
 
         Args:
             source: What is said of the other, see `source`; None where nothing is.
@@ -97,9 +97,12 @@ class TextEncoder(Described, ABC):
         if source is None:
             return
         ours, theirs = _facts(self.source()), _facts(source)
-        unsaid = {"fingerprint"} if theirs["fingerprint"] is None else set(self.whereabouts)
-        unsaid |= {"fingerprint"} if ours["fingerprint"] is None else set()
-        if names := [name for name in {**theirs, **ours} if name not in unsaid and theirs.get(name) != ours.get(name)]:
+        # Weights are compared by their fingerprints; by where they lie, if the other's fingerprint is not known.
+        left_out = {"fingerprint"} if theirs["fingerprint"] is None else set(self.whereabouts)
+        if ours["fingerprint"] is None:
+            left_out.add("fingerprint")  # of weights that are yet to be read
+        compared = [name for name in {**theirs, **ours} if name not in left_out]
+        if names := [name for name in compared if theirs.get(name) != ours.get(name)]:
             names = [name for name in names if name != "fingerprint"] or names  # which follows from the others
             said = "; ".join(f"its {name} is {theirs.get(name)!r}, here {ours.get(name)!r}" for name in names)
             raise ValueError(f"{what} another text encoder than {self.name} at hand: {said}; {advice}")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vfm_vae.frozen import device_of, sha256_of
 from vfm_vae.frozen_vfm import Precision
@@ -121,8 +122,8 @@ class TransformersText(TextEncoder):
         """Embeddings of captions by their tokens' numbers."""
         lengths = [len(ids) for ids in every]
         padding = self._tokenizer.pad_token_id or 0
-        inputs = torch.tensor([[*ids, *[padding] * (max(lengths) - len(ids))] for ids in every], device=device)
-        mask = torch.tensor([[place < length for place in range(max(lengths))] for length in lengths], device=device)
+        inputs = pad_sequence([torch.tensor(ids) for ids in every], True, padding).to(device)
+        mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
         network = self._network
         if device_of(network) != inputs.device:
             with torch.inference_mode(False):  # moved in it, weights could not be used outside

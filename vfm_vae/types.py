@@ -1,6 +1,6 @@
 """Data that the packages exchange."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -73,7 +73,7 @@ class TextBatch:
         """The same in pinned memory, from which GPUs read faster; data loaders call this."""
         return self._each(lambda values: values.pin_memory())
 
-    def _each(self, function: Any) -> Self:
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
         tensors = {name: getattr(self, name) for name in ("embeddings", "mask", "empty")}
         return replace(self, **{name: function(x) for name, x in tensors.items() if x is not None})
 

@@ -232,7 +232,7 @@ def _columns(rows: list[Row], captions: CaptionMembers | None) -> dict[str, Any]
     """What a `Shard` holds of each image, by name."""
     numbers = np.array([row[1:] for row in rows], dtype=np.int64).reshape(len(rows), len(Row._fields) - 1)
     columns = {"names": np.array([row.name for row in rows], dtype=np.bytes_)}
-    columns |= dict(zip(COLUMNS[1:], numbers.T, strict=False))
+    columns |= dict(zip(COLUMNS[1:], numbers.T, strict=False))  # but for the last two, which are of texts
     return columns if captions is None else columns | {"texts": numbers[:, -2:]}
 
 
