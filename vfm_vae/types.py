@@ -75,7 +75,8 @@ class TextBatch:
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
         tensors = {name: getattr(self, name) for name in ("embeddings", "mask", "empty")}
-        return replace(self, **{name: function(x) for name, x in tensors.items() if x is not None})
+        changed: dict[str, Any] = {name: function(x) for name, x in tensors.items() if x is not None}
+        return replace(self, **changed)
 
 
 def _padded(tokens: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
