@@ -3,8 +3,7 @@
 import shutil
 from pathlib import Path
 
-import torch
-from tiny_towers import CONFIGS, randomised
+from tiny_towers import CONFIGS, Folders
 
 WIDTH, DEPTH = 16, 2
 VOCABULARY = 320
@@ -61,27 +60,17 @@ def tokenizer(template: str | None = None, ends: str | None = None):
     return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, **names)
 
 
-class Readers:
-    """Makes folders with a language model and its tokenizer; each once.
+class Readers(Folders):
+    """Makes folders with a language model and its tokenizer; each once."""
 
-    Args:
-        root: Where they are made.
-    """
+    configs = READERS
 
-    def __init__(self, root: Path):
-        self.root = root
-
-    def __call__(self, kind: str, name: str | None = None, seed: int = 0, shards: str = "5GB", **options) -> str:
-        from transformers import AutoConfig, AutoModel
-
-        place = self.root / (name or kind)
-        if not place.exists():
-            torch.manual_seed(seed)
-            model = AutoModel.from_config(AutoConfig.for_model(kind, **(READERS[kind] | options)))
-            randomised(model).save_pretrained(place, max_shard_size=shards)
+    def __call__(self, kind: str, *args, **options) -> str:
+        place = super().__call__(kind, *args, **options)
+        if not (Path(place) / "tokenizer.json").exists():
             ends = "</s>" if kind in ("t5", "bert", "siglip") else None
             tokenizer(TEMPLATE if kind == "qwen2_5_vl" else None, ends).save_pretrained(place)
-        return str(place)
+        return place
 
     def copy(self, kind: str, name: str) -> Path:
         """Another folder with the same, to be changed."""

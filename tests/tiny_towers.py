@@ -39,6 +39,8 @@ class Folders:
         root: Where they are made.
     """
 
+    configs = CONFIGS
+
     def __init__(self, root: Path):
         self.root = root
 
@@ -48,7 +50,7 @@ class Folders:
         place = self.root / (name or kind)
         if not place.exists():
             torch.manual_seed(seed)
-            config = AutoConfig.for_model(kind, **(CONFIGS.get(kind, {}) | options))
+            config = AutoConfig.for_model(kind, **(self.configs.get(kind, {}) | options))
             randomised(AutoModel.from_config(config)).save_pretrained(place, max_shard_size=shards)
         return str(place)
 
