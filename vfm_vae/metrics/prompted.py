@@ -35,7 +35,8 @@ from vfm_vae.writing import write_picture
 
 SIZE = 64  # of crops and samples, in pixels
 FITTED, REAL = 500, 100  # crops of each photograph that classifiers are fitted to, and measured on
-SHUFFLES, PLACED = 30, ("place", "place_nearby")
+SHUFFLES = 30  # of prompts, over which the control is averaged
+PLACED = ("place", "place_nearby")  # what the control is of
 NAMES, PLACE_NUMBERS = list(SUBJECTS), {place: number for number, place in enumerate(PLACES)}
 
 
@@ -210,7 +211,7 @@ def draw(images: Tensor, asked: Asked, columns: int = 4) -> np.ndarray:
         pen.text((side * panel + 4, 3), f"{heading}: a real crop, then samples", "black", font)
         for subject, name in enumerate(NAMES):
             of_subject = ((asked.subjects == subject) & (asked.seen == (side == 0))).nonzero()[:, 0]
-            place = int(asked.places[of_subject[len(of_subject) * (subject % 7) // 7]])
+            place = int(asked.places[of_subject[len(of_subject) * (subject % 7) // 7]])  # not the same for all
             rows = of_subject[asked.places[of_subject] == place][:columns]
             crops = crops_of(name, REAL, seed=1)
             real = crops.images[crops.places == place][:1]
