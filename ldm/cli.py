@@ -40,6 +40,7 @@ class DiffusionCLI(CLI):
                 f"--{PROMPT}",
                 type=str,
                 nargs="+",
+                action="extend",  # of several, none is lost
                 help='One or several texts to draw samples for, in quotes, such as --prompt "a cat" "a dog"; '
                 "`data.images_per_prompt` says how many of each. Takes the place of `data.num_samples` and of "
                 "`data.prompts`, which reads files as well.",

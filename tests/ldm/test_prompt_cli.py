@@ -88,7 +88,8 @@ def check_drawn(folder: Path, output: str, prompts: list[str]) -> None:
 
 
 def test_prompts_are_drawn_as_the_model_draws_them(folder):
-    ended = ldm(folder, "predict", "--run.output=a", "--prompt", *PROMPTS)  # what writes them need not be named
+    given = [f"--prompt={prompt}" for prompt in PROMPTS]  # as good as one --prompt with both
+    ended = ldm(folder, "predict", "--run.output=a", *given)  # what writes them need not be named
     assert ended.code == 0, ended.err
     check_drawn(folder, "a", PROMPTS)
     ended = predict(folder, "a", "--prompt", "a fox", "two dogs!")
