@@ -98,8 +98,9 @@ class SampleImages(Output):
     """Shows samples after each validation in grids, one for each guidance scale, with a row for each class or prompt.
 
     They are drawn with the weights that validation uses, always from the same noise. Grids go to TensorBoard as
-    `val/samples_guidance_<scale>`, and the latest to `<log_dir>/images/samples_guidance_<scale>.png`. Only rank zero
-    draws. If the module has no tokenizer to decode with, it warns and draws nothing.
+    `val/samples_guidance_<scale>`, and the latest to `<log_dir>/images/samples_guidance_<scale>.png`. All ranks draw
+    the same, as a sharded model needs them all, and rank zero writes. If the module has no tokenizer to decode with, it
+    warns and draws nothing.
 
     Args:
         classes: The classes to show, one in each row; null for prompts, or for one row of samples as the module numbers
@@ -107,7 +108,8 @@ class SampleImages(Output):
         num_images: Number of samples of each class or prompt.
         guidance_scales: Guidance scales to show, one grid for each; 1 is without guidance.
         batch_size: How many samples are drawn at a time.
-        prompts: The prompts to show, one in each row, instead of classes. The first validation loads the text encoder.
+        prompts: The prompts to show, one in each row, instead of classes. Each rank loads the text encoder in the
+            first validation.
 
     Raises:
         ValueError: if a number lies outside its range, nothing is to be shown, or both classes and prompts are; when a
