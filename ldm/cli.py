@@ -63,8 +63,7 @@ class DiffusionCLI(CLI):
         """Makes the trainer."""
         if self.subcommand == SWEEP:
             options = self.config_init[SWEEP]["trainer"]
-            given = options["callbacks"] or []
-            given = given if isinstance(given, list) else [given]
+            given = _listed(options["callbacks"])
             options["callbacks"] = [callback for callback in given if not isinstance(callback, Output | Checkpoint)]
             options["enable_checkpointing"] = False
         return super().instantiate_trainer(**kwargs)
@@ -75,9 +74,13 @@ class DiffusionCLI(CLI):
         trainer.sweep(**options, sweep=self.config_init[SWEEP][SWEEP])
 
 
+def _listed(callbacks: Any) -> list[Any]:
+    """Callbacks as the trainer's option may hold them: several, one, or none."""
+    return callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+
+
 def _write_samples(trainer: Namespace) -> None:
     """Adds a callback that writes samples, unless one is there."""
-    given = trainer.callbacks or []
-    callbacks = given if isinstance(given, list) else [given]
+    callbacks = _listed(trainer.callbacks)
     if not any(issubclass(class_at(callback.class_path), class_at(WRITER)) for callback in callbacks):
         trainer.callbacks = [*callbacks, dict_to_namespace({"class_path": WRITER, "init_args": {"directory": None}})]
