@@ -24,6 +24,7 @@ ALONE = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2T
 TOKENIZER = ("tokenizer.json", "*.model", "vocab.*")
 """Files one of which every tokenizer has; without one the library would make a tokenizer that knows nothing."""
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*")
+SAID = "A caption, which shows what a chat template does with it."
 EXAMPLES = "for instance 'Qwen/Qwen2.5-VL-3B-Instruct', 'google/t5-v1_1-xl' or 'openai/clip-vit-large-patch14'"
 
 
@@ -145,9 +146,13 @@ class TransformersText(TextEncoder):
             return [self._tokenizer(text, add_special_tokens=not self._has_template).input_ids for text in texts]
 
     def _in_template(self, caption: str) -> str:
-        """A conversation that begins with the caption; some templates pass over content that is no list."""
-        text = self._conversation(caption)
-        return text if caption.strip() in text else self._conversation([{"type": "text", "text": caption}])
+        """A conversation that begins with the caption."""
+        return self._conversation([{"type": "text", "text": caption}] if self._takes_lists else caption)
+
+    @cached_property
+    def _takes_lists(self) -> bool:
+        """Whether the chat template passes over content that is no list."""
+        return SAID not in self._conversation(SAID)
 
     def _conversation(self, content: str | list[dict[str, str]]) -> str:
         said = [{"role": "user", "content": content}]
