@@ -195,6 +195,13 @@ def test_listed_images_that_do_not_exist_count_as_damaged(captioned):
         images[4]
 
 
+def test_names_that_no_file_can_have_are_those_of_images_that_do_not_exist(captioned):
+    caption(captioned, "train", [("apple/000.JPEG", "x"), ("apple/000.JPEG/000.JPEG", "y"), ("apple/\0.JPEG", "z")])
+    images = dataset(captioned, max_bad_fraction=0.7)
+    assert files_state(images).newest > 0  # the one file's
+    assert [image[3].text for image in images] == ["x", "x", "x"]
+
+
 GOOD = b'{"file_name": "apple/000.JPEG", "text": "x"}\n'
 BAD = {  # second lines, or whole files, and what is said of them
     "no JSON": (GOOD + b"{'file_name'}\n", "line 2 is no JSON (Expecting property name enclosed in double quotes"),

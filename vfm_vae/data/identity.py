@@ -77,6 +77,6 @@ def _stats(paths: Sequence[str]) -> list[tuple[int, int, float]]:
 def _stat(path: str) -> tuple[int, int, float]:
     try:
         stat = os.stat(path)
-    except FileNotFoundError:  # a list of images names it nonetheless
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a list of images names it nonetheless
         return 0, 0, 0.0
     return stat.st_size, stat.st_mtime_ns, max(stat.st_mtime, stat.st_ctime)
