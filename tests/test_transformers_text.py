@@ -219,9 +219,10 @@ def test_the_template_is_an_option(folder, qwen):
     tokenizer(parts).save_pretrained(listing)
     counted = exact(str(listing)).count(["", "a fox", "Help."])  # the template's own word, too
     assert counted == [counted[0], counted[0] + 2, 2 * counted[0] - 1]  # its text but for <s>
+    assert exact(str(listing)).fingerprint() != qwen.fingerprint()  # although the weights are the same
 
 
-def test_identity_is_of_the_weights(folder, qwen):
+def test_identity_is_of_weights_and_tokens(folder, qwen):
     source = json.loads(json.dumps(qwen.source()))
     assert source["class_path"] == "vfm_vae.transformers_text.TransformersText"
     same = exact(str(folder.copy("qwen2_5_vl", "same")))

@@ -18,6 +18,7 @@ from vfm_vae.text import TextEncoder
 from vfm_vae.tower_weights import Part, load_part, quiet
 from vfm_vae.towers import made_config, read_config
 
+SPECIMEN = "A photograph of two cats, and a red-and-white sign that says: “Café № 7, open!”"  # whose tokens are hashed
 TOGETHER = 64  # captions that are computed at once, which bounds the memory that it takes
 ALONE = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}
 """Classes of text towers that the library's AutoModel does not make, by the `model_type` of their config."""
@@ -100,9 +101,10 @@ class TransformersText(TextEncoder):
         return [len(ids) for ids in self._ids(captions)]
 
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, over the shapes and bytes of the weights, in the precision that they are held in.
+        """SHA-256, in hexadecimal, over how a text is divided into tokens, template included, and over the weights.
 
-        Their names are left out: versions of transformers call them differently.
+        The weights count by their shapes and bytes, in the precision that they are held in; their names are left out,
+        as versions of transformers call them differently.
         """
         return self._fingerprint
 
@@ -222,7 +224,7 @@ class TransformersText(TextEncoder):
     @cached_property
     def _fingerprint(self) -> str:
         each = sorted({sha256_of({"": tensor}) for tensor in self._network.state_dict().values()})
-        return sha256_of({}, *each)
+        return sha256_of({"tokens": torch.tensor(self._ids([SPECIMEN])[0])}, *each)
 
 
 def _config_of(name: str) -> Any:
