@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from vfm_vae.description import describe
@@ -81,6 +82,12 @@ def test_long_captions_are_cut_counted_and_told_of_once():
     assert len(told) == 1 and encoder.num_cut == 2 and batch.mask.sum(1).tolist() == [3, 3, 3, 2]
     assert torch.equal(batch.embeddings[0], batch.embeddings[1]) and not batch.embeddings[3, 2].any()
     assert encoder.count(["one two three"]) == [4]
+
+
+def test_any_rank_tells_of_a_caption_that_is_cut(monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    with pytest.warns(UserWarning, match=r"^max_tokens: a caption has more than 3 tokens"):
+        HashedWords(max_tokens=3).tokens(["one two three"], CPU)
 
 
 def test_copies_share_and_descriptions_make_it_again():

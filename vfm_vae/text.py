@@ -1,13 +1,13 @@
 """Text encoders, which turn captions into embeddings for a denoiser; and one that needs no download."""
 
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vfm_vae.data.sampling import seed_of
@@ -156,9 +156,10 @@ class TextEncoder(Described, ABC):
     def note_cut(self, captions: Sequence[str]) -> None:
         """Counts captions that are cut; warns of the first."""
         if captions and not self.num_cut:
-            rank_zero_warn(
+            warnings.warn(  # on each rank, as others may have none that is too long
                 f"max_tokens: a caption has more than {self.max_tokens} tokens, and is cut behind them: "
-                f"{captions[0][:60]!r}…; further ones are counted only"
+                f"{captions[0][:60]!r}…; further ones are counted only",
+                stacklevel=2,
             )
         self.num_cut += len(captions)
 

@@ -1,9 +1,9 @@
 """CLIP score: how well images fit their captions (Hessel et al. 2021, arXiv 2104.08718)."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vfm_vae.checkpoints import few
@@ -78,8 +78,9 @@ class CLIP(Frozen):
         counts = [len(tokens) for tokens in self._tokenizer(list(captions), verbose=False)["input_ids"]]
         cut = [caption for caption, count in zip(captions, counts, strict=True) if count > self.max_tokens]
         if cut and not self.num_cut:
-            rank_zero_warn(
+            warnings.warn(  # on each rank, as others may have none that is too long
                 f"CLIP score: a caption has more than the {self.max_tokens} tokens that CLIP reads, and is cut behind "
-                f"them: {cut[0][:60]!r}…; further ones are counted only"
+                f"them: {cut[0][:60]!r}…; further ones are counted only",
+                stacklevel=2,
             )
         self.num_cut += len(cut)
