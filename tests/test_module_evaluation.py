@@ -5,6 +5,7 @@ import torch
 from training import repeat
 
 from callbacks.evaluation import rows_of
+from vfm_vae.data.datamodule import ImageNetDataModule
 from vfm_vae.types import Batch
 
 
@@ -39,3 +40,11 @@ def test_reconstructions_are_rounded_or_truncated(tiny_module, batch):
     assert all(torch.allclose(x, x.round(), atol=1e-3) for x in pixels)
     difference = pixels[0].round() - pixels[1].round()
     assert set(difference.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("asked", [{"num_samples": 2}, {"prompts": ["a cat"]}])
+def test_samples_are_not_asked_of_a_tokenizer(tiny_module, trainer, photos, asked):
+    data = ImageNetDataModule(photos, image_size=64, num_workers=0, **asked)
+    for command in (trainer().test, trainer().predict):
+        with pytest.raises(ValueError, match=r"^data\.num_samples, data\.prompts: a tokenizer draws no samples; leave"):
+            command(tiny_module(), datamodule=data)

@@ -291,13 +291,20 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         return generator, [parameter for part in opponents for parameter in part.parameters()]
 
     def setup(self, stage: str) -> None:
-        """Checks that the images fit; starts from the previous stage, unless a run of this stage is resumed."""
+        """Checks that the images fit; starts from the previous stage, unless a run of this stage is resumed.
+
+        Raises:
+            ValueError: if samples are to be drawn in the place of images, among others.
+        """
         check_trainer(self.trainer)
         if stage == "fit":
             if self.vfm is not None:
                 check_source(self.vfm)
             self.model.described()  # what can't be described must not fail only when the first checkpoint is written
-        image_size = getattr(undeclared(self.trainer).datamodule, "image_size", None)
+        data = undeclared(self.trainer).datamodule
+        if stage in ("test", "predict") and getattr(data, "samples", None) is not None:
+            raise ValueError("data.num_samples, data.prompts: a tokenizer draws no samples; leave them out")
+        image_size = getattr(data, "image_size", None)
         if image_size is not None:
             self.model.check_image_size(image_size)
         device = self.trainer.strategy.root_device
