@@ -150,6 +150,14 @@ def test_images_in_no_folder_are_of_one_class(tree):
     assert next(iter(data.val_dataloader())).text.captions == ("z",)
 
 
+def test_classes_with_other_numbers_in_validation_are_told_of(captioned, recwarn):
+    datamodule(captioned, captions="text").setup("fit")
+    assert not recwarn.list
+    caption(captioned, "val", [("pear/000.JPEG", "x")])
+    with pytest.warns(UserWarning, match=r"captions: images in 'pear' have the label 1 in training and 0 in val"):
+        datamodule(captioned, captions="text").setup("fit")
+
+
 def test_images_that_nothing_is_said_of_have_the_empty_caption_which_is_said_once(tree):
     said = [("apple/000.JPEG", "x"), ("apple/001.JPEG", ""), ("pear/000.JPEG", [" \n", None]), ("pear/001.JPEG", None)]
     caption(tree, "train", [*said, ("pear/002.JPEG", ["", " y "])])

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from vfm_vae.data.folder import ImageFolderDataset, say_renumbered
 from vfm_vae.data.images import ImageDataset
 from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.data.prompts import SamplePrompts, read_prompts
@@ -186,6 +187,8 @@ class ImageNetDataModule(LightningDataModule):
             self.train_set = self._source.training()
         if self.val_set is None:
             self.val_set = self._source.evaluated("val")
+            if isinstance(self.train_set, ImageFolderDataset) and isinstance(self.val_set, ImageFolderDataset):
+                say_renumbered(self.train_set.classes, self.val_set.classes)
         if stage in ("validate", "test") and self.val_set is None:
             raise ValueError(f"root: there are no validation latents in {str(self.root)!r}, which has no folder 'val'")
 

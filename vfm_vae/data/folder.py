@@ -144,3 +144,20 @@ def _say_unnamed(folder: Path, names: list[str]) -> None:
     unnamed = sum(name not in named for name in find_images(folder, Counter()))
     if unnamed:
         rank_zero_warn(f"captions: left out in {str(folder)!r}: {unnamed} images that no line of {METADATA} names")
+
+
+def say_renumbered(training: list[str], others: list[str]) -> None:
+    """Warns of a class whose number is another in validation, which only data with captions may have.
+
+    Args:
+        training: Names of the classes of training, by their numbers.
+        others: Those of validation.
+    """
+    numbers = {name: number for number, name in enumerate(training)}
+    for number, name in enumerate(others):
+        if numbers.get(name, number) != number:
+            rank_zero_warn(
+                f"captions: images in {name!r} have the label {numbers[name]} in training and {number} in validation, "
+                f"as {METADATA} names images in other top folders there; what goes by classes needs the same in both"
+            )
+            return
