@@ -92,6 +92,13 @@ def test_damage_at_the_end_wraps_around(tree):
     assert dataset(tree, max_bad_fraction=0.5)[11][2] == 0
 
 
+def test_all_images_damaged_end_it_whatever_is_allowed(tree):
+    for file in (tree / "train").rglob("*.JPEG"):
+        file.write_bytes(b"no image at all")
+    with pytest.raises(ValueError, match="12 of the 12 images in .* are damaged, all, the last 'apple/000.JPEG'"):
+        dataset(tree, max_bad_fraction=1.0)[1]
+
+
 def test_damaged_images_are_padding_in_evaluation(tree):
     truncate(tree / "val" / "apple" / "001.JPEG")
     images = dataset(tree, "val", replace_damaged=False, max_bad_fraction=0.5)

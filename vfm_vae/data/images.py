@@ -163,10 +163,12 @@ class ImageDataset(SampleSet):
             return None
 
     def _check_damage(self, last: str) -> None:
-        if self.num_damaged > self.max_bad_fraction * (len(self) + self.num_lost):
+        count, every = self.num_damaged, bool(self._damaged.all())  # then there is no next good one to be found
+        if every or count > self.max_bad_fraction * (len(self) + self.num_lost):
+            share = "all" if every else f"more than {self.max_bad_fraction:.2%}"
             raise ValueError(
-                f"max_bad_fraction: {self.num_damaged} of the {len(self) + self.num_lost} images in "
-                f"{str(self.place)!r} are damaged, more than {self.max_bad_fraction:.2%}, the last {last}; repair the "
+                f"max_bad_fraction: {count} of the {len(self) + self.num_lost} images in "
+                f"{str(self.place)!r} are damaged, {share}, the last {last}; repair the "
                 "data set (the log names every one) or allow more"
             )
 
