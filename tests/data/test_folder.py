@@ -95,7 +95,7 @@ def test_damage_at_the_end_wraps_around(tree):
 def test_all_images_damaged_end_it_whatever_is_allowed(tree):
     for file in (tree / "train").rglob("*.JPEG"):
         file.write_bytes(b"no image at all")
-    with pytest.raises(ValueError, match="12 of the 12 images in .* are damaged, all, the last 'apple/000.JPEG'"):
+    with pytest.raises(ValueError, match=r"12 of the 12 images in .* are damaged, all, the last 'apple/000.JPEG'"):
         dataset(tree, max_bad_fraction=1.0)[1]
 
 
