@@ -82,8 +82,8 @@ class TextBlock(Block):
         self.norm_cross = norm(width)
         self.cross_attention = CrossAttention(width, num_heads, qk_norm)
 
-    def forward(  # type: ignore[override]  # it takes a text besides
-        self, x: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor] | None, text: Tensor, mask: Tensor
+    def forward(
+        self, x: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor] | None = None, *told: Tensor
     ) -> Tensor:
         """Maps tokens.
 
@@ -91,9 +91,9 @@ class TextBlock(Block):
             x: `[B, N, D]`.
             condition: Activated, `[B, 1, D]`.
             rotary: As attention takes it.
-            text: Tokens of the text, `[B, L, D]`.
-            mask: Which of them there are, bool `[B, 1, 1, L]`.
+            *told: Tokens of the text, `[B, L, D]`, and which of them there are, bool `[B, 1, 1, L]`.
         """
+        text, mask = told
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
         x = x + gate_a * self.attention(modulate(self.norm_attention(x), shift_a, scale_a), rotary)
         x = x + self.cross_attention(self.norm_cross(x), text, mask)
