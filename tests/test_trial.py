@@ -113,7 +113,8 @@ def test_a_trial_run_leaves_everything_as_it_was(
     finished: Command, recwarn, monkeypatch, package: str, command: str, cut: str
 ):
     before, steps = finished.files(), []
-    assert {"metrics.json", "runs/small/images/val.png", "runs/ldm/images/cknna_blocks.png"} <= before.keys()
+    pictures = {"runs/small/images/val.png", "runs/ldm/images/cknna_blocks.png"}
+    assert {"metrics.json", "runs/small/history.json", "runs/ldm/history.json"} | pictures <= before.keys()
     monkeypatch.setattr(Callback, "on_train_batch_end", lambda self, trainer, *_: steps.append(trainer.global_step))
     options = {
         "vfm_vae": ["-c", TOKENIZER, "--model.max_images=1000", "--trainer.max_epochs=1"],

@@ -26,6 +26,7 @@ from vfm_vae import contracts
 from vfm_vae.derived import complete
 from vfm_vae.description import class_at, class_path
 from vfm_vae.former import upgrade, upgrade_words
+from vfm_vae.history import History
 from vfm_vae.lightning_private import HookedCLI, checkpoint_path
 from vfm_vae.options import within
 from vfm_vae.run import Run
@@ -229,7 +230,8 @@ def run(
         command_line: The command line, which may have further commands.
         trainer: The trainer, whose methods the commands are.
     """
-    program = {"exit_on_error": False, "prog": f"python -m {module.__module__.partition('.')[0]}"}
+    package = module.__module__.partition(".")[0]
+    program = {"exit_on_error": False, "prog": f"python -m {package}"}
     commands = {name: {"exit_on_error": False} for name in command_line.subcommands()}
     with short_errors():
         command_line(
@@ -241,7 +243,7 @@ def run(
             save_config_callback=SaveTrainingConfig,
             # Rerunning a stage in its folder is how it is resumed.
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [WholeCheckpoints(), Timeline()]},
+            trainer_defaults={"callbacks": [WholeCheckpoints(), Timeline(), History(package)]},
         )
 
 
