@@ -87,7 +87,7 @@ DEMO_GUIDED = $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-tokenizer demo-text tokenizer-study ablation test test-all lint format bench bench-gpu tensorboard embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples sweep evaluate evaluate-tokenizer evaluate-ldm clean
+.PHONY: help install demo demo-tokenizer demo-text tokenizer-study ablation test test-all lint format bench bench-gpu tensorboard docs embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples sweep evaluate evaluate-tokenizer evaluate-ldm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -171,6 +171,9 @@ bench-gpu: install ## measure training, sampling and evaluation at full size on 
 tensorboard: install ## show the runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir runs $(ARGS)
 
+docs: install ## build the documentation as a site, in site/; make docs ARGS=serve shows it at http://localhost:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)
+
 embedded-vfm: install ## pretrain the embedded ViT again and draw its features
 	$(BIN)/python -m vfm_vae.embedded.pretrain --picture docs/embedded_pca.png $(ARGS)
 
@@ -223,5 +226,5 @@ evaluate-ldm: install ## gFID and its kin of a trained LightningDiT
 	  --ckpt_path $(OF_RUN)/checkpoints/last.ckpt $(ARGS)
 
 clean: ## remove caches and the demo's results, not other runs
-	rm -rf runs/demo build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
+	rm -rf runs/demo build site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
 	find . -name __pycache__ -not -path ./$(call quoted,$(VENV)/*) -prune -exec rm -rf {} +
