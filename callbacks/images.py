@@ -18,7 +18,7 @@ from vfm_vae.contracts import CountsImages, DrawsSamples, Reconstructs
 from vfm_vae.images import from_uint8, to_uint8
 from vfm_vae.lightning_private import undeclared
 from vfm_vae.options import at_least, within
-from vfm_vae.timeline import logged_step
+from vfm_vae.timeline import logged_position
 from vfm_vae.trial import Output
 from vfm_vae.types import Batch, Decoded
 from vfm_vae.writing import write_picture
@@ -176,12 +176,12 @@ class SampleImages(Output):
 
 
 def show(trainer: Trainer, grid: Tensor, file: Path, tag: str, ended: bool = False) -> None:
-    """Writes a picture, uint8 `[3, height, width]`, to a file and to TensorBoard; `ended` as of `logged_step`."""
+    """Writes a picture, uint8 `[3, height, width]`, to a file and to TensorBoard; `ended` as of `logged_position`."""
     grid = grid.cpu()
     write_picture(file, grid.permute(1, 2, 0).numpy())
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(tag, grid, logged_step(trainer, ended))
+            logger.experiment.add_image(tag, grid, logged_position(trainer, ended))
 
 
 def reconstruction_grid(images: Tensor, decoded: Decoded) -> Tensor:

@@ -38,12 +38,13 @@ from vfm_vae.contracts import VFM
 from vfm_vae.data.latents import RunningStatistics
 from vfm_vae.data.sampling import IndexedNoise, seed_of
 from vfm_vae.images import Rounding, from_uint8
-from vfm_vae.joined import join, matrices_of, number_as_in
+from vfm_vae.joined import join, matrices_of, number_as_in, rates
 from vfm_vae.lightning_private import has_trainer, logs_now, undeclared
 from vfm_vae.metrics.reconstruction import MeanOverImages
-from vfm_vae.optimization import check_trainer, log_where_due, try_optimizers
+from vfm_vae.optimization import ClipShare, check_trainer, log_where_due, try_optimizers
 from vfm_vae.options import at_least, within
-from vfm_vae.schedules import SCHEDULES, check_schedules, kinds_of, schedule_of, try_schedules, with_schedules
+from vfm_vae.schedules import SCHEDULES, check_schedules, kinds_of, try_schedules, with_schedules
+from vfm_vae.timeline import log_by_images
 from vfm_vae.tokenizer import FrozenTokenizer
 from vfm_vae.types import Batch, LatentBatch
 from vfm_vae.vfm import check_source
@@ -141,7 +142,7 @@ class DiffusionModule(DrawingModule):
         self.statistics_images = statistics_images
         self.init_from = init_from
         self.torch_compile: Compile = torch_compile
-        self.skipped = SkippedSteps()
+        self.skipped, self.clip_share = SkippedSteps(), ClipShare("train/clip_share")
         self.train_loss_by_time, self.val_loss_by_time = LossByTime(), LossByTime()
         self.val_loss = MeanOverImages()
         self._losses: dict[str, Tensor] = {}
@@ -197,12 +198,10 @@ class DiffusionModule(DrawingModule):
         norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.skipped.judge(optimizer, self._grad_norm)
-        numbers: dict[str, Tensor | float] = {**self._losses, "train/grad_norm": self._grad_norm}
-        numbers |= {"train/skipped_steps": self.skipped.total, "images_seen": float(self.images_seen)}
-        if (schedule := schedule_of(self.trainer, optimizer)) is not None:
-            numbers["train/lr"] = schedule.get_last_lr()[0]
-        log_where_due(self, numbers, shown="train/loss")
+        self.clip_share.note(self._grad_norm, self.trainer.gradient_clip_val, ~self._grad_norm.isfinite())
         if logs_now(self.trainer):
+            numbers = self._losses | {"train/grad_norm": self._grad_norm, "train/skipped_steps": self.skipped.total}
+            log_where_due(self, numbers | rates(optimizer) | self.clip_share.taken(), shown="train/loss")
             self.skipped.check()
 
     @property
@@ -313,6 +312,7 @@ class DiffusionModule(DrawingModule):
     def setup(self, stage: str) -> None:
         """Checks that data, tokenizer and denoiser fit each other, before anything is computed; compiles."""
         check_trainer(self.trainer)
+        log_by_images(self.trainer)
         if stage == "fit":
             if self.alignment is not None and self.alignment.vfm is not None:
                 check_source(self.alignment.vfm)
@@ -365,6 +365,7 @@ class DiffusionModule(DrawingModule):
             self.pipeline.described(),
             images_seen=self.images_seen,
             skipped_steps=self.skipped_steps,
+            clip_share=self.clip_share.state(),
             tokenizer=self.pipeline.latent_source,
             aligned_to=None if self.alignment is None else self.alignment.identity(),
             **{SCHEDULES: kinds_of(self.schedules)},
@@ -390,4 +391,5 @@ class DiffusionModule(DrawingModule):
             self.alignment.go_on_as(checkpoint.get("aligned_to"))
         self.images_seen = stored.images_seen
         self.skipped.total = torch.tensor(checkpoint["skipped_steps"])
+        self.clip_share.go_on(checkpoint.get("clip_share"))
         self.pipeline.latent_source = self.pipeline.latent_source or checkpoint["tokenizer"]

@@ -127,6 +127,14 @@ def matrices_of(blocks: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in blocks.parameters() if parameter.ndim == 2 and parameter.requires_grad]
 
 
+def rates(optimizer: Optimizer) -> dict[str, float]:
+    """Learning rates to log, by name; the matrices' own where it differs."""
+    parts = optimizer.parts if isinstance(optimizer, Joined) else (optimizer,)
+    first, *others = (float(part.param_groups[0]["lr"]) for part in parts)
+    own = [rate for rate in others if rate != first]
+    return {"train/lr": first} | ({"train/lr_matrices": own[0]} if own else {})
+
+
 def number_as_in(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Numbers a state's parameters as they come in the model, in place; torch numbers them group by group.
 

@@ -62,6 +62,25 @@ def log_numbers(trainer: Trainer, numbers: Mapping[str, float]) -> None:
     connector.log_metrics(dict(numbers))
 
 
+def log_at(trainer: Trainer, position: Callable[[], int]) -> None:
+    """Makes all numbers be logged at a position, which is asked for each time, in place of Lightning's count of steps.
+
+    Where Lightning logs at a position that it was given, it adds no `epoch`.
+    """
+    connector: Any = trainer._logger_connector
+    log = type(connector).log_metrics
+
+    def log_there(metrics: dict[str, Any], step: int | None = None) -> None:
+        log(connector, metrics, position() if step is None else step)
+
+    connector.log_metrics = log_there
+
+
+def log_no_placeholder(logger: TensorBoardLogger) -> None:
+    """Keeps a logger from logging `hp_metric`, which is -1, beside hyper-parameters."""
+    logger._default_hp_metric = False
+
+
 def forget_logged(trainer: Trainer) -> None:
     """Forgets the numbers of the last step, which would be logged with each batch of the next, too.
 

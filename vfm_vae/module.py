@@ -32,6 +32,7 @@ from vfm_vae.reconstructing import Reconstructing
 from vfm_vae.schedules import SCHEDULES, check_schedules, kinds_of, try_schedules, with_schedules
 from vfm_vae.schema import TOKENIZER
 from vfm_vae.stages import begin, check_optimizers, freeze_all_but, measure_latents, read_stage
+from vfm_vae.timeline import log_by_images
 from vfm_vae.two_players import TwoPlayers
 from vfm_vae.types import Batch, Decoded, Posterior, VFMFeatures
 from vfm_vae.vfm import check_source, check_vfm, vfm_identity
@@ -259,9 +260,7 @@ class TokenizerModule(TwoPlayers, Reconstructing):
     def _log_step(self) -> None:
         numbers: dict[str, Tensor | float] = {"train/loss_l1": 0.0}
         numbers |= self._terms.get("generator", {}) | self._terms.get("discriminators", {})
-        numbers |= {f"train/{name}": value for name, value in (self.grad_norms | self.rates).items()}
-        numbers |= {"train/skipped_steps": self.guard.skipped, "images_seen": float(self.images_seen)}
-        log_where_due(self, numbers, shown="train/loss_l1")
+        log_where_due(self, numbers | self.numbers_of_steps(), shown="train/loss_l1")
         if logs_now(self.trainer):
             self.guard.check()
 
@@ -297,6 +296,7 @@ class TokenizerModule(TwoPlayers, Reconstructing):
             ValueError: if samples are to be drawn in the place of images, among others.
         """
         check_trainer(self.trainer)
+        log_by_images(self.trainer)
         if stage == "fit":
             if self.vfm is not None:
                 check_source(self.vfm)
@@ -346,6 +346,7 @@ class TokenizerModule(TwoPlayers, Reconstructing):
             self.model.described(),
             images_seen=self.images_seen,
             guard=self.guard.state_dict(),
+            clip_shares=[share.state() for share in self.clip_shares],
             alignment=self.objective.progress(),
             vfm=vfm_identity(self.vfm),
             **{SCHEDULES: kinds_of(self.schedules)},
@@ -372,4 +373,6 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         check_state(self, checkpoint, "ckpt_path")
         self.images_seen = stored.images_seen
         self.guard.load_state_dict(checkpoint["guard"])
+        for share, state in zip(self.clip_shares, checkpoint.get("clip_shares", ()), strict=False):
+            share.go_on(state)
         self.objective.go_on(checkpoint.get("alignment", {}))

@@ -5,7 +5,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -82,13 +82,54 @@ def step_unless(refused: Tensor, optimizer: torch.optim.Optimizer, step: Callabl
         step()
 
 
-def log_where_due(module: LightningModule, values: Mapping[str, Tensor | float], shown: str) -> None:
+class ClipShare:
+    """The share of steps since the last logging whose gradients were clipped, counted on the device.
+
+    Steps that were left out don't count.
+
+    Args:
+        name: What it is logged as.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._counts: Tensor | None = None  # of clipped steps, and of all; None where there were none
+
+    def note(self, norm: Tensor, limit: float | None, refused: Tensor) -> None:
+        """Counts a step.
+
+        Args:
+            norm: Norm of its gradients, a scalar.
+            limit: Norm above which gradients are clipped; None or 0 where they are not, and nothing is counted.
+            refused: Whether the step is left out, a scalar.
+        """
+        if limit:
+            taken = refused == 0
+            counts = torch.stack([taken & (norm > limit), taken]).float()
+            self._counts = counts if self._counts is None else self._counts.to(norm.device, non_blocking=True) + counts
+
+    def taken(self) -> dict[str, Tensor]:
+        """The share by its name, which begins anew; nothing where nothing was counted."""
+        counts, self._counts = self._counts, None
+        return {} if counts is None else {self.name: counts[0] / counts[1].clamp(min=1)}
+
+    def state(self) -> list[float] | None:
+        """What a checkpoint stores, so that a resumed run goes on counting; this waits for the device."""
+        return None if self._counts is None else self._counts.tolist()
+
+    def go_on(self, state: list[float] | None) -> None:
+        """Continues from `state`."""
+        self._counts = None if state is None else torch.tensor(state)
+
+
+def log_where_due(module: Any, values: Mapping[str, Tensor | float], shown: str) -> None:
     """Logs numbers of a training step where the trainer logs; elsewhere the device is not asked for them.
 
+    The images that the module has seen are kept beside them, for files of metrics; loggers have them as the position.
     They are fetched at once, and logged as tensors of the CPU: what is shown is read at every batch.
 
     Args:
-        module: The module in training.
+        module: The LightningModule in training, which counts `images_seen`.
         values: Scalars by name.
         shown: The name of the one that the progress bar shows.
     """
@@ -99,3 +140,4 @@ def log_where_due(module: LightningModule, values: Mapping[str, Tensor | float],
     scalars = dict(values) | dict(zip(tensors, fetched, strict=True))
     module.log(shown, torch.tensor(scalars.pop(shown)), prog_bar=True)
     module.log_dict({name: torch.tensor(float(value)) for name, value in scalars.items()})
+    module.log("images_seen", torch.tensor(float(module.images_seen)), logger=False)

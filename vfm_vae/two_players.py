@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vfm_vae.data.steps import batches_per_step
-from vfm_vae.lightning_private import forget_logged
+from vfm_vae.lightning_private import forget_logged, logs_now
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.modules.maps import without_autocast
-from vfm_vae.optimization import step_unless
+from vfm_vae.optimization import ClipShare, step_unless
 from vfm_vae.options import at_least
 from vfm_vae.schedules import schedule_of
 
@@ -50,7 +50,8 @@ class TwoPlayers(LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.images_seen = 0
         self.grad_norms: dict[str, Tensor] = {}  # of the last step
-        self.rates: dict[str, float | Tensor] = {}  # of the last step, where they change from step to step
+        self.rates: dict[str, float | Tensor] = {}  # of the last step
+        self.clip_shares = ClipShare("clip_share"), ClipShare("clip_share_discriminator")
         self._refused: Tensor | None = None  # what the guard says of the step at hand
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -88,9 +89,17 @@ class TwoPlayers(LightningModule):
         step = (optimizer if player == self.GENERATOR else optimizer.optimizer).step
         assert self._refused is not None  # `judge` was asked
         step_unless(self._refused, optimizer.optimizer, step)
+        self.clip_shares[player].note(norm, self.gradient_clip_val, self._refused)
+        self.rates[("lr", "lr_discriminator")[player]] = optimizer.param_groups[0]["lr"]
         if (schedule := schedule_of(self.trainer, optimizer.optimizer)) is not None:
-            self.rates[("lr", "lr_discriminator")[player]] = schedule.get_last_lr()[0]
             schedule.step()
+
+    def numbers_of_steps(self) -> dict[str, Tensor | float]:
+        """Numbers of the last step to log, by name; where they are logged, the shares of clipped steps begin anew."""
+        numbers = self.grad_norms | self.rates | {"skipped_steps": self.guard.skipped}
+        for share in self.clip_shares if logs_now(self.trainer) else ():
+            numbers |= share.taken()
+        return {f"train/{name}": value for name, value in numbers.items()}
 
     def finish_batch(self, num_images: int, step_ends: bool) -> None:
         """Counts images; where a step ends, drops its gradients, also those of a refused one."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import yaml
@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ldm.study.plan import ENTRY, LAST, Plan, parts_of
 from ldm.study.runner import Marks
 from vfm_vae.metrics.summary import read_entries
+from vfm_vae.timeline import EPOCH
 from vfm_vae.tokenizer import read_tokenizer
 
 Verdict = Literal["lower", "higher", "not told apart"]
@@ -123,33 +124,60 @@ class Results:
         return {int(tag.removeprefix(prefix)): self.curves[denoiser][tag] for tag in tags}
 
 
+class Logged(NamedTuple):
+    """A number that a run logged.
+
+    Attributes:
+        steps: Steps trained by then.
+        seconds: When, in seconds.
+        value: The number.
+    """
+
+    steps: int
+    seconds: float
+    value: float
+
+
 def read_curves(run: Path) -> dict[str, dict[int, float]]:
     """What a run's validations logged, by name and steps trained; where one was logged twice, what came last.
 
     Raises:
-        ValueError: if there is nothing.
+        ValueError: if there is nothing, or it can't be told of which steps it is.
     """
-    logged = {tag: events for tag, events in _events(run).items() if tag.startswith("val/")}
+    logged = {tag: numbers for tag, numbers in _logged(run).items() if tag.startswith("val/")}
     if not logged:
         raise ValueError(f"report: {run} has logged no validation; run the study without --report=true")
-    # Lightning counts the step at work from 0, and validation follows it.
-    return {tag: {event.step + 1: event.value for event in events} for tag, events in logged.items()}
+    return {tag: {number.steps: number.value for number in numbers} for tag, numbers in logged.items()}
 
 
 def seconds_per_step(run: Path) -> float:
     """Seconds that a run took for a step of training: the median, so validations and breaks don't count."""
-    logged = _events(run)["train/loss"]
-    pairs = [(a, b) for a, b in pairwise(logged) if b.step > a.step]
-    return float(np.median([(b.wall_time - a.wall_time) / (b.step - a.step) for a, b in pairs]))
+    pairs = [(a, b) for a, b in pairwise(_logged(run)["train/loss"]) if b.steps > a.steps]
+    return float(np.median([(b.seconds - a.seconds) / (b.steps - a.steps) for a, b in pairs]))
 
 
-def _events(run: Path) -> dict[str, list[Any]]:
+def _logged(run: Path) -> dict[str, list[Logged]]:
     """The numbers that a run logged, by name; none where there is no run."""
     if not run.is_dir():
         return {}
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    if not found:
+        return {}
+    steps_of = _steps_of(run) if not found.get(EPOCH) else lambda step: step + 1  # a former version counted from 0
+    return {tag: [Logged(steps_of(e.step), e.wall_time, e.value) for e in values] for tag, values in found.items()}
+
+
+def _steps_of(run: Path) -> Callable[[int], int]:
+    """Converts images that a run has seen into steps; it has trained in steps of equal size."""
+    file = run / "metrics.json"
+    trained = [entry for key, entry in read_entries(file).items() if key != ENTRY and entry.get("images_seen")]
+    if not trained:
+        raise ValueError(f"report: {file} does not say how many images the run has seen; train it to its end")
+    last = max(trained, key=lambda entry: int(entry["step"]))
+    images, steps = int(last["images_seen"]), int(last["step"])
+    return lambda seen: round(seen * steps / images)
 
 
 def facts_of(plan: Plan, name: str) -> dict[str, str]:

@@ -42,11 +42,6 @@ class Averages:
         content = read_checkpoint(checkpoint, OPTION, mmap=True)
         self.stored = schema.take(content, DIFFUSION, f"{OPTION}: {str(checkpoint)!r}")
 
-    @property
-    def step(self) -> int:
-        """Steps of training that the checkpoint has seen."""
-        return int(self.stored.content["global_step"])
-
     @cached_property
     def _fingerprint(self) -> str:
         content = self.stored.content

@@ -139,13 +139,13 @@ class Results(NamedTuple):
             ],
         }
 
-    def write(self, folder: Path, checkpoint: Path, step: int) -> None:
+    def write(self, folder: Path, checkpoint: Path, images_seen: int) -> None:
         """Writes `sweep.md`, `sweep.png`, the same picture for TensorBoard, and `best.yaml`.
 
         Args:
             folder: Folder of the sweep.
             checkpoint: The checkpoint with the best setting's average.
-            step: Step of training at which TensorBoard shows the picture.
+            images_seen: Images that the checkpoint was trained on, where TensorBoard shows the picture.
         """
         picture = pixels_of(heat_map(self.rows, self.best, self.goal))
         write_picture(folder / "sweep.png", picture, COLOURS)
@@ -153,8 +153,8 @@ class Results(NamedTuple):
         write_text(folder / "best.yaml", self._overlay(checkpoint))
         logger = TensorBoardLogger(folder.parent, folder.name, version="")
         board = logger.experiment  # which begins a file
-        hide_from(logger, step)
-        board.add_image(f"sweep/{self.goal.name}", torch.from_numpy(picture).permute(2, 0, 1), step)
+        hide_from(logger, images_seen)
+        board.add_image(f"sweep/{self.goal.name}", torch.from_numpy(picture).permute(2, 0, 1), images_seen)
         board.close()
 
     def _markdown(self) -> str:

@@ -139,7 +139,7 @@ class Sweeper:
             return
         self.records.summary = results.summary()
         self.records.write()
-        results.write(self.folder, checkpoint, self.averages.step)
+        results.write(self.folder, checkpoint, self.averages.stored.images_seen)
         for file in set(self.folder.glob("length_*.ckpt")) - {checkpoint}:
             file.unlink()
         self._say(f"table, picture and overlay: {self.folder}/{{sweep.md,sweep.png,best.yaml}}")

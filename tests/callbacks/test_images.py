@@ -29,8 +29,8 @@ def test_drawn_at_start_end_every_so_many_images_and_after_validation(module, da
     logger = TensorBoardLogger(tmp_path, name="", version="")
     callback = ReconstructionImages(num_images=3, every_n_images=10)
     trainer(callback, logger=logger, val_check_interval=3, num_sanity_val_steps=1).fit(module, data)
-    # Batches of 4: 10 and 20 images are passed at steps 3 and 5.
-    assert events(tmp_path) == {"train/reconstructions": [0, 2, 4, 5], "val/reconstructions": [2, 5]}
+    # Batches of 4: 10 and 20 images are passed at steps 3 and 5, and shown at the images seen.
+    assert events(tmp_path) == {"train/reconstructions": [0, 12, 20, 24], "val/reconstructions": [12, 24]}
     picture = np.asarray(Image.open(tmp_path / "images" / "val.png"))
     assert picture.shape == (3 * 10 + 2, 4 * 10 + 2, 3)
     for row, position in enumerate((0, 6, 12)):  # spread over the 13 validation images

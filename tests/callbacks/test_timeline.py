@@ -1,11 +1,14 @@
-"""What TensorBoard and progress bars show of runs that were stopped and go on."""
+"""Where TensorBoard shows what was logged, and what progress bars say, of runs that were stopped and go on."""
 
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from callbacks.checkpoint import LastCheckpoint
 from callbacks.images import ReconstructionImages
@@ -14,7 +17,7 @@ from vfm_vae.timeline import Timeline
 
 
 def shown(folder: Path) -> dict[str, list[int]]:
-    """The steps that TensorBoard shows of each curve and row of pictures, as often as it shows them."""
+    """The positions that TensorBoard shows of each curve and row of pictures, as often as it shows them."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     tags = events.Tags()
@@ -56,7 +59,7 @@ def fit(trainer, new_module, data, tmp_path):
     ("accumulate", "at", "step"),
     [(1, "steps", 4), (1, "steps", 6), (1, "validations", 3), (1, "end", "last"), (2, "steps", 4)],
 )
-def test_every_step_is_shown_once_though_training_went_on_from_an_older_one(
+def test_every_position_is_shown_once_though_training_went_on_from_an_older_one(
     fit, tmp_path: Path, accumulate: int, at: str, step: int | str
 ):
     options = {"accumulate": accumulate, "at": at}
@@ -69,17 +72,18 @@ def test_every_step_is_shown_once_though_training_went_on_from_an_older_one(
     fit("resumed", 11, step, **options)
     whole, resumed = shown(tmp_path / "whole"), shown(tmp_path / "resumed")
     assert whole.keys() == resumed.keys() and {"val/loss", "picture val/reconstructions"} <= whole.keys()
-    once = {tag: steps for tag, steps in resumed.items() if tag != "epoch"}  # which comes with every group of numbers
-    assert all(len(set(steps)) == len(steps) for steps in once.values()), once
+    assert all(len(set(steps)) == len(steps) for steps in resumed.values()), resumed
+    assert whole["val/loss"][:3] == [12, 24, 36]  # images of three batches each
+    assert not {"epoch", "images_seen", "hp_metric"} & whole.keys()
     # Rates begin anew, and so does the first picture; everything else is as if training had never been stopped.
     anew = ("train/device", "train/time", "train/batches", "train/samples", "picture train")
-    assert all(steps == whole[tag] for tag, steps in once.items() if not tag.startswith(anew)), (once, whole)
+    assert all(steps == whole[tag] for tag, steps in resumed.items() if not tag.startswith(anew)), (resumed, whole)
 
 
 def test_a_run_that_begins_again_hides_the_former_one(fit, tmp_path: Path):
     fit("run", 9, None)
     fit("run", 5, None)
-    assert shown(tmp_path / "run")["train/loss"] == list(range(5))
+    assert shown(tmp_path / "run")["train/loss"] == [4, 8, 12, 16, 20]
     assert len(list((tmp_path / "run").glob("events*"))) == 2  # whose files keep it
 
 
@@ -90,7 +94,8 @@ def test_an_evaluation_is_shown_where_its_checkpoint_is(fit, trainer, new_module
     path = tmp_path / "run/checkpoints/step=6.ckpt"
     evaluation.test(new_module(), data, ckpt_path=path, weights_only=True, verbose=False)
     steps = shown(tmp_path / "run")
-    assert steps["test/loss"] == [5] and steps["val/loss"] == before == [2, 5] and "hp_metric" not in steps
+    assert steps["test/loss"] == [24] and steps["val/loss"] == before == [12, 24]
+    assert not {"epoch", "hp_metric"} & steps.keys()
 
 
 @pytest.mark.parametrize(("max_epochs", "said"), [(-1, "Epoch 3"), (None, "Epoch 3"), (7, "Epoch 3/6")])
@@ -109,4 +114,57 @@ def test_one_logger_serves_several_trainings(trainer, new_module, data, tmp_path
         run.fit(new_module(), data)
         files = sorted((tmp_path / "run").glob("events*"), key=lambda file: file.stat().st_ctime_ns)
         files[-1].rename(files[-1].with_name(f"events.out.tfevents.{number:010d}"))
+    assert shown(tmp_path / "run")["train/loss"] == [4, 8]
+
+
+def test_a_stage_begins_where_the_former_one_ended(trainer, new_module, data, tmp_path: Path):
+    for name, begins in (("strong", 0), ("weak", 40)):
+        module = new_module()
+        module.images_seen = begins
+        logger = TensorBoardLogger(tmp_path, name, version="")
+        trainer(Timeline(), logger=logger, max_steps=2, log_every_n_steps=1).fit(module, data)
+        assert shown(tmp_path / name)["train/loss"] == [begins + 4, begins + 8]
+
+
+@pytest.fixture
+def former(trainer, new_module, data, tmp_path: Path):
+    """A run of a former version, which logged by steps, with the epoch, and its checkpoint at step 3."""
+    saves = ModelCheckpoint(tmp_path / "checkpoints", "{step}", every_n_train_steps=3)
+    logger = TensorBoardLogger(tmp_path, "run", version="")
+    run = trainer(saves, logger=logger, max_steps=5, log_every_n_steps=1, enable_checkpointing=True)
+    run.fit(new_module(), data)
+    (file,) = (tmp_path / "run").glob("events*")
+    file.rename(file.with_name("events.out.tfevents.0000000000"))
+    return tmp_path / "checkpoints/step=3.ckpt"
+
+
+def test_what_a_former_version_logged_by_steps_is_hidden_where_training_goes_on(
+    former, trainer, new_module, data, tmp_path: Path
+):
+    assert shown(tmp_path / "run")["train/loss"] == shown(tmp_path / "run")["epoch"][:5] == [0, 1, 2, 3, 4]
+    for _ in range(2):  # the second time, the last file is of this version
+        logger = TensorBoardLogger(tmp_path, "run", version="")
+        run = trainer(Timeline(), logger=logger, max_steps=5, log_every_n_steps=1)
+        run.fit(new_module(), data, ckpt_path=former, weights_only=True)
+        assert shown(tmp_path / "run")["train/loss"] == [16, 20]
+        *_, last = sorted((tmp_path / "run").glob("events*"))
+        last.rename(last.with_name(f"events.out.tfevents.{len(list(last.parent.glob('events*'))):010d}"))
+
+
+def test_modules_that_count_no_images_are_shown_by_steps(trainer, data, tmp_path: Path):
+    class Plain(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 1)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+        def training_step(self, batch, batch_idx):
+            loss = self.layer(batch.images[:, 0, 0].float()).mean()
+            self.log("train/loss", loss)
+            return loss
+
+    logger = TensorBoardLogger(tmp_path, "run", version="")
+    trainer(Timeline(), logger=logger, max_steps=2, log_every_n_steps=1).fit(Plain(), data)
     assert shown(tmp_path / "run")["train/loss"] == [0, 1]

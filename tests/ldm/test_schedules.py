@@ -112,7 +112,9 @@ def test_a_resumed_run_goes_on_where_it_was(fit):
     whole, watch = fit(3)
     assert [rate for rate, *_ in watch.seen] == pytest.approx(expected(0, 1, 2))
     assert all(rate == FULL for _, *others in watch.seen for rate in others)  # discriminators have no schedule
-    assert watch.logged == [{"train/lr": pytest.approx(rate, rel=1e-6)} for rate, *_ in watch.seen]
+    names = "train/lr", "train/lr_discriminator"  # logged with a schedule or without
+    logged = [dict(zip(names, [rate, *others[:1]], strict=False)) for rate, *others in watch.seen]
+    assert watch.logged == [pytest.approx(each, rel=1e-6) for each in logged]
     _, before = fit(1)
     resumed, after = fit(3, resume_from=1)
     assert before.seen + after.seen == watch.seen

@@ -104,6 +104,11 @@ def test_additions_build_and_are_as_large():
 NUMBERS = {"baseline": [4.0, 4.1], "better": [2.0, 2.1], "worse": [6.0, 6.1], "same": [4.0, 4.05]}
 
 
+def write_counts(run: Path) -> None:
+    """What a run's report says of how it was trained: in steps of 8 images."""
+    (run / "metrics.json").write_text(json.dumps({"ldm": {"step": 200, "images_seen": 1600}}))
+
+
 @pytest.fixture
 def measured(tmp_path: Path):
     """An ablation's folder with known distances; guided ones by scale, and by the judge alone other than the VFM's."""
@@ -124,8 +129,9 @@ def measured(tmp_path: Path):
                 writer = SummaryWriter(str(plan.denoiser_run(name, seed)))
                 for step, factor in ((100, 2.0), (200, 1.0)):
                     for tag, value in ((VFM, values[seed]), (JUDGE, judge[name][seed]), (ACCURACY, 0.5)):
-                        writer.add_scalar(tag, factor * value, step - 1)
+                        writer.add_scalar(tag, factor * value, 8 * step)  # images seen
                 writer.close()
+                write_counts(plan.denoiser_run(name, seed))
             for scale, values in guided.items():
                 run = plan.guided_run("guided", scale, seed)
                 run.mkdir(parents=True)
@@ -166,11 +172,12 @@ def test_no_number_takes_part_in_choosing_its_scale(measured):
 
 def test_the_median_step_counts_no_validation(tmp_path):
     writer = SummaryWriter(str(tmp_path))
-    for place, second in enumerate((0, 5, 10, 60, 65)):  # every ten steps, with a validation in between
+    for place, second in enumerate((0, 5, 10, 60, 65)):  # every ten steps of 8 images, with a validation in between
         summary = Summary(value=[Summary.Value(tag="train/loss", simple_value=1.0)])
-        event = Event(wall_time=second, step=10 * place, summary=summary)
+        event = Event(wall_time=second, step=8 * 10 * place, summary=summary)
         writer._get_file_writer().event_writer.add_event(event)
     writer.close()
+    write_counts(tmp_path)
     assert seconds_per_step(tmp_path) == 0.5
 
 

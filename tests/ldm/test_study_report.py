@@ -48,12 +48,19 @@ def write_run(folder: Path, last: dict[str, float], seed: int) -> None:
     writer = SummaryWriter(str(folder))
     for step, factor in ((100, 2.0), (200, 1.0)):
         for tag, value in last.items():
-            writer.add_scalar(tag, factor * value, step - 1)  # as Lightning counts
-        writer.add_scalar("val/class_accuracy", 0.5 + 0.1 * seed, step - 1)
+            writer.add_scalar(tag, factor * value, 32 * step)  # images seen
+        writer.add_scalar("val/class_accuracy", 0.5 + 0.1 * seed, 32 * step)
         for block in (1, 2):
-            writer.add_scalar(f"val/cknna/block_{block:02d}", 0.1 * block / factor, step - 1)
+            writer.add_scalar(f"val/cknna/block_{block:02d}", 0.1 * block / factor, 32 * step)
     writer.close()
+    write_counts(folder)
     grid(folder / "images/samples_guidance_1.png", rows=13, columns=2)
+
+
+def write_counts(folder: Path) -> None:
+    """What a run's report says of a training of 200 steps, and of an evaluation."""
+    entries = {"ldm": {"step": 200, "images_seen": 6400, "metrics": {}}, "test": {"step": 0, "metrics": {}}}
+    (folder / "metrics.json").write_text(json.dumps(entries))
 
 
 def write_tokenizer(folder: Path, seed: int) -> None:
@@ -149,9 +156,20 @@ def test_pictures_show_whole_images(measured, tmp_path):
 def test_curves_take_the_last_of_two_values_for_a_step(tmp_path):
     for value in (1.0, 2.0):  # a run that was stopped after it had logged a step, and its continuation
         writer = SummaryWriter(str(tmp_path), filename_suffix=f".{value}")
-        writer.add_scalar("val/a", value, 99)
+        writer.add_scalar("val/a", value, 3200)
         writer.close()
+    with pytest.raises(ValueError, match=r"metrics.json does not say how many images the run has seen"):
+        read_curves(tmp_path)
+    write_counts(tmp_path)
     assert read_curves(tmp_path) == {"val/a": {100: 2.0}}
+
+
+def test_curves_of_a_former_version_are_by_steps(tmp_path):
+    writer = SummaryWriter(str(tmp_path))
+    writer.add_scalar("val/a", 3.0, 99)  # as Lightning counts
+    writer.add_scalar("epoch", 1.0, 99)
+    writer.close()
+    assert read_curves(tmp_path)["val/a"] == {100: 3.0}
 
 
 def test_what_is_missing_is_named(measured, tmp_path):

@@ -359,7 +359,7 @@ def test_the_picture_is_a_file_and_in_tensorboard(made):
     picture = np.asarray(Image.open(made.folder / "sweep/sweep.png").convert("RGB"))
     events = EventAccumulator(str(made.folder / "sweep"), size_guidance={"images": 0}).Reload()
     (shown,) = events.Images("sweep/fd_size")
-    assert shown.step == 3 and (shown.height, shown.width) == picture.shape[:2]
+    assert shown.step == 24 and (shown.height, shown.width) == picture.shape[:2]
 
 
 # The command line
