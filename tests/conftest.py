@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -29,10 +30,13 @@ VFM = "vit_photos_patch8_64"
 LONG = {"test_ddp", "test_resume", "test_recipe", "test_preemption", "test_rank_failure", "test_cli", "test_ldm_cli"}
 
 
-def pytest_configure() -> None:
-    """One thread each, where several processes share the cores."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread each, where several processes share the cores; who runs tests can start processes."""
+    worker = "PYTEST_XDIST_WORKER" in os.environ
+    if worker:
         torch.set_num_threads(1)
+    if worker or config.getoption("dist", "no") == "no":
+        processes.serve()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import webdataset
@@ -50,10 +49,7 @@ def run(folder: Path, *arguments: str) -> Ended:
 
 def run_alone(folder: Path, *arguments: str) -> Ended:
     """Runs a command in a process of its own."""
-    command = [sys.executable, "-m", "vfm_vae", *arguments]
-    done = subprocess.run(
-        command, cwd=folder, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240
-    )
+    done = processes.run(["-m", "vfm_vae", *arguments], cwd=folder, env=ENVIRONMENT)
     return Ended(done.returncode, done.stdout, done.stderr)
 
 

@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
 from callbacks.rank_failure import EndTogether
@@ -70,10 +69,9 @@ def alive(pid: int) -> bool:
 def fail(folder: Path, rank: int, how: str, waits: str) -> tuple[float, int, str]:
     """Seconds from the failure to the end of the last process, the command's code, standard error."""
     (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, str(folder / "script.py"), str(rank), how, waits, str(folder), str(GRACE)]
+    command = [folder / "script.py", str(rank), how, waits, folder, str(GRACE)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
-    with (folder / "stderr").open("w") as stderr:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=stderr)
+    process = processes.start(command, cwd=folder, env=environment, ranks=2)
     try:
         code = process.wait(timeout=60)
         pids = [int((folder / f"pid{number}").read_text()) for number in (0, 1)]
@@ -85,7 +83,7 @@ def fail(folder: Path, rank: int, how: str, waits: str) -> tuple[float, int, str
         left = [int(path.read_text()) for path in folder.glob("pid*")]
         for pid in filter(alive, left):
             os.kill(pid, signal.SIGKILL)
-    return ended - float((folder / "failed").read_text()), code, (folder / "stderr").read_text()
+    return ended - float((folder / "failed").read_text()), code, process.printed()[1]
 
 
 # What watches: the backend sees the connection close, Lightning looks every 5 s for ranks that it started, these look

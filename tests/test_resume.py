@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from test_cli import DEMO, ENVIRONMENT, ROOT, SMALL
@@ -82,21 +81,18 @@ def command(source: str, ranks: int, name: str, num_steps: int, size: int) -> li
     start += [f"--trainer.logger.init_args.name={name}", "--ckpt_path=last", f"--data.batch_size={size}"]
     if ranks > 1:
         start += [f"--trainer.devices={ranks}", "--trainer.strategy=ddp_find_unused_parameters_true"]
-    return [sys.executable, "-m", *start]
+    return ["-m", *start]
 
 
 def start(
     folder: Path, source: str, ranks: int, name: str, num_steps: int = NUM_STEPS, size: int = BATCH
-) -> subprocess.Popen:
+) -> processes.Process:
     environment = ENVIRONMENT | {"SEEN": name, "MASTER_ADDR": "127.0.0.1"}
-    with open(folder / f"{name}.err", "w") as err:
-        return subprocess.Popen(
-            command(source, ranks, name, num_steps, size), cwd=folder, env=environment, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=err, start_new_session=True,
-        )  # fmt: skip
+    words = command(source, ranks, name, num_steps, size)
+    return processes.start(words, cwd=folder, env=environment, start_new_session=True, ranks=ranks)
 
 
-def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+def wait_for(process: processes.Process, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 200
     while not condition() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -117,7 +113,7 @@ def kill(folder: Path, source: str, ranks: int) -> int:
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     at = torch.load(last, weights_only=True)["images_seen"]
-    assert 0 < at < EPOCH * BATCH, (folder / "killed.err").read_text()[-2000:]
+    assert 0 < at < EPOCH * BATCH, killed.printed()[1][-2000:]
     for rank in range(ranks):
         (folder / f"killed_{rank}.txt").write_text(
             "".join(f"{n} {' '.join(map(str, b))}\n" for n, b in seen(folder, "killed", rank).items() if n <= at)
@@ -135,11 +131,11 @@ def kill(folder: Path, source: str, ranks: int) -> int:
 )
 def test_killed_and_resumed_equals_uninterrupted(folder: Path, source: str, ranks: int):
     whole = start(folder, source, ranks, "whole")
-    assert whole.wait(timeout=240) == 0, (folder / "whole.err").read_text()[-2000:]
+    assert whole.wait(timeout=240) == 0, whole.printed()[1][-2000:]
 
     kill(folder, source, ranks)
     resumed = start(folder, source, ranks, "killed")
-    assert resumed.wait(timeout=240) == 0, (folder / "killed.err").read_text()[-2000:]
+    assert resumed.wait(timeout=240) == 0, resumed.printed()[1][-2000:]
     batches = [seen(folder, "whole", rank) for rank in range(ranks)]
     assert [seen(folder, "killed", rank) for rank in range(ranks)] == batches
     assert [list(rank) for rank in batches] == [[BATCH * (step + 1) for step in range(NUM_STEPS)]] * ranks
@@ -161,7 +157,7 @@ def test_killed_and_resumed_on_other_ranks_sees_what_is_left(folder: Path, ranks
     at = kill(folder, "latents", ranks)
     num_steps = at // BATCH + (IMAGES - at) // SMALLER + 2  # two of them in the second epoch
     resumed = start(folder, "latents", others, "killed", num_steps, size=SMALLER)
-    assert resumed.wait(timeout=240) == 0, (folder / "killed.err").read_text()[-2000:]
+    assert resumed.wait(timeout=240) == 0, resumed.printed()[1][-2000:]
     batches = [seen(folder, "killed", rank).items() for rank in range(2)]
     first_epoch = [number for rank in batches for images, numbers in rank if images <= IMAGES for number in numbers]
     assert sorted(first_epoch) == list(range(IMAGES))
