@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -18,6 +17,7 @@ from vfm_vae.contracts import CountsImages, DrawsSamples, Reconstructs
 from vfm_vae.images import from_uint8, to_uint8
 from vfm_vae.lightning_private import undeclared
 from vfm_vae.options import at_least, within
+from vfm_vae.pictures import log_picture
 from vfm_vae.timeline import logged_position
 from vfm_vae.trial import Output
 from vfm_vae.types import Batch, Decoded
@@ -29,7 +29,7 @@ class ReconstructionImages(Output):
 
     The weights in training are shown as `train/reconstructions` when training starts and ends and every so many images,
     but not when a run resumes; the weights that validation uses as `val/reconstructions` after each validation. Grids
-    go to TensorBoard, and the latest of each kind to `<log_dir>/images/{train,val}.png`. Only rank zero draws.
+    go to the loggers, and the latest of each kind to `<log_dir>/images/{train,val}.png`. Only rank zero draws.
 
     Args:
         num_images: Number of rows. The images are spread evenly over the validation set, and always the same.
@@ -97,7 +97,7 @@ class ReconstructionImages(Output):
 class SampleImages(Output):
     """Shows samples after each validation in grids, one for each guidance scale, with a row for each class or prompt.
 
-    They are drawn with the weights that validation uses, always from the same noise. Grids go to TensorBoard as
+    They are drawn with the weights that validation uses, always from the same noise. Grids go to the loggers as
     `val/samples_guidance_<scale>`, and the latest to `<log_dir>/images/samples_guidance_<scale>.png`. All ranks draw
     the same, as a sharded model needs them all, and rank zero writes. If the module has no tokenizer to decode with, it
     warns and draws nothing.
@@ -176,12 +176,11 @@ class SampleImages(Output):
 
 
 def show(trainer: Trainer, grid: Tensor, file: Path, tag: str, ended: bool = False) -> None:
-    """Writes a picture, uint8 `[3, height, width]`, to a file and to TensorBoard; `ended` as of `logged_position`."""
-    grid = grid.cpu()
-    write_picture(file, grid.permute(1, 2, 0).numpy())
+    """Writes a picture, uint8 `[3, height, width]`, to a file and to the loggers; `ended` as of `logged_position`."""
+    pixels = grid.cpu().permute(1, 2, 0).contiguous().numpy()
+    write_picture(file, pixels)
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(tag, grid, logged_position(trainer, ended))
+        log_picture(logger, tag, pixels, logged_position(trainer, ended))
 
 
 def reconstruction_grid(images: Tensor, decoded: Decoded) -> Tensor:

@@ -52,6 +52,7 @@ class Throughput(Callback):
     - `train/device/mfu`: the share of what the device can do at most, where that is known: `peak_flops`, or, with
       `bf16` or `16` precision, the data sheet of the GPUs in `PEAK_FLOPS`. (Lightning's own table holds numbers with
       sparsity for some.)
+    - `train/device/memory_gb`: the most that tensors took on rank zero's GPU so far, in 10⁹ bytes; not on CPUs;
     - `train/time` (seconds), `train/batches` and `train/samples` (of rank zero) since the last that was counted.
 
     An evaluation's speed is logged at its end, as `validate/...`, `test/...` and `predict/...`, without operations. The
@@ -176,6 +177,9 @@ class Throughput(Callback):
     def _log(self, trainer: Trainer) -> None:
         stage = _stage(trainer)
         rates = {f"{stage.value}/{name}": rate for name, rate in self._meters[stage].rates.compute().items()}
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            rates[f"{stage.value}/device/memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         log_numbers(trainer, rates)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

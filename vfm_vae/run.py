@@ -34,7 +34,9 @@ class Run:
 
     def logger(self) -> TensorBoardLogger | None:
         """The run's logger; None if it has no name."""
-        return None if self.name is None else TensorBoardLogger(self.folder, self.name, version="")
+        if self.name is None:
+            return None
+        return TensorBoardLogger(self.folder, self.name, version="", default_hp_metric=False)
 
     def check_folder(self, log_dir: Path) -> None:
         """Checks that a logger of the config's own does not lead into another run, which this one would overwrite.

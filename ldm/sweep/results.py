@@ -9,7 +9,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich import box
@@ -24,6 +23,7 @@ from ldm.sweep.records import Record
 from vfm_vae.description import describe
 from vfm_vae.figures import pixels_of
 from vfm_vae.metrics.summary import versions
+from vfm_vae.pictures import log_picture
 from vfm_vae.timeline import hide_from
 from vfm_vae.writing import write_picture, write_text
 
@@ -154,7 +154,7 @@ class Results(NamedTuple):
         logger = TensorBoardLogger(folder.parent, folder.name, version="")
         board = logger.experiment  # which begins a file
         hide_from(logger, images_seen)
-        board.add_image(f"sweep/{self.goal.name}", torch.from_numpy(picture).permute(2, 0, 1), images_seen)
+        log_picture(logger, f"sweep/{self.goal.name}", picture, images_seen)
         board.close()
 
     def _markdown(self) -> str:

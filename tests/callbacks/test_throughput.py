@@ -156,9 +156,11 @@ class Device(Callback):
 
 def test_no_batch_waits_for_the_device(monkeypatch, logged, events, data):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("the host waits"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3_500_000_000)
     callbacks = (Device("cuda"), Throughput(window_size=2, peak_flops=1e9), Device("cpu"))
     logged("run", *callbacks, max_steps=4, limit_val_batches=0).fit(Players(), data)
     assert "train/device/mfu" in events("run")
+    assert set(events("run")["train/device/memory_gb"].values()) == {3.5}
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [2, 3, 4, 5]), (3, [2, 5])])
