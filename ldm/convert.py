@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Mapping
 from math import prod, sqrt
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ from ldm.samplers import Euler, EulerMaruyama, Sampler
 from vfm_vae import schema
 from vfm_vae.checkpoints import read_weights
 from vfm_vae.cli import short_errors
+from vfm_vae.data.folder import list_classes
 from vfm_vae.data.latents import LatentStatistics
 from vfm_vae.description import describe
+from vfm_vae.options import named_as
 from vfm_vae.published_files import pick, read_yaml, remove_training, write_training
 
 __all__ = [
@@ -45,6 +48,7 @@ def convert(
     config: str | None = None,
     statistics: str | None = None,
     tokenizer: str | None = None,
+    class_names: str | None = None,
 ) -> None:
     """Writes a diffusion model into a folder that Python and the command lines read.
 
@@ -61,10 +65,14 @@ def convert(
             normalises its latents itself, so DiTDH's weights go without.
         tokenizer: The tokenizer that makes these latents: a folder, a checkpoint, or `owner/model`. The model is then
             marked as trained on its latents.
+        class_names: What the classes are called: a file with a name on each line, by their numbers; or the folder of
+            training images, `<folder>/<class>/`, whose classes are numbered in alphabetical order.
     """
     content = read_weights(source, "source")
+    names = None if class_names is None else _names(Path(class_names))
     if DIFFUSION.describes(content):
         model = LatentDiffusion.from_checkpoint(source, tokenizer)
+        model.name_classes(names or model.class_names)
         remove_training(out)
         model.save_pretrained(out)
         print(f"{out}: the diffusion model of {source}")
@@ -79,6 +87,7 @@ def convert(
     network = denoiser_from_published(weights, published)
     sampling = _sampling_of_rae(network, published) if is_ditdh else _sampling(network, published.get("sample") or {})
     model = LatentDiffusion(network, *sampling).eval()
+    model.name_classes(names)
     model.normalization.take(_statistics(statistics, network))
     if tokenizer is not None:
         model.use_tokenizer(tokenizer)
@@ -96,6 +105,17 @@ def convert(
     model.save_pretrained(out)
     write_training(out, checkpoint, {"model": overlay})
     print(f"{out}: the {type(network).__name__} of {source}")
+
+
+def _names(place: Path) -> list[str]:
+    """Names of classes by their numbers, from a file of lines or a folder of class folders."""
+    if place.is_dir():
+        with named_as(root="class_names"):
+            return list_classes(place.parent, place.name)
+    try:
+        return place.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"class_names: there is no folder and no text file {str(place)!r}") from error
 
 
 def _read_config(content: Any, path: str | None) -> Mapping[str, Any]:

@@ -53,6 +53,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         normalization: Statistics of the latents that the denoiser was trained on.
         tokenizer: Holds the tokenizer that decodes; None where latents are enough. It is not saved along.
         latent_source: Which tokenizer's latents these are, see `Tokenizer.latent_identity`; None where it is not known.
+        class_names: What the classes are called, by their numbers; None where nobody has said it.
 
     Raises:
         ValueError: if denoiser and conditioning do not fit.
@@ -80,6 +81,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         self.normalization = LatentNormalization(model.in_channels)
         self.tokenizer: Frozen | None = None
         self.latent_source: dict[str, Any] | None = None
+        self.class_names: list[str] | None = None
 
     @classmethod
     def from_pretrained(
@@ -120,10 +122,23 @@ class LatentDiffusion(nn.Module, Pretrained):
         return super().from_checkpoint(path).use_tokenizer(tokenizer)
 
     def completed(self, config: Mapping[str, Any]) -> Self:
-        """Notes which tokenizer's latents it makes, and of which text encoder it takes texts."""
+        """Notes which tokenizer's latents it makes, what its classes are called, and of which encoder it takes texts."""
         self.latent_source = config["tokenizer"]
+        self.name_classes(config.get("class_names"))
         check_text_encoder(self.conditioning, config.get("text"), "name: the model")
         return self
+
+    def name_classes(self, names: Sequence[str] | None) -> None:
+        """Says what the classes are called, by their numbers; folders note it. None forgets it.
+
+        Raises:
+            ValueError: if there are not as many names as classes.
+        """
+        if names is not None and len(names) != self.conditioning.num_classes:
+            raise ValueError(
+                f"class_names: {len(names)} names, but the model has {self.conditioning.num_classes} classes"
+            )
+        self.class_names = None if names is None else [str(name) for name in names]
 
     def use_tokenizer(self, tokenizer: str | Path | PretrainedTokenizer | None) -> Self:
         """Sets what decodes, and returns the model.
@@ -273,14 +288,14 @@ class LatentDiffusion(nn.Module, Pretrained):
         return {"model": model, "tokenizer": self.latent_source, **text}
 
     def pretrained_config(self) -> dict[str, Any]:
-        """The config of a folder: what `described` says.
+        """The config of a folder: what `described` says, and the names of classes where they are known.
 
         Raises:
             ValueError: if the statistics of latents are not known, without which the weights are worth nothing.
         """
         if not self.normalization.is_known:
             raise ValueError("normalization: the statistics of latents are unknown; take those of training")
-        return self.described()
+        return self.described() | ({} if self.class_names is None else {"class_names": self.class_names})
 
     def model_card(self) -> str:
         """The text of the model card."""
