@@ -82,7 +82,7 @@ MEANT = {
 }  # fmt: skip
 FRACTIONS = (
     "probability", "prior_probability", "crop_probability", "label_drop", "translation", "cutout", "max_bad_fraction",
-    "min_crop", "decay", "last", "start", "end", "times", "time", "starts", "ends",
+    "min_crop", "val_fraction", "decay", "last", "start", "end", "times", "time", "starts", "ends",
 )  # fmt: skip
 
 

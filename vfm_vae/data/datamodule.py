@@ -21,7 +21,7 @@ from vfm_vae.data.steps import Steps, divided, whole_steps
 from vfm_vae.data.transforms import CentreCrop, RandomCrop, ResizeAndCrop, Transform
 from vfm_vae.data.workers import outlive_signals
 from vfm_vae.lightning_private import undeclared
-from vfm_vae.options import at_least, one_of, within
+from vfm_vae.options import at_least, one_of, positive, within
 
 Split = Literal["train", "val"]
 
@@ -47,9 +47,9 @@ class ImageNetDataModule(LightningDataModule):
         val_batch_size: Images in one batch of validation, test or prediction, over all GPUs. The default is as many as
             training processes at a time.
         num_workers: Number of loading processes on each rank.
-        source: What `root` holds. `folder`: folders of images by class. `shards`: WebDataset's tar files with `train`
-            or `val` in their names. `photos`: the embedded data set, which is written if it is missing. `latents`: a
-            cache of latents, as `python -m vfm_vae predict` makes it.
+        source: What `root` holds. `folder`: folders of images by class, or any folder of images. `shards`: WebDataset's
+            tar files with `train` or `val` in their names. `photos`: the embedded data set, which is written if it is
+            missing. `latents`: a cache of latents, as `python -m vfm_vae predict` makes it.
         photos: Options of the embedded data set, see `vfm_vae.embedded.photos.write_photos`, such as `size` and
             `train_per_class`.
         captions: Where the images' captions are, which batches then carry. Folders and photos: the field of
@@ -79,6 +79,9 @@ class ImageNetDataModule(LightningDataModule):
             `prompt`, `text` or `caption` in each line, or a folder of files `.txt` with one prompt each.
         images_per_prompt: Number of samples that are drawn for each of the `prompts`.
         seed: Seed of the order, the augmentation and the captions of training images.
+        val_fraction: Share of the images that is held out for validation where a folder of images has no folders
+            `train` and `val` of its own. The images' names decide which ones. Classes are then the folders in `root`,
+            or there is one class if an image lies in none of them.
 
     Attributes:
         predict_indices: What this rank is to predict, in order, by split (or `samples`); set by a writer that knows
@@ -115,6 +118,7 @@ class ImageNetDataModule(LightningDataModule):
         prompts: str | Sequence[str] | None = None,
         images_per_prompt: int = 1,
         seed: int = 0,
+        val_fraction: float = 0.1,
     ) -> None:
         super().__init__()
         one_of("source", source, *SOURCES)
@@ -124,7 +128,8 @@ class ImageNetDataModule(LightningDataModule):
         at_least(1, micro_batch_size=micro_batch_size, mixed_shards=mixed_shards)
         at_least(1, num_samples=num_samples, images_per_prompt=images_per_prompt)
         at_least(0, num_workers=num_workers, min_size=min_size, seed=seed)
-        within(0, 1, max_bad_fraction=max_bad_fraction)
+        within(0, 1, max_bad_fraction=max_bad_fraction, val_fraction=val_fraction)
+        positive(val_fraction=val_fraction)
         check_photos(photos or {})
         check_captions(source, captions)
         self.root, self.source, self.image_size, self.seed = Path(root), source, image_size, seed
@@ -150,6 +155,7 @@ class ImageNetDataModule(LightningDataModule):
             captions=captions,
             exif_transpose=exif_transpose,
             max_bad_fraction=max_bad_fraction,
+            val_fraction=val_fraction,
             seed=seed,
         )
         self._source = SOURCES[source](options)

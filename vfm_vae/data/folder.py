@@ -55,7 +55,7 @@ class ImageFolderDataset(ImageDataset):
             names, labels = _list_images(self.folder, self.classes)
         else:
             names, table = read_captions(self.folder, captions)
-            self.classes, labels = _classes_of(names)
+            self.classes, labels = classes_of(names)
             _say_unnamed(self.folder, names)
         positions = kept(names, exclude, self.folder)
         super().__init__(
@@ -128,7 +128,7 @@ def _list_images(folder: Path, classes: list[str]) -> tuple[list[str], list[int]
     return names, labels
 
 
-def _classes_of(names: list[str]) -> tuple[list[str], list[int]]:
+def classes_of(names: list[str]) -> tuple[list[str], list[int]]:
     """The top folders of images as classes, and the label of each image; one class where an image lies in no folder."""
     folders = [folder if inside else "" for folder, inside, _ in (name.partition("/") for name in names)]
     if "" in folders:

@@ -15,6 +15,7 @@ from vfm_vae.data.shard_index import CaptionMembers, read_index, shard_index
 from vfm_vae.data.shards import ImageShardDataset, find_shards
 from vfm_vae.data.small import SmallImages
 from vfm_vae.data.transforms import Transform
+from vfm_vae.data.unsplit import UnsplitFolderDataset, is_unsplit
 from vfm_vae.embedded.captions import write_captions
 from vfm_vae.embedded.photos import write_photos
 from vfm_vae.options import at_least, one_of
@@ -39,6 +40,7 @@ class Options:
     captions: str | None
     exif_transpose: bool
     max_bad_fraction: float
+    val_fraction: float
     seed: int
 
 
@@ -93,11 +95,17 @@ class Images(Source):
 
 
 class Folders(Images):
-    """Images as `<root>/{train,val}/<class>/*`, or as `<root>/{train,val}/metadata.jsonl` names them with captions."""
+    """Images as `<root>/{train,val}/<class>/*`, or as `<root>/{train,val}/metadata.jsonl` names them with captions.
 
-    def images(self, split: str, transform: Transform, **kwargs: Any) -> ImageFolderDataset:
-        """Those of a split's folder."""
+    A folder without either, and without captions, is divided by the images' names.
+    """
+
+    def images(self, split: str, transform: Transform, **kwargs: Any) -> ImageDataset:
+        """Those of a split's folder, or of its share."""
         captions = self.options.captions
+        if captions is None and is_unsplit(self.root):
+            share = self.options.val_fraction
+            return UnsplitFolderDataset(self.root, split, transform, val_fraction=share, **kwargs | self._reading())
         return ImageFolderDataset(self.root, split, transform, captions=captions, **kwargs | self._reading())
 
     def training(self) -> ImageDataset:
@@ -107,7 +115,8 @@ class Folders(Images):
             ValueError: if there are no captions, and `val` has other classes, whose numbers would be others.
         """
         dataset = super().training()
-        if self.options.captions is None:  # with captions, folders need not be classes
+        # With captions, folders need not be classes; an unsplit folder has the same ones in both parts.
+        if isinstance(dataset, ImageFolderDataset) and self.options.captions is None:
             check_classes(self.root, dataset.classes, "val")
         return dataset
 
