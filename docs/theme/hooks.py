@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {"vfm_vae": "Tokenizers", "ldm": "Diffusion", "callbacks": "Callbacks"}
 # Pages that lie at the top of the repository, where people look for them.
 ELSEWHERE = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+WIDE = {"index.md", "start.md", "formulas.md"}  # alone in their tab: no column of pages beside them
+LETTERS = {"cal L": "\u2112", "cal N": "\U0001d4a9", "bb E": "\U0001d53c"}  # browsers show no other way of writing them
 LINK = re.compile(r"(?<!\\)\]\(([^()\s]+)\)")
 FENCE = re.compile(r"^( *)(```+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -64,9 +66,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Leads links that leave the folder of the documentation to pages of the site."""
     own = page.file.src_uri
+    if own in WIDE:
+        page.meta["hide"] = ["navigation"]
 
     def rewritten(match: re.Match[str]) -> str:
-        target, _, anchor = match[1].partition("#")
+        anchor = match[1].partition("#")[2]
         path = _in_repository(own, match[1])
         if path is None:
             return match[0]
@@ -85,7 +89,8 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 
     def rendered(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
-        formula = convert(html.unescape(match[2]).strip(), display=display)
+        source = re.sub(r"\\math(cal \w|bb \w)", lambda letter: LETTERS[letter[1]], html.unescape(match[2]).strip())
+        formula = convert(source.replace(r"\Vert", "\u2016"), display=display)
         return f'<{match[1]} class="formula">{formula}</{match[1]}>'
 
     return FORMULA.sub(rendered, content)
