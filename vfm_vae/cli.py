@@ -18,11 +18,12 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vfm_vae import contracts
+from vfm_vae.board import Board, SaveTrainingConfig
 from vfm_vae.derived import complete
 from vfm_vae.description import class_at, class_path
 from vfm_vae.former import upgrade, upgrade_words
@@ -30,10 +31,10 @@ from vfm_vae.history import History
 from vfm_vae.lightning_private import HookedCLI, checkpoint_path
 from vfm_vae.options import within
 from vfm_vae.run import Run
-from vfm_vae.saving import WholeCheckpoints, alike, local_path
+from vfm_vae.saving import WholeCheckpoints, local_path
 from vfm_vae.timeline import Timeline
 from vfm_vae.trial import cut_short_by, without_output
-from vfm_vae.writing import check_place, write_text
+from vfm_vae.writing import check_place
 
 DEBUG = "VFM_VAE_DEBUG"
 PACKAGES = ("vfm_vae", "ldm", "callbacks")
@@ -46,25 +47,6 @@ CONFIGS = Path(__file__).parent / "configs"
 NAMED = ("callbacks", "vfm_vae.tokenizer", "vfm_vae.transformers_vfm", "vfm_vae.text", "vfm_vae.transformers_text")
 LOADER = "vfm_vae"
 set_loader(LOADER, lambda text: upgrade(get_loader("yaml")(text)), (yaml.YAMLError,))
-
-
-class SaveTrainingConfig(SaveConfigCallback):
-    """Keeps the configuration of training in the run's folder; an evaluation does not write over it."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes `config.yaml` where training begins."""
-        if stage != "fit":
-            return
-        folder = local_path(trainer.log_dir)  # asks all ranks
-        if folder is None:
-            super().setup(trainer, pl_module, stage)
-            return
-
-        def write() -> None:
-            if trainer.is_global_zero:
-                write_text(folder / self.config_filename, self.parser.dump(self.config, skip_unset=False))
-
-        alike(trainer.strategy, write)
 
 
 class CLI(HookedCLI):
@@ -243,7 +225,7 @@ def run(
             save_config_callback=SaveTrainingConfig,
             # Rerunning a stage in its folder is how it is resumed.
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [WholeCheckpoints(), Timeline(), History(package)]},
+            trainer_defaults={"callbacks": [WholeCheckpoints(), Timeline(), History(package), Board(package)]},
         )
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loops.progress import _BatchProgress
 from lightning.pytorch.trainer.states import TrainerFn
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 BatchProgress = _BatchProgress  # how many batches a loop has begun and ended
 
@@ -140,6 +141,11 @@ def undeclared(trainer: Trainer) -> Any:
     They are, among others, `callbacks`, `datamodule`, `fast_dev_run` and `overfit_batches`.
     """
     return trainer
+
+
+def add_summary(logger: TensorBoardLogger, summary: Summary) -> None:
+    """Writes what torch has made of a run's options and final numbers."""
+    logger.experiment._get_file_writer().add_summary(summary)
 
 
 def add_event(logger: TensorBoardLogger, event: Event) -> None:

@@ -24,6 +24,8 @@ from vfm_vae.lightning_private import (
 )
 
 IMAGES_SEEN = "images_seen"
+FILES = "events.out.tfevents.*"
+BY_STEPS = "by_steps"
 EPOCH = "epoch"  # which former versions logged with all numbers
 NUM_LOOKED_AT = 1000  # events of a file
 
@@ -34,8 +36,8 @@ class Timeline(Callback):
     Numbers and pictures are shown at the images that a module has seen, over all ranks and stages, or at steps where
     it doesn't count images. Training that goes on from an older position, or begins again in the same folder, hides
     what TensorBoard shows from there on (the files keep it), so that each position is shown once. An evaluation's
-    numbers are shown where its checkpoint is, not at 0. What a former version logged by steps is hidden where
-    training goes on. A progress bar counts epochs without a total where training has no last one.
+    numbers are shown where its checkpoint is, not at 0. What a former version logged by steps moves to a folder of its
+    own where training goes on. A progress bar counts epochs without a total where training has no last one.
     """
 
     def __init__(self) -> None:
@@ -62,6 +64,8 @@ class Timeline(Callback):
         # What has seen as many images as the checkpoint stays; a run that begins has left nothing there.
         goes_on = bool(trainer.ckpt_path or trainer.global_step) and counts_images(trainer)
         for logger in tensorboards(trainer):
+            if counts_images(trainer):
+                set_aside(Path(logger.log_dir))
             hide_from(logger, logged_position(trainer) + goes_on)
 
 
@@ -102,17 +106,23 @@ def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
 
 
 def hide_from(logger: TensorBoardLogger, position: int) -> None:
-    """Makes TensorBoard hide what was logged at a position and later ones; all that a former version has logged."""
-    former = sorted(Path(logger.log_dir).glob("events.out.tfevents.*"))[:-1]  # the last one has Lightning begun by now
+    """Makes TensorBoard hide what was logged at a position and later ones."""
+    if len(list(Path(logger.log_dir).glob(FILES))) > 1:  # earlier ones, beside the one that Lightning has begun by now
+        add_event(logger, Event(step=position, session_log=SessionLog(status=SessionLog.START)))
+
+
+def set_aside(folder: Path) -> None:
+    """Moves files in which a former version logged by steps into `by_steps/`, a run of its own in TensorBoard."""
+    former = [file for file in folder.glob(FILES) if is_by_steps(file)]
     if not former:
         return
-    if is_by_steps(former[-1]):
-        rank_zero_warn(
-            f"{logger.log_dir}: a former version logged here by steps; TensorBoard hides that, as from now on it shows "
-            "images seen; the files keep it"
-        )
-        position = 0
-    add_event(logger, Event(step=position, session_log=SessionLog(status=SessionLog.START)))
+    rank_zero_warn(
+        f"{folder}: a former version logged here by steps, but from now on numbers are shown at the images seen; "
+        f"{len(former)} files for TensorBoard move to {BY_STEPS}/, which it shows as a run of its own"
+    )
+    for file in former:
+        (folder / BY_STEPS).mkdir(exist_ok=True)
+        file.rename(folder / BY_STEPS / file.name)
 
 
 def is_by_steps(file: Path) -> bool:

@@ -138,15 +138,16 @@ def former(trainer, new_module, data, tmp_path: Path):
     return tmp_path / "checkpoints/step=3.ckpt"
 
 
-def test_what_a_former_version_logged_by_steps_is_hidden_where_training_goes_on(
+def test_what_a_former_version_logged_by_steps_is_a_run_of_its_own_where_training_goes_on(
     former, trainer, new_module, data, tmp_path: Path
 ):
     assert shown(tmp_path / "run")["train/loss"] == shown(tmp_path / "run")["epoch"][:5] == [0, 1, 2, 3, 4]
-    for _ in range(2):  # the second time, the last file is of this version
+    for _ in range(2):  # the second time, there is nothing of a former version any more
         logger = TensorBoardLogger(tmp_path, "run", version="")
         run = trainer(Timeline(), logger=logger, max_steps=5, log_every_n_steps=1)
         run.fit(new_module(), data, ckpt_path=former, weights_only=True)
         assert shown(tmp_path / "run")["train/loss"] == [16, 20]
+        assert shown(tmp_path / "run/by_steps")["train/loss"] == [0, 1, 2, 3, 4]
         *_, last = sorted((tmp_path / "run").glob("events*"))
         last.rename(last.with_name(f"events.out.tfevents.{len(list(last.parent.glob('events*'))):010d}"))
 
