@@ -4,6 +4,8 @@ import ast
 import importlib
 import re
 import shlex
+from functools import cache
+from pathlib import Path
 
 import pytest
 import told
