@@ -76,6 +76,10 @@ BASELINE_CONFIGS = $(call one_of,BASELINE,$(BASELINES))-c configs/vfm_vae/base.y
 STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMAGENET) $(TRAINER) $(AT_A_TIME) $(VARIANT) \
   $(ARGS)
 
+# What a report is on: a list of folders, in which the shell's quotes keep one with spaces together; or one folder.
+REPORT := $(BIN)/python -m vfm_vae.report
+REPORTED = $(if $(filter file,$(origin RUN)),runs/demo,$(if $(wildcard $(call escaped,$(RUN))),$(call path,$(RUN)),$(RUN)))
+
 # The demo's diffusion model: lightningdit, or reg.
 DENOISER ?= lightningdit
 REG = $(call one_of,DENOISER,lightningdit reg)$(filter reg,$(DENOISER))
@@ -87,7 +91,7 @@ DEMO_GUIDED = $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-tokenizer demo-text tokenizer-study ablation test test-all lint format bench bench-gpu tensorboard docs embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples sweep evaluate evaluate-tokenizer evaluate-ldm clean
+.PHONY: help install demo demo-tokenizer demo-text tokenizer-study ablation test test-all lint format bench bench-gpu report tensorboard docs embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples sweep evaluate evaluate-tokenizer evaluate-ldm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -116,6 +120,7 @@ demo: demo-tokenizer ## train tokenizer and diffusion model on the embedded phot
 	$(BIN)/python -m ldm.convert runs/demo/$(DEMO_NAME)/checkpoints/last.ckpt --out runs/demo/pretrained/$(DEMO_NAME)
 	@echo "Reconstructions: runs/demo/weak/images/val.png · samples by class: runs/demo/$(DEMO_NAME)/images/samples_guidance_*.png"
 	@echo "Samples as files: runs/demo/samples$(if $(REG),_reg){/,.npz} · numbers: runs/demo/metrics.json · TensorBoard: make tensorboard"
+	$(REPORT) runs/demo
 
 demo-text: demo-tokenizer ## train a text-to-image model on the photographs' captions, and draw what prompts ask for; results in runs/demo
 	$(TOKENIZER) predict -c runs/demo/weak/config.yaml -c configs/demo/latents_text.yaml \
@@ -127,6 +132,7 @@ demo-text: demo-tokenizer ## train a text-to-image model on the photographs' cap
 	  --metrics runs/demo/metrics.json --entry text_guided --picture runs/demo/text_samples.png
 	$(BIN)/python -m ldm.convert runs/demo/text/checkpoints/last.ckpt --out runs/demo/pretrained/text
 	@echo "Samples beside their prompts: runs/demo/text_samples.png · numbers: runs/demo/metrics.json · TensorBoard: make tensorboard"
+	$(REPORT) runs/demo
 
 # On ImageNet, where DATA is given; then one command runs at a time, on all GPUs.
 GIVEN := $(filter-out file,$(origin DATA))
@@ -167,6 +173,9 @@ bench: install ## measure what is claimed to be fast, as ratios within one run
 
 bench-gpu: install ## measure training, sampling and evaluation at full size on one GPU, in six minutes; runs/bench_gpu.json
 	$(BIN)/python tests/bench/gpu.py $(ARGS)
+
+report: install ## one HTML file on a run, or on several side by side: make report RUN=runs/demo | RUN="runs/a runs/b"
+	$(REPORT) $(REPORTED) $(ARGS)
 
 tensorboard: install ## show the runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir runs $(ARGS)

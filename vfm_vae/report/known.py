@@ -86,6 +86,16 @@ KNOWN: dict[str, Known] = {
     r"clip_score": Known(
         "CLIP score", "How well each sample fits its prompt or caption, by CLIP", "", "up", "scores by the same CLIP"
     ),
+    r"subject_accuracy(_.+)?": Known(
+        "Subjects of prompts", "How often a sample shows the subject that its prompt names, at most 1", "", "up", SAME
+    ),
+    r"place(_nearby)?_accuracy(_.+)?": Known(
+        "Places of prompts",
+        "How often a sample shows the part of the photograph that its prompt names; `shuffled` is the control",
+        "",
+        "up",
+        SAME,
+    ),
     r"class_accuracy": Known(
         "Class accuracy",
         "How often a linear probe finds the class that a sample was drawn for, at most 1",
@@ -179,7 +189,7 @@ def known(name: str) -> Known | None:
 
 
 GROUPS = {
-    "Quality": r"(psnr|ssim|lpips|perceptual_|fd_|r?s?fid|ris|gfid|inception|precision|recall|clip_score|class_acc)",
+    "Quality": r"(psnr|ssim|lpips|perceptual_|fd_|r?s?fid|ris|gfid|incep|precis|recall|clip_s|class_acc|subj|place)",
     "Alignment with the VFM": r"cknna/(?!block_)",
     "CKNNA of blocks": r"cknna/block_",
     "SE-CKNNA": r"se_cknna/",
