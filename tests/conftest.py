@@ -1,42 +1,31 @@
-"""A tokenizer small enough to train within a test, on the embedded VFM."""
+"""How tests are run: which come first, which a machine can't run, and what all of them start from."""
 
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 
-import processes
 import pytest
-import torch
-from lightning.pytorch import Trainer
-from torchvision.models import vgg16
 
-from vfm_vae.data.datamodule import ImageNetDataModule
-from vfm_vae.discriminators.projected import ProjectedDiscriminator
-from vfm_vae.losses.objective import Objective
-from vfm_vae.losses.reconstruction import VFMPerceptualLoss
-from vfm_vae.module import TokenizerModule
-from vfm_vae.modules.adapter import Adapter
-from vfm_vae.modules.decoder import Decoder
-from vfm_vae.modules.equivariance import EquivarianceRegularizer
-from vfm_vae.tokenizer import VFMVAE
-from vfm_vae.types import Batch
-from vfm_vae.vfm import FrozenVFM
-
-VFM = "vit_photos_patch8_64"
 LONG = {"test_ddp", "test_resume", "test_recipe", "test_preemption", "test_rank_failure", "test_cli", "test_ldm_cli"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread each, where several processes share the cores; who runs tests can start processes."""
+    """Who runs tests, and does not only hand them out, imports what takes seconds, and can start processes.
+
+    One thread each, where several processes share the cores.
+    """
     worker = "PYTEST_XDIST_WORKER" in os.environ
-    if worker:
-        torch.set_num_threads(1)
     if worker or config.getoption("dist", "no") == "no":
+        import processes
+        import shared
+        import torch
+
+        config.pluginmanager.register(shared)
         processes.serve()
+        if worker:
+            torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,17 +40,10 @@ def hear_ctrl_c() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(autouse=True)
-def matmul_precision() -> Iterator[None]:
-    """Undoes what a command line that ran within a test set for the whole process."""
-    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    yield
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cudnn.allow_tf32 = convolutions
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leaves tests out that a machine cannot run, whoever asks for all: of GPUs, and of disks of their own."""
+    import torch
+
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("mounts") and not can_mount():
@@ -73,107 +55,3 @@ def can_mount() -> bool:
     """Whether a process may have a file system of its own."""
     command = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "disk", "/tmp"]
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
-
-
-@pytest.fixture
-def tiny_model() -> Callable[..., VFMVAE]:
-    """Builds a VFMVAE for 64 px images with latents `[B, 4, 8, 8]`; arguments are the VFM's."""
-
-    def build(**vfm) -> VFMVAE:
-        torch.manual_seed(0)
-        adapter = Adapter(
-            feature_channels=[128, 128],
-            layer_channels=[8, 8],
-            latent_channels=4,
-            unshuffle=1,
-            decoded_channels=16,
-            alignment_channels=128,
-        )
-        decoder = Decoder(
-            in_channels=16,
-            channels=[16, 16, 16, 16, 8],
-            route_channels=[16, 16, 16],
-            attention_depths=[1],
-            num_res_blocks=0,
-            w_channels=16,
-        )
-        return VFMVAE(adapter, decoder, FrozenVFM(VFM, layers=[0, -1], **vfm))
-
-    return build
-
-
-@pytest.fixture
-def tiny_module(tiny_model: Callable[..., VFMVAE]) -> Callable[..., TokenizerModule]:
-    """Builds a TokenizerModule; arguments go to it, `objective` to its Objective, `vfm` to its VFM."""
-
-    def build(objective: dict | None = None, vfm: dict | None = None, **kwargs) -> TokenizerModule:
-        model = tiny_model(**(vfm or {}))
-        losses = {"perceptual": 0.1, "adversarial": 0.1, "perceptual_loss": VFMPerceptualLoss({"name": VFM})}
-        optimizer = partial(torch.optim.Adam, lr=2e-3, betas=(0.0, 0.99))
-        return TokenizerModule(
-            model=model,
-            discriminator=ProjectedDiscriminator(VFM, size=64, layers=(2,)),
-            objective=Objective(**losses | (objective or {})),
-            **{"optimizer": optimizer, "discriminator_optimizer": optimizer}
-            | {"equivariance": EquivarianceRegularizer()}
-            | kwargs,
-        )
-
-    return build
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a few of the embedded photographs."""
-    root = tmp_path_factory.mktemp("data") / "photos"
-    ImageNetDataModule(
-        root, source="photos", photos={"size": 64, "train_per_class": 4, "val_per_class": 2}
-    ).prepare_data()
-    return root
-
-
-@pytest.fixture(scope="session")
-def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file with random weights for LPIPS' network."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in vgg16().state_dict().items() if name.startswith("features")}
-    path = tmp_path_factory.mktemp("hub") / "vgg16.pth"
-    torch.save({name: torch.randn(shape) / max(shape[1:].numel(), 1) ** 0.5 for name, shape in shapes.items()}, path)
-    return str(path)
-
-
-@pytest.fixture
-def vgg(vgg_file: str) -> list[str]:
-    """Options that take LPIPS' network from a file with random weights."""
-    return [f"--model.objective.init_args.perceptual_loss.init_args.weights={vgg_file}"]
-
-
-@pytest.fixture
-def data(photos: Path) -> Callable[..., ImageNetDataModule]:
-    """Builds the DataModule over `photos`: 52 images for training, 26 for validation."""
-
-    def build(**kwargs) -> ImageNetDataModule:
-        return ImageNetDataModule(photos, image_size=64, **{"batch_size": 8, "num_workers": 0} | kwargs)
-
-    return build
-
-
-@pytest.fixture
-def batch(data: Callable[..., ImageNetDataModule]) -> Batch:
-    """Eight training images."""
-    datamodule = data()
-    datamodule.setup("fit")
-    return next(iter(datamodule.train_dataloader()))
-
-
-@pytest.fixture
-def trainer(tmp_path: Path) -> Callable[..., Trainer]:
-    """Builds a silent Trainer on the CPU; arguments go to it."""
-
-    def build(**kwargs) -> Trainer:
-        silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        defaults = {"max_epochs": -1, "num_sanity_val_steps": 0, "enable_checkpointing": False, "log_every_n_steps": 1}
-        return Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, **silent | defaults | kwargs)
-
-    return build

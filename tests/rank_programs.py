@@ -83,8 +83,8 @@ watch = [
 ]
 parts = {"batch_size": 16, "micro_batch_size": 8 // devices, "val_batch_size": 6}  # two batches make a step
 data = ImageNetDataModule(photos, image_size=64, num_workers=0, **parts)
-module, run = build(), trainer(*watch)
-metrics = run.validate(module, datamodule=data, verbose=False)[0]
+module, run = build(), trainer(EMA(), limit_val_batches=1)
+metrics = trainer(*watch).validate(module, datamodule=data, verbose=False)[0]
 run.fit(module, datamodule=data)
 turns = build(order="published")
 trainer(limit_val_batches=0).fit(turns, datamodule=data)

@@ -1,11 +1,10 @@
 """Two processes against one: the same validation metrics, the same weights on both ranks."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from rank_programs import ALL, SCRIPTS
@@ -27,16 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     path = ":".join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/ldm")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path}
     for devices, names in ((1, ["tokenizer", "diffusion", "aligned", "texts"]), (2, list(SCRIPTS))):
-        process = subprocess.run(
-            [sys.executable, "all.py", str(devices), str(photos), "", *names],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
+        command = ["all.py", str(devices), photos, "", *names]
+        process = processes.run(command, cwd=folder, env=environment, timeout=180, ranks=devices)
         (folder / "stderr").write_text(process.stderr)
     return folder
 
