@@ -173,7 +173,7 @@ def is_there(name: str) -> bool:
         place = ROOT.joinpath(*parts[:end])
         if place.with_suffix(".py").is_file() or (place / "__init__.py").is_file():
             file = place.with_suffix(".py") if place.with_suffix(".py").is_file() else place / "__init__.py"
-            return defines(body_of(file), parts[end:]) or (end < len(parts) and has(parts, end))
+            return end == len(parts) or defines(body_of(file), parts[end:]) or (end < len(parts) and has(parts, end))
     return False
 
 

@@ -19,6 +19,7 @@ ELSEWHERE = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md
 WIDE = {"index.md", "start.md", "formulas.md"}  # alone in their tab: no column of pages beside them
 LETTERS = {"cal L": "\u2112", "cal N": "\U0001d4a9", "bb E": "\U0001d53c"}  # browsers show no other way of writing them
 LINK = re.compile(r"(?<!\\)\]\(([^()\s]+)\)")
+FILE = re.compile(r"\[([\w./]+\.md)\]\(([^()\s]+)\)")  # links that show the name of a file, as they read on GitHub
 FENCE = re.compile(r"^( *)(```+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".cfg": "ini", ".toml": "toml", ".md": "markdown"}
@@ -81,7 +82,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         relative = posixpath.relpath(place, posixpath.dirname(own) or ".")
         return f"]({relative}{'#' + anchor if anchor else ''})"
 
-    return _outside_of_code(markdown, lambda text: LINK.sub(rewritten, text))
+    titles = _titles(config.nav or [])
+
+    def called(match: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(own), match[2].partition("#")[0]))
+        return f"[{titles.get(path, match[1])}]({match[2]})"
+
+    return _outside_of_code(markdown, lambda text: FILE.sub(called, LINK.sub(rewritten, text)))
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -94,6 +101,15 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         return f'<{match[1]} class="formula">{formula}</{match[1]}>'
 
     return FORMULA.sub(rendered, content)
+
+
+def _titles(nav: list[Any]) -> dict[str, str]:
+    """What the navigation calls each page."""
+    found: dict[str, str] = {}
+    for entry in nav:
+        for title, value in entry.items() if isinstance(entry, dict) else ():
+            found |= {value: title} if isinstance(value, str) else _titles(value)
+    return found
 
 
 def _links(markdown: str) -> Iterator[str]:
