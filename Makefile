@@ -80,6 +80,9 @@ STAGE_FIT = $(FIT) -c configs/vfm_vae/base.yaml -c configs/vfm_vae/$@.yaml $(IMA
 REPORT := $(BIN)/python -m vfm_vae.report
 REPORTED = $(if $(filter file,$(origin RUN)),runs/demo,$(if $(wildcard $(call escaped,$(RUN))),$(call path,$(RUN)),$(RUN)))
 
+# What the page shows, likewise.
+SHOWN = $(if $(filter-out file,$(origin RUN)),$(if $(wildcard $(call escaped,$(RUN))),$(call path,$(RUN)),$(RUN)))
+
 # The demo's diffusion model: lightningdit, or reg.
 DENOISER ?= lightningdit
 REG = $(call one_of,DENOISER,lightningdit reg)$(filter reg,$(DENOISER))
@@ -91,7 +94,7 @@ DEMO_GUIDED = $(DEMO_LDM) -c configs/demo/$(DEMO_NAME)_guided.yaml
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-tokenizer demo-text tokenizer-study ablation test test-all lint format bench bench-gpu report tensorboard docs embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples sweep evaluate evaluate-tokenizer evaluate-ldm clean
+.PHONY: help install demo demo-tokenizer demo-text tokenizer-study ablation test test-all lint format bench bench-gpu app report tensorboard docs embedded-vfm embedded-judge strong weak ssim patchgan baseline latents ldm samples sweep evaluate evaluate-tokenizer evaluate-ldm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -117,9 +120,10 @@ demo: demo-tokenizer ## train tokenizer and diffusion model on the embedded phot
 	$(LDM) validate $(DEMO_GUIDED) $(ARGS)
 	$(LDM) predict $(DEMO_GUIDED) $(ARGS)
 	$(BIN)/python -m vfm_vae.convert runs/demo/weak/checkpoints/last.ckpt --out runs/demo/pretrained/tokenizer
-	$(BIN)/python -m ldm.convert runs/demo/$(DEMO_NAME)/checkpoints/last.ckpt --out runs/demo/pretrained/$(DEMO_NAME)
+	$(BIN)/python -m ldm.convert runs/demo/$(DEMO_NAME)/checkpoints/last.ckpt --out runs/demo/pretrained/$(DEMO_NAME) \
+	  --class_names data/photos/train
 	@echo "Reconstructions: runs/demo/weak/images/val.png · samples by class: runs/demo/$(DEMO_NAME)/images/samples_guidance_*.png"
-	@echo "Samples as files: runs/demo/samples$(if $(REG),_reg){/,.npz} · numbers: runs/demo/metrics.json · TensorBoard: make tensorboard"
+	@echo "Samples as files: runs/demo/samples$(if $(REG),_reg){/,.npz} · numbers: runs/demo/metrics.json · to try them: make app · TensorBoard: make tensorboard"
 	$(REPORT) runs/demo
 
 demo-text: demo-tokenizer ## train a text-to-image model on the photographs' captions, and draw what prompts ask for; results in runs/demo
@@ -174,11 +178,16 @@ bench: install ## measure what is claimed to be fast, as ratios within one run
 bench-gpu: install ## measure training, sampling and evaluation at full size on one GPU, in six minutes; runs/bench_gpu.json
 	$(BIN)/python tests/bench/gpu.py $(ARGS)
 
+app: install ## a page to try models on, at http://127.0.0.1:7860, the demo's or others: make app RUN="folder folder"
+	$(BIN)/python -m vfm_vae app $(SHOWN) $(ARGS)
+
 report: install ## one HTML file on a run, or on several side by side: make report RUN=runs/demo | RUN="runs/a runs/b"
 	$(REPORT) $(REPORTED) $(ARGS)
 
-tensorboard: install ## show the runs at http://localhost:6006
-	$(BIN)/tensorboard --logdir runs $(ARGS)
+# Its faster reader would show what runs have logged beyond the checkpoint that they went back to.
+tensorboard: install ## show the runs at http://localhost:6006/#custom_scalars
+	@echo "The page of charts: http://localhost:6006/#custom_scalars"
+	$(BIN)/tensorboard --logdir runs --load_fast=false $(ARGS)
 
 docs: install ## build the documentation as a site, in site/; make docs ARGS=serve shows it at http://localhost:8000
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)

@@ -46,9 +46,9 @@ class Image:
 
     def __init__(self, label: str, example: str):
         self.first = example
-        self.upload = gr.File(label=label, show_label=False, file_types=["image"], height=110, elem_classes="vv-drop")
+        self.example = gr.Dropdown([example], value=example, label=label)
+        self.upload = gr.File(label=label, show_label=False, file_types=["image"], height=100, elem_classes="vv-drop")
         self.said = gr.HTML(elem_classes="vv-said")
-        self.example = gr.Dropdown([example], value=example, label=f"{label}, or one of these")
         self.kept = gr.State(None)
 
     def filled(self, actions: Any) -> dict[Any, Any]:
@@ -62,7 +62,7 @@ class Reconstruct(Controls):
     def __init__(self) -> None:
         with gr.Row():
             with gr.Column(scale=1, min_width=250):
-                self.image = Image("Your image", "coffee")
+                self.image = Image("Image", "coffee")
                 self.tokenizers = gr.CheckboxGroup([], label="Tokenizers")
                 self.side = gr.Dropdown([64], value=64, label="Side in pixels (centre crop)")
             with gr.Column(scale=4, min_width=320):

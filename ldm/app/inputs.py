@@ -1,6 +1,7 @@
 """Images that come into the page: uploaded files, and photographs that the dependencies hold."""
 
 import io
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,8 @@ def take(path: str | Path) -> Upload:
         raise ValueError(f"{path.name} can't be read: {error.strerror}") from error
     finally:
         path.unlink(missing_ok=True)
+        with suppress(OSError):  # which holds nothing else
+            path.parent.rmdir()
     opened(upload)
     return upload
 

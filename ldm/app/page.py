@@ -85,20 +85,18 @@ class Page:
         stop = self._stops[str(request.session_hash)] = threading.Event()
         return stop
 
-    def _take(self, path: str | None) -> tuple[Any, Any, str]:
-        """An uploaded file: the empty control again, its content, and what is wrong with it."""
-        if path is None:
-            return gr.skip(), gr.skip(), ""
+    def _take(self, path: str) -> tuple[Any, Any, Any, str]:
+        """An uploaded file: the empty control again, no example, its content, and what is wrong with it."""
         try:
             upload = self.behind.actions().uploaded(path)
         except ValueError as error:
-            return None, gr.skip(), problem(error)
-        return None, upload, ""
+            return None, gr.skip(), gr.skip(), problem(error)
+        return None, None, upload, ""
 
     def _connect_image(self, image: Image, then: Any, inputs: Any, result: Any) -> None:
         """An uploaded image, or a chosen example in its place, starts the tab's computation."""
         kept, said = image.kept, image.said
-        taken = image.upload.upload(self._take, image.upload, [image.upload, kept, said], **AT_ONCE)
+        taken = image.upload.upload(self._take, image.upload, [image.upload, image.example, kept, said], **AT_ONCE)
         taken.then(self._if_taken(then), [said, *inputs], result, **COMPUTE)
         chosen = image.example.input(lambda: (None, ""), None, [kept, said], **AT_ONCE)
         chosen.then(then, inputs, result, **COMPUTE)
