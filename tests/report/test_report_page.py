@@ -175,6 +175,13 @@ def test_a_former_version_s_steps_become_images(tmp_path: Path):
     assert curves.values["train/loss_l1"].at.tolist() == list(range(80, 801, 80))
     assert curves.values["val/psnr"].at.tolist() == [800] and "hp_metric" not in curves.values
     assert "no history.json" in made(tmp_path)
+    (tmp_path / "by_steps").mkdir()  # where they move to once such a run goes on
+    for file in tmp_path.glob("events*"):
+        file.rename(tmp_path / "by_steps" / file.name)
+    log(tmp_path, {"train/loss_l1": {880: 0.5}, "val/psnr": {880: 21.0}})
+    (subject,) = read_subjects([tmp_path])
+    assert len(subject.runs) == 1
+    assert subject.runs[0].curves.values["train/loss_l1"].at.tolist() == list(range(80, 881, 80))
 
 
 def test_a_run_that_goes_on_from_an_older_checkpoint_shows_each_position_once(tmp_path: Path):
@@ -293,3 +300,36 @@ def test_where_options_differ():
         "model.optimizer": ["Adam(lr=0.001, eps=1.0)", "SGD(lr=0.1)"],
         "model.seed": ["0", "—"],
     }
+
+
+OWN = {
+    "vfm_vae": (
+        "model: {seed: 3}\ndata: {root: mine}\n",
+        {"model.seed": ["0", "3"], "data.root": ["data/photos", "mine"]},
+    ),
+    "ldm": ("model: {shift: 0.5}\n", {"model.shift": ["null", "0.5"]}),
+}
+SHIPPED = {
+    "vfm_vae": ["configs/demo/tokenizer.yaml", "demo/strong.yaml"],
+    "ldm": ["demo/ldm.yaml", "demo/ldm_train.yaml"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", OWN)
+def test_the_shipped_configs_are_read_by_the_program_itself(tmp_path: Path, monkeypatch, program: str):
+    monkeypatch.undo()
+    own = tmp_path / "own.yaml"
+    own.write_text(OWN[program][0])
+    found = changes.read_shipped(session(program=program, configs=[*SHIPPED[program], str(own)]))
+    assert (found.names, found.own, found.reason) == (SHIPPED[program], [str(own)], "")
+    whole = changes.parsed(program, [*SHIPPED[program], str(own)])
+    assert {each.option: each.values for each in changes.differences([found.config, whole])} == OWN[program][1]
+
+
+@pytest.mark.slow
+def test_shipped_configs_that_are_not_complete_alone(tmp_path: Path, monkeypatch):
+    monkeypatch.undo()
+    found = changes.read_shipped(session(configs=["configs/trainer/cpu.yaml", "own.yaml"]))
+    assert found.config is None and "without configs of one's own they are not complete" in found.reason
+    assert changes.read_shipped(session(configs=["own.yaml"])).reason == "the command names none of the shipped configs"

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
+from vfm_vae.timeline import BY_STEPS
+
 EVENTS, TABLE = "events.out.tfevents.", "metrics.csv"
 IMAGES = "images_seen"  # which former versions, that counted steps, logged beside the others
 OF_FORMER = (IMAGES, "epoch")
@@ -64,7 +66,7 @@ def read_curves(folder: Path) -> Curves:
     problems: list[str] = []
     files: list[Tags] = []
     began = math.inf
-    for path in sorted(folder.glob(f"{EVENTS}*")):
+    for path in [*sorted((folder / BY_STEPS).glob(f"{EVENTS}*")), *sorted(folder.glob(f"{EVENTS}*"))]:
         tags, first = _of_events(path, problems)
         files.append(tags)
         began = min(began, first)

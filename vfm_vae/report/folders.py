@@ -13,12 +13,13 @@ import yaml
 from vfm_vae.history import HISTORY, read_history
 from vfm_vae.metrics.summary import read_entries
 from vfm_vae.report.curves import EVENTS, TABLE, Curves, read_curves
+from vfm_vae.timeline import BY_STEPS
 
 Kind = Literal["tokenizer", "diffusion", "other"]
 METRICS, CONFIG = "metrics.json", "config.yaml"
 MAX_DEPTH = 5
-# Folders that hold many files, and no runs.
-PASSED_OVER = ("checkpoints", "images", "latents", "samples", "pretrained", "parts")
+# Folders that hold many files, and no runs of their own.
+PASSED_OVER = ("checkpoints", "images", "latents", "samples", "pretrained", "parts", BY_STEPS)
 
 
 @dataclass(frozen=True)
