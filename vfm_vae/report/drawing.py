@@ -130,8 +130,8 @@ def heat_map(values: NDArray[np.float64], at: Sequence[float], rows: Sequence[st
         parts.append(
             f'<rect x="{bar}" y="{top:.1f}" width="8" height="{tall / 20 + 0.5:.1f}" fill="rgb({red},{green},{blue})"/>'
         )
-    parts.append(f'<text x="{bar + 12}" y="{TOP + 9}">{high:.3g}</text>')
-    parts.append(f'<text x="{bar + 12}" y="{TOP + tall}">{low:.3g}</text>')
+    parts.append(f'<text x="{bar + 12}" y="{TOP + 9}">{high:.4g}</text>')
+    parts.append(f'<text x="{bar + 12}" y="{TOP + tall}">{low:.4g}</text>')
     return Markup(f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>')  # numbers alone
 
 
@@ -165,4 +165,4 @@ def short(number: float) -> str:
     for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.4g}{letter}"
-    return "0" if abs(number) < 1e-12 else f"{number:.3g}"
+    return "0" if abs(number) < 1e-12 else f"{number:.4g}"

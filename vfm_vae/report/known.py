@@ -26,7 +26,7 @@ class Known(NamedTuple):
 
 SAME = "values of runs that were measured with the same settings"
 SAME_LOSS = "the same loss with the same weights and data"
-FEATURES = "the same network, reference and count of images; it is not the published FID"
+FEATURES = "the same network, reference and count of images; it stands beside no published number"
 ADM = "published numbers of 50 000 samples against ADM's reference, where labels and guidance agree"
 RECONSTRUCTED = "rFID of tokenizers on 50 000 validation images, against their own reconstructions"
 VFM = "CKNNA with the same VFM, the same k and as many images"
@@ -62,8 +62,19 @@ KNOWN: dict[str, Known] = {
         "down",
         "values on the same network",
     ),
+    r"fd_(?P<of>[^/]+)/.+": Known(
+        "FD of samples, {of}",
+        "Fréchet distance between this network's features of samples and of real images",
+        "",
+        "down",
+        FEATURES,
+    ),
     r"fd_(?P<of>.+)": Known(
-        "FD, {of}", "Fréchet distance between features of made and real images", "", "down", FEATURES
+        "FD, {of}",
+        "Fréchet distance between this network's features of made images and of real ones",
+        "",
+        "down",
+        FEATURES,
     ),
     r"rfid": Known(
         "rFID", "Fréchet distance of reconstructions to their images on Inception", "", "down", RECONSTRUCTED
@@ -77,11 +88,25 @@ KNOWN: dict[str, Known] = {
     r"inception_score(/.+)?": Known(
         "Inception Score", "How sure and how varied Inception's classes of the samples are", "", "up", ADM
     ),
-    r"precision(_.+|/.+)?": Known(
+    r"precision(/.+)?": Known(
         "Precision", "Share of made images that lie among the real ones, by three neighbours", "", "up", ADM
     ),
-    r"recall(_.+|/.+)?": Known(
+    r"recall(/.+)?": Known(
         "Recall", "Share of real images that lie among the made ones, by three neighbours", "", "up", ADM
+    ),
+    r"precision_(?P<of>.+)": Known(
+        "Precision, {of}",
+        "Share of made images that lie among the real ones, by three neighbours in this network's features",
+        "",
+        "up",
+        FEATURES,
+    ),
+    r"recall_(?P<of>.+)": Known(
+        "Recall, {of}",
+        "Share of real images that lie among the made ones, by three neighbours in this network's features",
+        "",
+        "up",
+        FEATURES,
     ),
     r"clip_score": Known(
         "CLIP score", "How well each sample fits its prompt or caption, by CLIP", "", "up", "scores by the same CLIP"
