@@ -86,7 +86,5 @@ def test_the_metric_that_the_page_adds_measures(tiny_module, data, trainer, monk
 
 def test_the_page_on_cknna_says_what_its_example_prints(capsys: pytest.CaptureFixture):
     (code,) = [fence.text for fence in fences("docs/tutorials/reading_cknna.md") if fence.language == "python"]
-    torch.manual_seed(0)
     exec(code, {})
-    turned, other = (float(line.split("(")[-1].strip(")")) for line in capsys.readouterr().out.split("\n") if line)
-    assert turned > 0.9 and abs(other) < 0.1
+    assert f"# {', '.join(capsys.readouterr().out.split())}" in code
