@@ -81,7 +81,7 @@ watch = [
     RobustnessCallback([FrozenVFM(name)], num_images=11),
     LinearProbeCallback([FrozenVFM(name)]),
 ]
-parts = {"batch_size": 16, "micro_batch_size": 8 // devices, "val_batch_size": 6}  # two batches make a step
+parts = {"batch_size": 8, "micro_batch_size": 4 // devices, "val_batch_size": 6}  # two batches make a step
 data = ImageNetDataModule(photos, image_size=64, num_workers=0, **parts)
 module, run = build(), trainer(EMA(), limit_val_batches=1)
 metrics = trainer(*watch).validate(module, datamodule=data, verbose=False)[0]
