@@ -150,10 +150,10 @@ ablation: install ## add to a diffusion model what came after the paper, one thi
 	$(TUNED) $(BIN)/python -m ldm.study study/ablation.yaml $(ARGS)
 
 test: install ## run the fast tests
-	$(BIN)/pytest $(PARALLEL) $(ARGS)
+	$(TUNED) $(BIN)/pytest $(PARALLEL) $(ARGS)
 
 test-all: install ## run all tests that this machine can, the slow ones too
-	$(BIN)/pytest $(PARALLEL) -m "not gpu or gpu" $(ARGS)
+	$(TUNED) $(BIN)/pytest $(PARALLEL) -m "not gpu or gpu" $(ARGS)
 
 lint: install ## check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """How tests are run: which come first, which a machine can't run, and what all of them start from."""
 
+import gc
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ from functools import cache
 import pytest
 
 LONG = {"test_ddp", "test_resume", "test_recipe", "test_preemption", "test_rank_failure", "test_cli", "test_ldm_cli"}
+LONG |= {"test_another_vfm", "test_compilation", "test_diffusers", "test_inception", "test_module"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files come first, so that at the end no core waits for one of them."""
     items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: nobody needs to look over and over for what of it could go."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import processes
 import pytest
 import torch
 
@@ -119,7 +120,7 @@ def test_a_run_that_fails_leaves_the_others(tmp_path):
 
 def test_without_a_gpu_it_says_so():
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, BENCH / "gpu.py"], capture_output=True, text=True, env=hidden)
+    done = processes.run([BENCH / "gpu.py"], cwd=BENCH, env=hidden)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 

@@ -252,7 +252,7 @@ def test_the_environment_may_lie_there_too_and_a_tilde_is_home(tmp_path: Path):
     assert shlex.split(printed("test", f"VENV={venv}").splitlines()[0])[-1] == str(venv)
     (venv / ".ready").touch()
     (line,) = printed("test", f"VENV={venv}").splitlines()
-    assert shlex.split(line)[0] == f"{venv}/bin/pytest"
+    assert f"{venv}/bin/pytest" in shlex.split(line)
     assert f"-not -path ./'{venv}/*'" in printed("clean", f"VENV={venv}")
     line = printed("strong", "DATA=~/my images", f"VENV={venv}").splitlines()[-1]
     assert "--data.root ~/'my images' " in line

@@ -16,7 +16,7 @@ from vfm_vae.frozen import sha256_of
 from vfm_vae.metrics.distribution import FrechetDistance, InceptionScore
 from vfm_vae.metrics.inception import Inception, resize_tf1
 
-NUM = 16
+NUM = 8
 
 
 def smooth_images(seed, contrast):
