@@ -130,14 +130,17 @@ class TestInABrowser:
             page.goto(address)
             page.fill("input[name=query]", "adaptive_weight")
             page.wait_for_selector(".md-search-result__link", timeout=30_000)
-            assert "alignment" in page.inner_text(".md-search-result__list")
+            found = page.inner_text(".md-search-result__list")
+            assert "vfm_vae.losses.alignment" in found and "torch.autograd" not in found  # no source code
             assert not seen.errors and not seen.abroad
 
     def test_dark_and_light(self, address: str):
-        with chromium() as (page, seen):
-            colours = []
-            for scheme in ("light", "dark"):
+        colours = []
+        for scheme in ("light", "dark"):
+            with chromium() as (page, seen):  # a new reader, whose choice no page has kept
                 page.emulate_media(color_scheme=scheme)
                 page.goto(address)
+                page.wait_for_timeout(500)
                 colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-            assert colours[0] != colours[1] and not seen.errors
+                assert not seen.errors
+        assert colours[0] != colours[1]

@@ -21,6 +21,7 @@ LETTERS = {"cal L": "\u2112", "cal N": "\U0001d4a9", "bb E": "\U0001d53c"}  # br
 LINK = re.compile(r"(?<!\\)\]\(([^()\s]+)\)")
 FILE = re.compile(r"\[([\w./]+\.md)\]\(([^()\s]+)\)")  # links that show the name of a file, as they read on GitHub
 FENCE = re.compile(r"^( *)(```+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
+SOURCE = '<details class="mkdocstrings-source"'
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".cfg": "ini", ".toml": "toml", ".md": "markdown"}
 
@@ -92,7 +93,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Puts MathML in the place of formulas."""
+    """Puts MathML in the place of formulas, and leaves source code out of what search finds."""
 
     def rendered(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
@@ -100,7 +101,7 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         formula = convert(source.replace(r"\Vert", "\u2016"), display=display)
         return f'<{match[1]} class="formula">{formula}</{match[1]}>'
 
-    return FORMULA.sub(rendered, content)
+    return FORMULA.sub(rendered, content).replace(SOURCE, f"{SOURCE} data-search-exclude")
 
 
 def _titles(nav: list[Any]) -> dict[str, str]:
