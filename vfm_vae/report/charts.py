@@ -22,7 +22,7 @@ GROUPS = {
     "Quality on validation": r"val/(psnr|ssim|lpips|perceptual|fd|r?s?fid|ris|gfid|incep|precis|recall|clip_s|class).*",
     "Alignment": r"val/(cknna/(?!block_)|se_cknna|robustness|probe).*|train/alignment.*",
     "Learning rate and gradients": r"train/(lr|grad_norm|clip_share|skipped_steps).*",
-    "Speed": r"train/(device/)?(samples_per_sec|mfu)",
+    "Speed and memory": r"train/(device/)?(samples_per_sec|mfu|memory_gb)",
     "Others": r"(val|train)/(?!cknna/block_|device/|batches|samples|flops|time).*",
 }
 MOST_LINES = 8

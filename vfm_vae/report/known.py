@@ -193,6 +193,7 @@ KNOWN: dict[str, Known] = {
         "Operations per second", "Products alone, at two operations per multiplication and addition", "1/s", "up", SAME
     ),
     r"train/device/mfu": Known("MFU", "Share of the device's peak operations that training uses", "", "up", SAME),
+    r"train/device/memory_gb": Known("Memory", "The most that tensors took on rank zero's GPU, in 10⁹ bytes", "GB"),
     r"images_seen": Known("Images seen", "Training images over all ranks and stages"),
     r"epoch": Known("Epoch", "Passes over the training data"),
     r"step": Known("Step", "Steps of the optimiser in this stage"),

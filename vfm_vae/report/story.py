@@ -135,7 +135,9 @@ def _session(session: Mapping[str, Any]) -> SessionRow:
         images=_range(session.get("images_seen")),
         steps=_range(session.get("steps")),
         seconds=duration(session.get("seconds")),
-        device=f"{session.get('device', '')}{several}, {session.get('precision', '')}",
+        device=", ".join(
+            filter(None, (f"{session.get('device') or ''}{several}", str(session.get("precision") or "")))
+        ),
         memory="" if not isinstance(memory, int | float) else f"{memory:g} GB",
         commit=f"{hash_[:10]}{' with changes' if plus else ''}",
         versions=listed,
