@@ -24,6 +24,25 @@ from vfm_vae.writing import write_text
 CARD = "run"
 LOGGED_OPTIONS = ("seed_everything", "matmul_precision", "model", "data")
 OF_TRAINER = ("precision", "devices", "num_nodes", "max_steps", "max_epochs", "gradient_clip_val")
+# What TensorBoard's tables show, by the names that they have there; and all weights of losses.
+SHOWN = {
+    "model.model": "model",
+    "model.model.vfm.name": "vfm",
+    "model.model.depth": "depth",
+    "model.model.width": "width",
+    "model.model.patch_size": "patch_size",
+    "model.model.adapter.latent_channels": "latent_channels",
+    "model.optimizer": "optimizer",
+    "model.optimizer.lr": "lr",
+    "model.alignment": "alignment",
+    "model.max_images": "max_images",
+    "trainer.max_steps": "max_steps",
+    "model.gradient_clip_val": "gradient_clip_val",
+    "trainer.gradient_clip_val": "gradient_clip_val",
+    "data.batch_size": "batch_size",
+    "seed_everything": "seed",
+}
+WEIGHTS = "model.objective."
 STEPS_OF_A_PATH = ("init_args", "class_path")  # of an option, which its name can do without
 
 
@@ -85,7 +104,7 @@ class Board(Output):
         self._add(trainer)
         if not trainer.is_global_zero or not self._tags:
             return
-        options = options_of(self.config)
+        options = shown_of(options_of(self.config))
         for logger in tensorboards(trainer) if options else ():
             # Their values don't matter: TensorBoard takes the last ones logged.
             for summary in hparams(options, dict.fromkeys(final_numbers(self._tags), 0.0)):
@@ -166,6 +185,13 @@ def options_of(config: str | None) -> dict[str, bool | int | float | str]:
 
     visit("", chosen)
     return found
+
+
+def shown_of(options: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Those of a run's options that tell it from others at a glance, for a table."""
+    weights = {name.removeprefix(WEIGHTS): value for name, value in options.items() if name.startswith(WEIGHTS)}
+    of_losses = {f"weight of {name}": value for name, value in weights.items() if type(value) is float and value}
+    return {SHOWN[name]: value for name, value in options.items() if name in SHOWN} | of_losses
 
 
 def _code(text: str, language: str = "") -> str:

@@ -19,6 +19,7 @@ seed_everything: 3
 model:
   model: {class_path: vfm_vae.tokenizer.VFMVAE, init_args: {vfm: {class_path: FrozenVFM, init_args: {name: vit}}}}
   optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.002, betas: [0.9, 0.95], fused: true}}
+  objective: {l1: 1.0, kl: 1.0e-6, l2: 0.0, adversarial_from: 10, adaptive: false}
   init_from: runs/strong/checkpoints/last.ckpt
 data: {root: data/photos, batch_size: 8, cache: null}
 trainer: {max_steps: 10, precision: 32-true, callbacks: [{class_path: EMA}], log_every_n_steps: 1}
@@ -32,6 +33,11 @@ OPTIONS = {
     "model.optimizer": "AdamW",
     "model.optimizer.lr": 0.002,
     "model.optimizer.fused": True,
+    "model.objective.l1": 1.0,
+    "model.objective.kl": 1e-6,
+    "model.objective.l2": 0.0,
+    "model.objective.adversarial_from": 10,
+    "model.objective.adaptive": False,
     "data.batch_size": 8,
     "trainer.precision": "32-true",
     "trainer.max_steps": 10,
@@ -162,8 +168,10 @@ def test_options_stand_beside_final_numbers_without_a_point_more(fit):
                for tag in (EXPERIMENT_TAG, SESSION_START_INFO_TAG)}  # fmt: skip
     metrics = [info.name.tag for info in content[EXPERIMENT_TAG].experiment.metric_infos]
     assert metrics[:2] == ["val/loss", "test/loss"]
-    assert content[SESSION_START_INFO_TAG].session_start_info.hparams["model.optimizer.lr"].number_value == 0.002
-    assert {info.name for info in content[EXPERIMENT_TAG].experiment.hparam_infos} == OPTIONS.keys()
+    assert content[SESSION_START_INFO_TAG].session_start_info.hparams["lr"].number_value == 0.002
+    assert {info.name for info in content[EXPERIMENT_TAG].experiment.hparam_infos} == {
+        *("seed", "model", "vfm", "optimizer", "lr", "batch_size", "max_steps", "weight of l1", "weight of kl")
+    }
 
 
 def test_other_loggers_are_told_the_options(fit, tmp_path: Path):
