@@ -113,6 +113,8 @@ def test_nothing_writes_files_in_another_way():
         "vfm_vae/saving.py": 1,  # into a whole file
         "vfm_vae/data/shard_index.py": 1,  # into a whole file
         "vfm_vae/data/archive.py": 2,  # into a whole file
+        "vfm_vae/report/drawing.py": 1,  # into memory
+        "vfm_vae/report/pictures.py": 1,  # into memory
         "vfm_vae/embedded/photos.py": 3,  # into a folder that appears as a whole
     }
 
