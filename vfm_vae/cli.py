@@ -214,13 +214,16 @@ def run(
     """
     package = module.__module__.partition(".")[0]
     program = {"exit_on_error": False, "prog": f"python -m {package}"}
-    commands = {name: {"exit_on_error": False} for name in command_line.subcommands()}
+    names = command_line.subcommands().keys()
+    asked = names & set(sys.argv[1:]) or names
+    commands = {name: {"exit_on_error": False, "passed_over": name not in asked} for name in names}
     with short_errors():
         command_line(
             module,
             datamodule,
             trainer_class=trainer,
             auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # which takes a second; no module logs or keeps hyper-parameters
             parser_kwargs=commands | program,
             save_config_callback=SaveTrainingConfig,
             # Rerunning a stage in its folder is how it is resumed.

@@ -25,7 +25,13 @@ class HookedCLI(LightningCLI):
     def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
         """Adds options to a subcommand, or changes their defaults, when those of the trainer's method are there."""
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, passed_over: bool = False, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """A subcommand's options; none for one that is not asked for, since to collect them takes long."""
+        if passed_over:
+            self._subcommand_method_arguments[subcommand] = []
+            return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         self.add_subcommand_arguments(parser, subcommand)
         return parser
