@@ -171,3 +171,10 @@ def test_help_shows_our_options_and_no_list_of_every_layer(folder: Path):
     assert code == 0
     assert "--model.max_images" in out
     assert "torchvision" not in out
+
+
+def test_who_asks_for_no_command_is_told_of_all(folder: Path):
+    for words in ([], ["fti"], ["--help"]):
+        code, out, err = run(folder, *words)
+        assert code == (0 if words == ["--help"] else 2) and "Traceback" not in err
+        assert words == [] or all(command in out + err for command in ("fit", "validate", "test", "predict"))
