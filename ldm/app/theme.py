@@ -21,7 +21,7 @@ CSS = """
 .vv-row { margin: 0 0 1.1rem; }
 .vv-row h3 { font-size: 0.95rem; font-weight: 600; margin: 0 0 0.4rem; }
 .vv-row h3 span { font-weight: 400; margin-left: 0.7rem; }
-.vv-row > div { display: grid; gap: 0.7rem; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+.vv-row > div { display: grid; gap: 0.7rem; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); }
 .vv-row.vv-four > div { grid-template-columns: repeat(4, 1fr); }
 .vv-row.vv-strip > div { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 0.5rem; }
 @media (max-width: 900px) { .vv-row.vv-four > div { grid-template-columns: repeat(2, 1fr); } }

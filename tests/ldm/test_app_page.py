@@ -36,9 +36,9 @@ from vfm_vae.vfm import FrozenVFM
 
 pytestmark = needs_chromium
 PICTURES = os.environ.get("APP_PICTURES")
-# What must hold, in seconds on two idle cores; others may be at work on them here, which the load average tells.
+# What must hold, in seconds on two idle cores. On a machine that is busy with other things, as the load average tells,
+# the seconds of a processor that the server takes meanwhile must.
 FIRST_PAGE, RECONSTRUCTION, PROGRESS = 5.0, 2.0, 1.0
-BUSY = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)) * 1.5
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,6 @@ class Served:
         address: Of the page.
         begun: When it was started, as `time.monotonic` says it.
         folder: For its temporary files.
-        shown: Seconds until the page was there, as `note_shown` noted it.
-        computed: Seconds of a processor that the server had taken by then.
     """
 
     def __init__(self, models: Path, folder: Path):
@@ -120,7 +118,6 @@ class Served:
         command = [sys.executable, "-m", "vfm_vae", "app", str(models), "--port", str(port)]
         environment = os.environ | {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        self.shown = self.computed = 0.0
 
     def wait(self) -> None:
         """Waits until the server answers."""
@@ -132,11 +129,23 @@ class Served:
                 assert self.process.poll() is None, self.process.communicate()[1]
                 time.sleep(0.02)
 
-    def note_shown(self) -> None:
-        """Notes when the page was there, and how many seconds of a processor the server has taken until then."""
-        self.shown = time.monotonic() - self.begun
+    def processor(self) -> float:
+        """Seconds of a processor that the server has taken so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        self.computed = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def note(self, what: str, since: tuple[float, float], limit: float) -> None:
+        """Says how long something took, and checks that.
+
+        Args:
+            what: What it is.
+            since: When it began, and what `processor` said then.
+            limit: Seconds that it may take.
+        """
+        took, computed = time.monotonic() - since[0], self.processor() - since[1]
+        load = os.getloadavg()[0]
+        print(f"{what} after {took:.2f} s, {computed:.2f} s of a processor; load {load:.1f}")
+        assert (took if load <= (os.cpu_count() or 1) else min(took, computed)) < limit, what
 
     def files(self) -> list[Path]:
         """Uploads that lie on the disk, and have anything in them."""
@@ -153,7 +162,7 @@ def opened(models, tmp_path_factory) -> Iterator[tuple]:
             served.wait()
             page.goto(served.address)
             page.get_by_role("tab", name="Generate").wait_for()
-            served.note_shown()
+            served.note("the first page", (served.begun, 0), FIRST_PAGE)
             yield page, seen, served
         finally:
             served.process.send_signal(signal.SIGINT)
@@ -182,36 +191,29 @@ def tab(page, name: str):
     return page.locator("[role=tabpanel]:visible")
 
 
-def choose(page, part, label: str, option: str) -> None:
-    part.get_by_label(label, exact=True).click()
-    page.get_by_role("option", name=option).click()
-
-
-def test_the_first_page_comes_soon_and_fills_itself(opened):
-    page, _, served = opened
-    print(f"first page after {served.shown:.2f} s, {served.computed:.2f} of a processor; load {os.getloadavg()[0]:.1f}")
-    assert served.shown < FIRST_PAGE * BUSY
+def test_the_page_comes_soon_and_fills_itself(opened):
+    page, _, _ = opened
     page.locator("#reconstruction figure").first.wait_for()
     assert "tokenizer" in page.locator("#state").inner_text()
 
 
 def test_a_reconstruction_is_there_soon(opened):
-    page, _, _ = opened
+    page, _, served = opened
+    from playwright.sync_api import expect
+
     part = tab(page, "Reconstruct")
     result = page.locator("#reconstruction")
-    choose(page, part, "Image", "astronaut")
-    begun = time.monotonic()
+    part.get_by_label("Image", exact=True).click()
+    begun = time.monotonic(), served.processor()
+    page.get_by_role("option", name="astronaut").click()
     result.get_by_text("astronaut, 64 x 64").first.wait_for()
-    took = time.monotonic() - begun
-    print(f"reconstruction after {took:.2f} s")
-    assert took < RECONSTRUCTION * BUSY
+    served.note("a reconstruction", begun, RECONSTRUCTION)
     assert re.search(r"PSNR \d+\.\d\d dB · SSIM -?0\.\d{3} · latent \d+ x 8 x 8", result.inner_text())
     keep(page, "reconstruct")
-    boxes = part.get_by_role("checkbox")
-    if boxes.count() > 1:
-        last = part.locator("label", has=boxes.last).inner_text()
+    boxes, rows = part.get_by_role("checkbox"), result.locator(".vv-four")
+    if (count := rows.count()) > 1:
         boxes.last.uncheck()
-        result.get_by_role("heading", name=last).wait_for(state="detached")
+        expect(rows).to_have_count(count - 1, timeout=180_000)
 
 
 def upload(page, part, file: Path) -> str:
@@ -253,14 +255,12 @@ def test_bad_uploads_get_a_line_each_and_it_goes_on(opened, bad_files):
 
 
 def test_samples_show_their_progress_and_are_the_model_s(opened, models):
-    page, _, _ = opened
+    page, _, served = opened
     part, result = tab(page, "Generate"), page.locator("#samples")
-    begun = time.monotonic()
+    begun = time.monotonic(), served.processor()
     part.get_by_role("button", name="Draw").click()
     page.locator("#samples [role=progressbar]").wait_for()
-    took = time.monotonic() - begun
-    print(f"progress after {took:.2f} s")
-    assert took < PROGRESS * BUSY
+    served.note("progress", begun, PROGRESS)
     result.get_by_text("Samples").wait_for()
     assert result.locator("figure").count() == 4 + 8
     shown = result.locator("img").first.get_attribute("src")
