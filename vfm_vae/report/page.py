@@ -61,7 +61,6 @@ def _template() -> Template:
 
 def _parts(subjects: Sequence[Subject], points: int, with_configs: bool) -> dict[str, Any]:
     several = len(subjects) > 1
-    heads, changes = between(subjects) if several else ([], [])
     problems = [f"{subject.name}: {line}" if several else line for subject in subjects for line in problems_of(subject)]
     return {
         "title": " and ".join(subject.name for subject in subjects) if several else subjects[0].name,
@@ -70,8 +69,7 @@ def _parts(subjects: Sequence[Subject], points: int, with_configs: bool) -> dict
         "keys": [] if several else key_cells(subjects[0]),
         "studies": [(subject.name, _study(subject)) for subject in subjects if subject.study is not None],
         "stories": stories_of(subjects, with_configs),
-        "difference_heads": heads,
-        "differences": changes,
+        "differences": between(subjects) if several else [],
         "axes": axes_of(subjects, points),
         "strengths": strengths_of(subjects),
         "pictures": [],

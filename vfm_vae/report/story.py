@@ -170,21 +170,20 @@ def duration(seconds: Any) -> str:
     return f"{minutes} min {whole % 60} s" if minutes else f"{seconds:g} s"
 
 
-def between(subjects: Sequence[Subject]) -> tuple[list[str], list[Change]]:
-    """The options in which the last runs of several folders differ, for the kind that most of them have.
+def between(subjects: Sequence[Subject]) -> list[tuple[list[str], list[Change]]]:
+    """The options in which the last runs of several folders differ, for each kind of model.
 
     Returns:
-        The heads of the columns, and the options.
+        For each kind the heads of the columns, and the options; none where nothing differs.
     """
-    named: list[tuple[str, Run]] = []
-    for kind in ("diffusion", "tokenizer", "other"):
+    found = []
+    for kind in ("tokenizer", "diffusion", "other"):
         lasts = [(subject.name, [line[-1] for line in subject.lines if line[-1].kind == kind]) for subject in subjects]
-        of_kind = [(f"{name} · {run.name}", run) for name, runs in lasts for run in runs[-1:] if run.config]
-        named = of_kind if len(of_kind) > len(named) else named
-    if len(named) < 2:
-        return [], []
-    changes = differences([run.config for _, run in named])
-    return [name for name, _ in named], [change for change in changes if not change.option.startswith("run.")]
+        named = [(f"{name} · {run.name}", run) for name, runs in lasts for run in runs[-1:] if run.config]
+        changes = differences([run.config for _, run in named]) if len(named) > 1 else []
+        if changes := [change for change in changes if not change.option.startswith("run.")]:
+            found.append(([name for name, _ in named], changes))
+    return found
 
 
 def made_by() -> str:
