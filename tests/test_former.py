@@ -67,6 +67,15 @@ def machine() -> str:
     return f"torch {torch.__version__}, {name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+LOGGED = "train/", "val/"
+NEW = ("train/lr", "train/clip_share")  # how names begin of what a former version did not log
+
+
+def is_old(key: str) -> bool:
+    """Whether a former version logged a number of that name, and which this one still logs."""
+    return key.startswith(LOGGED) and not key.startswith(NEW)
+
+
 def digest(tensors: Iterable[torch.Tensor]) -> str:
     """A fingerprint of every bit."""
     found = hashlib.sha256()
@@ -102,7 +111,10 @@ def trained(run_folder: Path) -> dict[str, Any]:
     moments = [state for optimizer in stored["optimizer_states"] for state in optimizer["state"].values()]
     return {
         "images_seen": stored["images_seen"],
-        "logged": [{key: value for key, value in row.items() if key.startswith(("train/", "val/"))} for row in rows],
+        "logged": [
+            {key: value for key, value in row.items() if key.startswith(LOGGED) and not key.startswith(NEW)}
+            for row in rows
+        ],
         "weights": digest(value for _, value in sorted(stored["state_dict"].items())),
         "averages": digest(value for _, value in sorted(stored["ema"]["weights"].items())),
         "moments": digest(value for state in moments for _, value in sorted(state.items()) if torch.is_tensor(value)),
