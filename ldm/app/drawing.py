@@ -242,7 +242,7 @@ class Mixed:
     """Guidance's velocities for two conditions, mixed: `(1 − w) · v_A + w · v_B`, w for each sample.
 
     Args:
-        model: Whose guidance it is.
+        model: The model whose guidance is taken.
         other: Condition B of each sample; A is what samples are drawn for.
         weights: w, `[B]` in [0, 1].
     """
