@@ -111,10 +111,7 @@ def trained(run_folder: Path) -> dict[str, Any]:
     moments = [state for optimizer in stored["optimizer_states"] for state in optimizer["state"].values()]
     return {
         "images_seen": stored["images_seen"],
-        "logged": [
-            {key: value for key, value in row.items() if key.startswith(LOGGED) and not key.startswith(NEW)}
-            for row in rows
-        ],
+        "logged": [{key: value for key, value in row.items() if is_old(key)} for row in rows],
         "weights": digest(value for _, value in sorted(stored["state_dict"].items())),
         "averages": digest(value for _, value in sorted(stored["ema"]["weights"].items())),
         "moments": digest(value for state in moments for _, value in sorted(state.items()) if torch.is_tensor(value)),
