@@ -1,6 +1,8 @@
 """The notebook: it runs as a user would run it, and leaves what it promises."""
 
+import base64
 import importlib
+import io
 import re
 from pathlib import Path
 
@@ -62,6 +64,9 @@ def test_a_folder_of_photographs_becomes_models_and_samples(tmp_path: Path):
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
     assert len(shown) == 4  # photographs, reconstructions, samples, and what is nearest to them
+    for output in shown:
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))).convert("RGB"))
+        assert (pixels < 250).any(2).mean() > 0.2  # a picture, and not only its title
     out = tmp_path / "out"
     assert picture(out / "samples.png").shape == (64, 3 * 64, 3)
     assert picture(out / "reconstructions.png").shape[0] == 2 * 64
