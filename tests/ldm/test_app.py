@@ -12,6 +12,7 @@ import torch
 from command_line import run
 from PIL import Image
 
+from ldm import convert
 from ldm.app import actions, finding, inputs, pictures
 from ldm.app.between import images_between, spherical
 from ldm.app.drawing import Order, Step, Stopped, as_ordered, draw, draw_between
@@ -331,3 +332,15 @@ def test_what_is_no_image_gets_one_line_and_is_off_the_disk(content, message, tm
 def test_examples_are_the_middle_of_photographs():
     assert set(inputs.EXAMPLES) >= {"cat", "coffee"}
     assert inputs.example("cat", 256).shape == (1, 3, 256, 256)
+
+
+def test_conversion_notes_what_classes_are_called(diffusion, tmp_path):
+    for name in ("bee", "ape", "cow"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    (tmp_path / "names.txt").write_text("ape\nbee\ncow\n")
+    for place in ("train", "names.txt"):
+        diffusion.name_classes(convert._names(tmp_path / place))
+        diffusion.save_pretrained(tmp_path / "model")
+        assert LatentDiffusion.from_pretrained(tmp_path / "model").class_names == ["ape", "bee", "cow"]
+    with pytest.raises(ValueError, match="class_names: there is no folder and no text file"):
+        convert._names(tmp_path / "nowhere")
