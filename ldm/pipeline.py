@@ -122,7 +122,7 @@ class LatentDiffusion(nn.Module, Pretrained):
         return super().from_checkpoint(path).use_tokenizer(tokenizer)
 
     def completed(self, config: Mapping[str, Any]) -> Self:
-        """Notes which tokenizer's latents it makes, what its classes are called, and of which encoder it takes texts."""
+        """Notes whose latents it makes, what its classes are called, and of which text encoder it takes texts."""
         self.latent_source = config["tokenizer"]
         self.name_classes(config.get("class_names"))
         check_text_encoder(self.conditioning, config.get("text"), "name: the model")
