@@ -66,7 +66,7 @@ def test_a_folder_of_photographs_becomes_models_and_samples(tmp_path: Path):
     assert len(shown) == 4  # photographs, reconstructions, samples, and what is nearest to them
     for output in shown:
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))).convert("RGB"))
-        assert (pixels < 250).any(2).mean() > 0.2  # a picture, and not only its title
+        assert (pixels < 250).any(2).mean() > 0.05  # images, and not only a title
     out = tmp_path / "out"
     assert picture(out / "samples.png").shape == (64, 3 * 64, 3)
     assert picture(out / "reconstructions.png").shape[0] == 2 * 64
