@@ -6,11 +6,13 @@ import sys
 
 
 def lower_bounds(path: str) -> list[str]:
-    """One constraint for each requirement, extras included."""
+    """One constraint for each requirement, extras included; extras that name others of the package itself add none."""
     parser = configparser.ConfigParser()
     parser.read(path)
     texts = [parser["options"]["install_requires"], *parser["options.extras_require"].values()]
+    itself = parser.get("metadata", "name", fallback=None)
     lines = {line.strip() for text in texts for line in text.splitlines() if line.strip()}
+    lines = {line for line in lines if re.split(r"[^\w.-]", line)[0] != itself}
     found = {line: re.match(r"([\w.-]+)(?:\[\w+\])?>=([\d.]+)", line) for line in lines}
     if unbound := sorted(line for line, match in found.items() if match is None):
         raise SystemExit(f"{path}: these requirements have no lower bound: {', '.join(unbound)}")

@@ -21,3 +21,10 @@ def test_a_requirement_without_one_is_named(tmp_path):
     (tmp_path / "setup.cfg").write_text(config)
     with pytest.raises(SystemExit, match="no lower bound: ruff<1, timm"):
         lower_bounds(str(tmp_path / "setup.cfg"))
+
+
+def test_an_extra_may_name_others_of_the_package_itself(tmp_path):
+    config = "[metadata]\nname = mine\n[options]\ninstall_requires =\n    torch>=2\n"
+    config += "[options.extras_require]\napp =\n    gradio>=6\ndev =\n    mine[app,docs]\n    mine-too>=1\n"
+    (tmp_path / "setup.cfg").write_text(config)
+    assert lower_bounds(str(tmp_path / "setup.cfg")) == ["gradio==6", "mine-too==1", "torch==2"]
