@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ldm.app import pictures
-from ldm.app.between import Path, images_between
+from ldm.app.between import Interpolation, images_between
 from ldm.app.drawing import SAMPLERS, Order, Step, Stopped, draw, draw_between
-from ldm.app.inputs import EXAMPLES, Upload, image_of, take
+from ldm.app.inputs import EXAMPLES, Upload, image_of, take  # noqa: F401  # the page takes the first and last from here
 from ldm.app.models import Models, class_choices
 from ldm.app.reconstructing import Reconstruction, reconstruct, show
 from ldm.pipeline import LatentDiffusion
 from ldm.samplers import Dopri5
 from vfm_vae.types import Samples
 
-__all__ = ["EXAMPLES"]
 PAUSE = 0.1  # seconds between two pictures of progress
 UNGUIDED = 2.0  # scale to begin with, for a model that says none
 
@@ -64,11 +63,6 @@ def settings_of(model: LatentDiffusion) -> dict[str, Any]:
     }
 
 
-def uploaded(path: str) -> Upload:
-    """Takes an uploaded file off the disk; raises ValueError if it is no image that can be used."""
-    return take(path)
-
-
 def reconstructed(models: Models, names: Sequence[str], upload: Upload | None, example: str, side: int) -> str:
     """What the chosen tokenizers make of an image, as HTML.
 
@@ -109,7 +103,7 @@ def between_conditions(models: Models, asked: Asked, count: int, stop: threading
     """
     model, order = _order(models, asked._replace(each=1))
     names = _names(model, asked.values)
-    titles = [names[0], *(f"{number / (count - 1):.2f}" for number in range(1, count - 1)), names[1]]
+    titles = _ends_and_between(names, count)
     note = f"the same noise, seed {order.seed}; at each time the velocities of both are mixed"
     return _shown(draw_between(model, order, count, stop, models.lock), titles, note, names[0])
 
@@ -120,7 +114,7 @@ def between_images(
     ends: Sequence[tuple[Upload | None, str]],
     side: int,
     count: int,
-    path: Path,
+    path: Interpolation,
 ) -> str:
     """Images between two, as HTML.
 
@@ -139,7 +133,7 @@ def between_images(
     first, second = (image.to(models.device) for image in images)
     with models.lock:
         found = images_between(models.tokenizers[name], first, second, count, path)
-    labels = [titles[0], *(f"{number / (count - 1):.2f}" for number in range(1, count - 1)), titles[1]]
+    labels = _ends_and_between(titles, count)
     figures = [_figure(image, label) for image, label in zip(found, labels, strict=True)]
     return pictures.row(figures, name, f"{path} in the latent", "vv-strip")
 
@@ -170,6 +164,11 @@ def _names(model: LatentDiffusion, values: Sequence[Any]) -> list[str]:
     return [called[value] for value in values]
 
 
+def _ends_and_between(ends: Sequence[str], count: int) -> list[str]:
+    """What images between two ends are called, the ends among them."""
+    return [ends[0], *(f"{number / (count - 1):.2f}" for number in range(1, count - 1)), ends[1]]
+
+
 def _figure(image: Tensor, title: str, note: str = "") -> str:
     return pictures.figure(pictures.pixels(image), title, note)
 
@@ -177,9 +176,13 @@ def _figure(image: Tensor, title: str, note: str = "") -> str:
 def _shown(steps: Iterator[Step | Samples], titles: Sequence[str], note: str, first: str) -> Iterator[str]:
     """Progress, the first sample on its way, and the samples, as HTML."""
     frames: list[str] = []
+
+    def strip() -> str:
+        note = f"{first}: what the model takes the first image for, at time t from noise (0) to data (1)"
+        return pictures.row(frames, "From noise to image", note, "vv-strip")
+
     yield pictures.bar(0, "waiting for the model")
-    told, begun = time.monotonic(), time.monotonic()
-    strip = f"{first}: what the model takes the first image for, at time t from noise (0) to data (1)"
+    told = begun = time.monotonic()
     try:
         for item in steps:
             if isinstance(item, Samples):
@@ -187,16 +190,15 @@ def _shown(steps: Iterator[Step | Samples], titles: Sequence[str], note: str, fi
                 images = item.images.cpu()
                 frames.append(_figure(images[0], "t = 1"))
                 shown = [_figure(image, title) for image, title in zip(images, titles, strict=True)]
-                samples = pictures.row(shown, "Samples", f"{note} · {time.monotonic() - begun:.1f} s")
-                yield samples + pictures.row(frames, "From noise to image", strip, "vv-strip")
+                yield pictures.row(shown, "Samples", f"{note} · {time.monotonic() - begun:.1f} s") + strip()
                 return
             if item.frame is not None:
                 frames.append(_figure(item.frame.cpu(), f"t = {item.time:.2f}"))
             if item.frame is not None or time.monotonic() - told > PAUSE:
                 told = time.monotonic()
-                yield _progress(item) + pictures.row(frames, "From noise to image", strip, "vv-strip")
+                yield _progress(item) + strip()
     except Stopped:
-        yield pictures.line("stopped") + pictures.row(frames, "From noise to image", strip, "vv-strip")
+        yield pictures.line("stopped") + strip()
 
 
 def _progress(step: Step) -> str:

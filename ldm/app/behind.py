@@ -35,13 +35,8 @@ class Behind:
         """Begins to read."""
         threading.Thread(target=self._read, daemon=True).start()
 
-    @property
-    def is_done(self) -> bool:
-        """Whether models are read, or won't be."""
-        return self._done.is_set()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Waits until models are read, or won't be; returns whether they are or won't."""
+    def wait(self, timeout: float) -> bool:
+        """Waits so many seconds until models are read, or won't be; returns whether they are or won't."""
         return self._done.wait(timeout)
 
     def models(self) -> Any:

@@ -8,12 +8,12 @@ from torch import Tensor
 from vfm_vae.options import at_least, one_of
 from vfm_vae.pretrained_tokenizer import PretrainedTokenizer
 
-Path = Literal["linear", "spherical"]
+Interpolation = Literal["linear", "spherical"]
 
 
 @torch.no_grad()
 def images_between(
-    tokenizer: PretrainedTokenizer, first: Tensor, second: Tensor, count: int, path: Path = "linear"
+    tokenizer: PretrainedTokenizer, first: Tensor, second: Tensor, count: int, path: Interpolation = "linear"
 ) -> Tensor:
     """Images between two, decoded from latents between theirs (the posteriors' modes).
 

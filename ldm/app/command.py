@@ -15,7 +15,7 @@ from ldm.app.finding import find
 
 DESCRIPTION = """\
 Opens a page on this machine that reconstructs images, draws samples, and shows what lies between two of them.
-Nothing leaves the machine."""
+Nothing leaves the machine, unless --host or --share let others in."""
 FOLDER = """\
 what to show: folders that save_pretrained wrote, runs' folders or checkpoints, a folder that holds several of these, or
 owner/model on the Hugging Face hub; the demo's models, runs/demo/pretrained, if none is given"""
@@ -25,7 +25,7 @@ QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says in one line what is wrong."""
+    """A parser that says in one line what is wrong; other command lines' `short_errors` would import torch first."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the process."""

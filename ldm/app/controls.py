@@ -2,7 +2,7 @@
 
 import html
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import gradio as gr
@@ -10,6 +10,9 @@ import gradio as gr
 SAMPLERS = [("Euler", "Euler"), ("Heun", "Heun"), ("Euler-Maruyama", "EulerMaruyama"), ("Dopri5 (adaptive)", "Dopri5")]
 PROMPTS = "a cat, left\na flower, top"
 SHOWN_AT_FIRST = 4  # tokenizers
+HOW = ("sampler", "steps", "scale", "start", "end")  # controls of how samples are drawn, which models have options for
+
+Said = Mapping[Any, Any]  # what controls say, by control
 
 
 def header(state: str) -> str:
@@ -26,9 +29,11 @@ class Controls(ABC):
     """The controls of a tab.
 
     Attributes:
+        inputs: Those that what the tab shows depends on; what they say is a `Said`.
         of_models: Those that depend on which models there are.
     """
 
+    inputs: set[Any]
     of_models: list[Any]
 
     @abstractmethod
@@ -68,7 +73,11 @@ class Reconstruct(Controls):
             with gr.Column(scale=4, min_width=320):
                 self.result = gr.HTML(elem_id="reconstruction")
         self.of_models = [self.tokenizers, self.side, self.image.example]
-        self.inputs = [self.tokenizers, self.image.kept, self.image.example, self.side]
+        self.inputs = {self.tokenizers, self.image.kept, self.image.example, self.side}
+
+    def asked(self, said: Said) -> tuple[Any, ...]:
+        """What the controls say, as `ldm.app.actions.reconstructed` takes it behind the models."""
+        return said[self.tokenizers], said[self.image.kept], said[self.image.example], int(said[self.side])
 
     def filled(self, models: Any, actions: Any) -> dict[Any, Any]:
         """The tokenizers, and the sides that one of them takes."""
@@ -95,10 +104,12 @@ class Sampling(Controls):
             self.steps = slider(2, 250, 50, 1, "Steps")
             self.start = slider(0, 1, 0, 0.005, "Guidance from t (0: noise)")
             self.end = slider(0, 1, 1, 0.005, "Guidance to t (1: data)")
+        self.how = {name: getattr(self, name) for name in HOW}
+        self.inputs = {self.model, self.seed, *self.how.values()}
 
-    def how(self, settings: dict[str, Any]) -> dict[Any, Any]:
+    def how_of(self, settings: dict[str, Any]) -> dict[Any, Any]:
         """The controls of how samples are drawn, as a model's own options are."""
-        return {getattr(self, name): settings[name] for name in ("sampler", "steps", "scale", "start", "end")}
+        return {control: settings[name] for name, control in self.how.items()}
 
     @abstractmethod
     def what(self, settings: dict[str, Any]) -> dict[Any, Any]:
@@ -107,7 +118,26 @@ class Sampling(Controls):
     def settings(self, behind: Any, name: str) -> dict[Any, Any]:
         """All controls that depend on the chosen model."""
         settings = behind.actions().settings_of(behind.models().diffusion[name])
-        return self.what(settings) | self.how(settings)
+        return self.what(settings) | self.how_of(settings)
+
+    def order(
+        self, models: Any, actions: Any, said: Said, classes: Sequence[Any], prompts: Sequence[str], each: int = 1
+    ) -> Any:
+        """What the controls say, an `ldm.app.actions.Asked`.
+
+        Raises:
+            ValueError: if there is no model, or a control is empty.
+        """
+        name, seed = said[self.model], said[self.seed]
+        if not name:
+            raise ValueError("there is no diffusion model to draw with: give a folder of one, too")
+        how = {option: said[control] for option, control in self.how.items()}
+        if None in (seed, *how.values()):
+            raise ValueError("seed, guidance, steps: fill all of them in")
+        is_text = models.diffusion[name].conditioning.text_encoder is not None
+        values = list(prompts) if is_text else [int(number) for number in classes]
+        how |= {"scale": float(how["scale"]), "steps": int(how["steps"])}
+        return actions.Asked(model=name, values=values, each=each, seed=int(seed), **how)
 
     def of_first(self, models: Any, actions: Any) -> dict[Any, Any]:
         """The choice of models, and all that depends on the first."""
@@ -116,7 +146,7 @@ class Sampling(Controls):
             return {self.model: gr.Dropdown([], value=None)}
         settings = actions.settings_of(models.diffusion[names[0]])
         chosen = gr.Dropdown(names, value=names[0], visible=len(names) > 1)
-        return {self.model: chosen} | self.what(settings) | self.how(settings)
+        return {self.model: chosen} | self.what(settings) | self.how_of(settings)
 
 
 class Generate(Sampling):
@@ -135,9 +165,8 @@ class Generate(Sampling):
                     self.stop = gr.Button("Stop", min_width=80)
             with gr.Column(scale=4, min_width=320):
                 self.result = gr.HTML(elem_id="samples")
-        how = [self.seed, self.scale, self.start, self.end, self.sampler, self.steps]
-        self.inputs = [self.model, self.classes, self.prompts, self.each, *how]
-        self.of_model = [self.classes, self.prompts, self.sampler, self.steps, self.scale, self.start, self.end]
+        self.inputs |= {self.classes, self.prompts, self.each}
+        self.of_model = [self.classes, self.prompts, *self.how.values()]
         self.of_models = [self.model, *self.of_model, self.result]
 
     def filled(self, models: Any, actions: Any) -> dict[Any, Any]:
@@ -154,10 +183,10 @@ class Generate(Sampling):
             self.prompts: gr.Textbox(visible=settings["is_text"]),
         }
 
-    @staticmethod
-    def asked(actions: Any, models: Any, model: str | None, classes: Any, prompts: str, each: int, *how: Any) -> Any:
-        """What the controls say, an `ldm.app.actions.Asked`."""
-        return asked(actions, models, model, classes, lines(prompts), each, *how)
+    def asked(self, models: Any, actions: Any, said: Said) -> Any:
+        """What the controls say, an `ldm.app.actions.Asked`; raises what `order` does."""
+        prompts = lines(said[self.prompts])
+        return self.order(models, actions, said, said[self.classes] or [], prompts, int(said[self.each]))
 
 
 class Between(Sampling):
@@ -165,7 +194,6 @@ class Between(Sampling):
 
     IMAGES: ClassVar = "images"
     CONDITIONS: ClassVar = "classes or prompts"
-    NUM_OF_IMAGES: ClassVar = 8
 
     def __init__(self) -> None:
         with gr.Row():
@@ -182,12 +210,11 @@ class Between(Sampling):
             with gr.Column(scale=4, min_width=320):
                 self.result = gr.HTML(elem_id="between")
         self.groups = [images, conditions, self.stop]
-        ends = [control for end in self.ends for control in (end.kept, end.example)]
-        self.of_images = [self.tokenizer, *ends, self.side, self.count, self.path]
-        how = [self.seed, self.scale, self.start, self.end, self.sampler, self.steps]
-        self.inputs = [self.kind, *self.of_images, self.model, *self.classes, *self.prompts, *how]
-        self.of_model = [*self.classes, *self.prompts, self.sampler, self.steps, self.scale, self.start, self.end]
         examples = [end.example for end in self.ends]
+        kept = [end.kept for end in self.ends]
+        self.of_images = {self.tokenizer, *kept, *examples, self.side, self.count, self.path}
+        self.inputs |= {self.kind, *self.of_images, *self.classes, *self.prompts}
+        self.of_model = [*self.classes, *self.prompts, *self.how.values()]
         self.of_models = [self.tokenizer, self.side, *examples, self.model, *self.of_model]
 
     def _make_images(self) -> None:
@@ -232,46 +259,23 @@ class Between(Sampling):
             for control, value in zip(self.classes, chosen, strict=True)
         } | {control: gr.Textbox(visible=is_text) for control in self.prompts}
 
-    @staticmethod
-    def of_two_images(name: str, *values: Any) -> tuple[Any, ...]:
+    def of_two_images(self, said: Said) -> tuple[Any, ...]:
         """What the controls of two images say, as `ldm.app.actions.between_images` takes it behind the models."""
-        ends, (side, count, path) = values[:4], values[4:]
-        return name, (ends[:2], ends[2:]), int(side), int(count), path
+        ends = [(said[end.kept], said[end.example]) for end in self.ends]
+        return said[self.tokenizer], ends, int(said[self.side]), int(said[self.count]), said[self.path]
 
-    @classmethod
-    def asked(cls, actions: Any, models: Any, *values: Any) -> tuple[Any, int]:
-        """What the controls of two conditions say, an `ldm.app.actions.Asked`, and how many images are wanted."""
-        images, (model, *ends), how = values[: cls.NUM_OF_IMAGES], values[cls.NUM_OF_IMAGES :][:5], values[-6:]
-        texts = [text for text in ends[2:] if text.strip()]
-        classes = [number for number in ends[:2] if number is not None]
-        found = asked(actions, models, model, classes, texts, 1, *how)
+    def of_two_conditions(self, models: Any, actions: Any, said: Said) -> tuple[Any, int]:
+        """What the controls of two conditions say, an `ldm.app.actions.Asked`, and how many images are wanted.
+
+        Raises:
+            ValueError: as `order` does; if there are not two.
+        """
+        classes = [said[control] for control in self.classes if said[control] is not None]
+        prompts = [text for text in (said[control] or "" for control in self.prompts) if text.strip()]
+        found = self.order(models, actions, said, classes, prompts)
         if len(found.values) != 2:
             raise ValueError("give two, one for each end")
-        return found, int(images[6])
-
-
-def asked(
-    actions: Any,
-    models: Any,
-    model: str | None,
-    classes: Sequence[int] | None,
-    prompts: Sequence[str],
-    each: int,
-    *how: Any,
-) -> Any:
-    """What controls of sampling say, an `ldm.app.actions.Asked`.
-
-    Raises:
-        ValueError: if there is no model, or a control is empty.
-    """
-    if not model:
-        raise ValueError("there is no diffusion model to draw with: give a folder of one, too")
-    if any(value is None for value in how):
-        raise ValueError("seed, guidance, steps: fill all of them in")
-    is_text = models.diffusion[model].conditioning.text_encoder is not None
-    seed, scale, start, end, sampler, steps = how
-    values = list(prompts) if is_text else [int(number) for number in classes or []]
-    return actions.Asked(model, values, int(each), int(seed), float(scale), start, end, sampler, int(steps))
+        return found, int(said[self.count])
 
 
 def slider(low: float, high: float, value: float, step: float, label: str) -> Any:

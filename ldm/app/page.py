@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from ldm.app.behind import Behind
-from ldm.app.controls import Between, Controls, Generate, Image, Reconstruct, header, problem
+from ldm.app.controls import Between, Controls, Generate, Image, Reconstruct, Said, header, problem
 
 MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # one at a time, the others queue
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -33,22 +33,22 @@ class Page:
             status = gr.HTML(header("starting"))
             with gr.Tabs():
                 with gr.Tab("Reconstruct"):
-                    first = Reconstruct()
+                    self.reconstruct = Reconstruct()
                 with gr.Tab("Generate"):
-                    second = Generate()
+                    self.generate = Generate()
                 with gr.Tab("Between"):
-                    third = Between()
-            self._connect_reconstruct(first)
-            self._connect_generate(second)
-            self._connect_between(third)
-            ready = [status, *first.of_models, *second.of_models, *third.of_models]
-            controls = (first, second, third)
+                    self.between = Between()
+            self._connect_reconstruct()
+            self._connect_generate()
+            self._connect_between()
+            controls = (self.reconstruct, self.generate, self.between)
+            ready = [status, *(control for part in controls for control in part.of_models)]
 
             def load() -> Iterator[dict[Any, Any]]:  # gradio looks whether it is a generator
                 yield from self._load(status, controls)
 
             loaded = page.load(load, None, ready, **AT_ONCE)
-            loaded.success(self._reconstruct, first.inputs, first.result, **COMPUTE)
+            loaded.success(self._reconstruct, self.reconstruct.inputs, self.reconstruct.result, **COMPUTE)
             page.unload(self._leave)
         return page
 
@@ -88,53 +88,51 @@ class Page:
     def _take(self, path: str) -> tuple[Any, Any, Any, str]:
         """An uploaded file: the empty control again, no example, its content, and what is wrong with it."""
         try:
-            upload = self.behind.actions().uploaded(path)
+            upload = self.behind.actions().take(path)
         except ValueError as error:
             return None, gr.skip(), gr.skip(), problem(error)
         return None, None, upload, ""
 
-    def _connect_image(self, image: Image, then: Any, inputs: Any, result: Any) -> None:
+    def _connect_image(self, image: Image, then: Any, inputs: set[Any], result: Any) -> None:
         """An uploaded image, or a chosen example in its place, starts the tab's computation."""
         kept, said = image.kept, image.said
         taken = image.upload.upload(self._take, image.upload, [image.upload, image.example, kept, said], **AT_ONCE)
-        taken.then(self._if_taken(then), [said, *inputs], result, **COMPUTE)
+        taken.then(lambda told: gr.skip() if told[said] else then(told), {said, *inputs}, result, **COMPUTE)
         chosen = image.example.input(lambda: (None, ""), None, [kept, said], **AT_ONCE)
         chosen.then(then, inputs, result, **COMPUTE)
 
-    @staticmethod
-    def _if_taken(then: Any) -> Any:
-        return lambda said, *values: gr.skip() if said else then(*values)
-
-    def _connect_reconstruct(self, tab: Reconstruct) -> None:
+    def _connect_reconstruct(self) -> None:
+        tab = self.reconstruct
         self._connect_image(tab.image, self._reconstruct, tab.inputs, tab.result)
         for control in (tab.tokenizers, tab.side):
             control.input(self._reconstruct, tab.inputs, tab.result, **COMPUTE)
 
-    def _reconstruct(self, names: list[str], kept: Any, example: str, side: int) -> str:
+    def _reconstruct(self, said: Said) -> str:
         try:
             models = self.behind.models()
-            return str(self.behind.actions().reconstructed(models, names, kept, example, int(side)))
+            return str(self.behind.actions().reconstructed(models, *self.reconstruct.asked(said)))
         except ValueError as error:
             return problem(error)
 
-    def _connect_generate(self, tab: Generate) -> None:
+    def _connect_generate(self) -> None:
+        tab = self.generate
         tab.model.input(lambda name: tab.settings(self.behind, name), tab.model, tab.of_model, **AT_ONCE)
-        drawn = [tab.draw.click, tab.prompts.submit]
-        for event in drawn:
+        for event in (tab.draw.click, tab.prompts.submit):
             event(self._generate, tab.inputs, tab.result, **COMPUTE)
         tab.stop.click(self._stop, None, None, queue=False, **PRIVATE)
 
-    def _generate(self, request: gr.Request, *values: Any) -> Iterator[str]:
+    def _generate(self, request: gr.Request, said: Said) -> Iterator[str]:
         stop = self._stopper(request)
         try:
             models, actions = self.behind.models(), self.behind.actions()
-            yield from actions.generated(models, Generate.asked(actions, models, *values), stop)
+            yield from actions.generated(models, self.generate.asked(models, actions, said), stop)
         except ValueError as error:
             yield problem(error)
         finally:
             stop.set()
 
-    def _connect_between(self, tab: Between) -> None:
+    def _connect_between(self) -> None:
+        tab = self.between
         for end in tab.ends:
             self._connect_image(end, self._between_images, tab.of_images, tab.result)
         for control in (tab.tokenizer, tab.side, tab.path):
@@ -144,22 +142,21 @@ class Page:
         tab.show.click(self._between, tab.inputs, tab.result, **COMPUTE)
         tab.stop.click(self._stop, None, None, queue=False, **PRIVATE)
 
-    def _between_images(self, *values: Any) -> str:
+    def _between_images(self, said: Said) -> str:
         try:
             models, actions = self.behind.models(), self.behind.actions()
-            return str(actions.between_images(models, *Between.of_two_images(*values)))
+            return str(actions.between_images(models, *self.between.of_two_images(said)))
         except ValueError as error:
             return problem(error)
 
-    def _between(self, request: gr.Request, kind: str, *values: Any) -> Iterator[str]:
-        images = values[: Between.NUM_OF_IMAGES]
-        if kind == Between.IMAGES:
-            yield self._between_images(*images)
+    def _between(self, request: gr.Request, said: Said) -> Iterator[str]:
+        if said[self.between.kind] == Between.IMAGES:
+            yield self._between_images(said)
             return
         stop = self._stopper(request)
         try:
             models, actions = self.behind.models(), self.behind.actions()
-            asked, count = Between.asked(actions, models, *values)
+            asked, count = self.between.of_two_conditions(models, actions, said)
             yield from actions.between_conditions(models, asked, count, stop)
         except ValueError as error:
             yield problem(error)
