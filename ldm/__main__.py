@@ -9,7 +9,8 @@ from vfm_vae.data.datamodule import ImageNetDataModule
 
 def main() -> None:
     """Runs the command line of this process."""
-    run(DiffusionModule, ImageNetDataModule, DiffusionCLI, SweepingTrainer)
+    description = "Trains diffusion models on a tokenizer's latents, measures them, and draws samples."
+    run(DiffusionModule, ImageNetDataModule, DiffusionCLI, SweepingTrainer, description)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,11 @@ def main() -> None:
     from vfm_vae.data.datamodule import ImageNetDataModule
     from vfm_vae.module import TokenizerModule
 
-    run(TokenizerModule, ImageNetDataModule)
+    run(
+        TokenizerModule,
+        ImageNetDataModule,
+        description=f"Trains tokenizers and measures them. `python -m vfm_vae {APP} --help`: a page to try models on.",
+    )
 
 
 if __name__ == "__main__":

@@ -203,6 +203,7 @@ def run(
     datamodule: type[LightningDataModule],
     command_line: type[CLI] = CLI,
     trainer: type[Trainer] = Trainer,
+    description: str = "",
 ) -> None:
     """Runs `fit`, `validate`, `test` or `predict` from the command line, with `short_errors`.
 
@@ -211,12 +212,10 @@ def run(
         datamodule: The LightningDataModule that they fill in.
         command_line: The command line, which may have further commands.
         trainer: The trainer, whose methods the commands are.
+        description: What `--help` says of the program.
     """
     package = module.__module__.partition(".")[0]
-    program = {"exit_on_error": False, "prog": f"python -m {package}"}
-    names = command_line.subcommands().keys()
-    asked = names & set(sys.argv[1:]) or names
-    commands = {name: {"exit_on_error": False, "passed_over": name not in asked} for name in names}
+    program = {"prog": f"python -m {package}", "description": description}
     with short_errors():
         command_line(
             module,
@@ -224,12 +223,27 @@ def run(
             trainer_class=trainer,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # which takes a second; no module logs or keeps hyper-parameters
-            parser_kwargs=commands | program,
+            parser_kwargs=program | parser_options(command_line, sys.argv[1:]),
             save_config_callback=SaveTrainingConfig,
             # Rerunning a stage in its folder is how it is resumed.
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [WholeCheckpoints(), Timeline(), History(package), Board(package)]},
         )
+
+
+def parser_options(command_line: type[CLI], arguments: Sequence[str]) -> dict[str, Any]:
+    """Options of a command line's parsers: they raise their errors, and commands nobody asks for collect no options.
+
+    A command that a config names, and no word does, is among all that are collected.
+
+    Args:
+        command_line: The command line.
+        arguments: What follows the program's name.
+    """
+    names = command_line.subcommands().keys()
+    asked = names & set(arguments) or names
+    raising = {"exit_on_error": False}
+    return raising | {name: raising | {"passed_over": name not in asked} for name in names}
 
 
 def words(arguments: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
-from vfm_vae.cli import CONFIGS, find_config
+from vfm_vae.cli import CONFIGS, find_config, parser_options
 from vfm_vae.data.datamodule import ImageNetDataModule
 
 # Each program's module, command line and trainer; `vfm_vae` knows no diffusion models before a report asks.
@@ -93,8 +93,6 @@ def parsed(program: str, configs: Sequence[str]) -> dict[str, Any]:
             raise _Read(parser.dump(self.config, skip_unset=False))
 
     words = ["fit", *(word for config in configs for word in ("-c", config))]
-    options: dict[str, Any] = {"exit_on_error": False}
-    commands = dict.fromkeys(command_line.subcommands(), options)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -103,7 +101,7 @@ def parsed(program: str, configs: Sequence[str]) -> dict[str, Any]:
                 ImageNetDataModule,
                 trainer_class=trainer,
                 auto_configure_optimizers=False,
-                parser_kwargs=commands | options,
+                parser_kwargs=parser_options(command_line, words),
                 args=words,
             )
     except _Read as read:
