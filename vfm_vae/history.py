@@ -1,6 +1,5 @@
 """What a run's trainings were: a session for each start of `fit`, in `history.json` in the run's folder."""
 
-import json
 import os
 import platform
 import shlex
@@ -19,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from vfm_vae.lightning_private import undeclared
-from vfm_vae.metrics.summary import versions
+from vfm_vae.metrics.summary import json_content, versions
 from vfm_vae.saving import alike, local_path
 from vfm_vae.trial import Output, is_trial
 from vfm_vae.writing import write_json
@@ -28,6 +27,8 @@ HISTORY = "history.json"
 STOPS = (SystemExit, KeyboardInterrupt, SIGTERMException)
 CONFIG = ("-c", "--config")
 LONGEST_ERROR = 500  # letters
+ENDS = ("images_seen", "steps")  # two numbers each
+NUMBERS = ("seconds", "skipped_steps", "damaged_images", "peak_memory_gb")
 
 
 class History(Output):
@@ -88,7 +89,7 @@ class History(Output):
             "images_seen": [_images_seen(pl_module)] * 2,
             "steps": [trainer.global_step] * 2,
             "seconds": 0.0,
-            "commit": commit(),
+            "commit": commit() if trainer.is_global_zero else None,  # which asks git
             "versions": {"python": platform.python_version(), **versions()},
             "device": device_name(trainer),
             "devices": trainer.world_size,
@@ -163,12 +164,23 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     try:
-        sessions = json.loads(file.read_text())["sessions"]
-        if not isinstance(sessions, list) or not all(isinstance(session, dict) for session in sessions):
+        sessions = json_content(file.read_text())["sessions"]
+        if not isinstance(sessions, list) or not all(map(_is_session, sessions)):
             raise ValueError("sessions: not a list of them")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(file)!r} is no history of a run ({error})") from error
     return sessions
+
+
+def _is_session(session: Any) -> bool:
+    """Whether a session has numbers, and lists of them, where readers expect them."""
+    if not isinstance(session, dict) or not isinstance(session.get("configs") or [], list):
+        return False
+    ends = [session[name] for name in ENDS if session.get(name) is not None]
+    if not all(isinstance(both, list) and len(both) == 2 for both in ends):
+        return False
+    numbers = [number for both in ends for number in both] + [session.get(name) for name in NUMBERS]
+    return all(number is None or type(number) in (int, float) for number in numbers)
 
 
 def command_line(program: str, words: Sequence[str]) -> dict[str, Any]:

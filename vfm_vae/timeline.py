@@ -24,7 +24,8 @@ from vfm_vae.lightning_private import (
 )
 
 IMAGES_SEEN = "images_seen"
-FILES = "events.out.tfevents.*"
+EVENTS = "events.out.tfevents."  # what names of TensorBoard's files begin with
+FILES = f"{EVENTS}*"
 BY_STEPS = "by_steps"
 EPOCH = "epoch"  # which former versions logged with all numbers
 NUM_LOOKED_AT = 1000  # events of a file

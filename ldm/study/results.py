@@ -165,7 +165,8 @@ def _logged(run: Path) -> dict[str, list[Logged]]:
     found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     if not found:
         return {}
-    steps_of = _steps_of(run) if not found.get(EPOCH) else lambda step: step + 1  # a former version counted from 0
+    # A former version counted steps, from 0.
+    steps_of = (lambda step: step + 1) if EPOCH in found else _steps_of(run)
     return {tag: [Logged(steps_of(e.step), e.wall_time, e.value) for e in values] for tag, values in found.items()}
 
 

@@ -181,7 +181,7 @@ def _by_time(line: Line) -> Group | None:
         values = np.array([curve.values[curve.at == position][0] for _, curve in known_there])
         colour = shade(number / max(1, len(chosen) - 1))
         traces.append(Trace(times, values, colour, has_dots=True))
-        labels.append(Label(colour, f"{short(position)}"))
+        labels.append(Label(colour, short(position)))
     source = "validation" if part == "val" else "training"
     return Group(line.label, [Panel(f"{line.label}, {source}", f"{LOSS_BY_TIME}{part}_…", chart(traces))], labels)
 

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-from vfm_vae.timeline import BY_STEPS
+from vfm_vae.timeline import BY_STEPS, EPOCH, FILES, IMAGES_SEEN
 
-EVENTS, TABLE = "events.out.tfevents.", "metrics.csv"
-IMAGES = "images_seen"  # which former versions, that counted steps, logged beside the others
-OF_FORMER = (IMAGES, "epoch")
+TABLE = "metrics.csv"
+OF_FORMER = (IMAGES_SEEN, EPOCH)  # former versions, that counted steps, logged these beside the others
 
 Tags = dict[str, dict[int, float]]
 
@@ -66,13 +65,13 @@ def read_curves(folder: Path) -> Curves:
     problems: list[str] = []
     files: list[Tags] = []
     began = math.inf
-    for path in [*sorted((folder / BY_STEPS).glob(f"{EVENTS}*")), *sorted(folder.glob(f"{EVENTS}*"))]:
+    for path in [*sorted((folder / BY_STEPS).glob(FILES)), *sorted(folder.glob(FILES))]:
         tags, first = _of_events(path, problems)
         files.append(tags)
         began = min(began, first)
     if not any(files) and (folder / TABLE).is_file():
         files = [_of_table(folder / TABLE, problems)]
-    counted = {step: images for tags in files for step, images in tags.get(IMAGES, {}).items()}
+    counted = {step: images for tags in files for step, images in tags.get(IMAGES_SEEN, {}).items()}
     is_former = [any(name in tags for name in OF_FORMER) for tags in files]
     by_images = [_by_images(tags, counted) if former else tags for tags, former in zip(files, is_former, strict=True)]
     merged = _merged(by_images)
@@ -94,8 +93,8 @@ def _of_events(path: Path, problems: list[str]) -> tuple[Tags, float]:
     tags: Tags = {}
     began = math.inf
     quiet = logging.getLogger("tensorboard")
-    level, quiet_level = quiet.level, logging.ERROR
-    quiet.setLevel(quiet_level)
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
     try:
         for event in LegacyEventFileLoader(str(path)).Load():
             began = min(began, event.wall_time)

@@ -12,8 +12,8 @@ import yaml
 
 from vfm_vae.history import HISTORY, read_history
 from vfm_vae.metrics.summary import read_entries
-from vfm_vae.report.curves import EVENTS, TABLE, Curves, read_curves
-from vfm_vae.timeline import BY_STEPS
+from vfm_vae.report.curves import TABLE, Curves, read_curves
+from vfm_vae.timeline import BY_STEPS, EVENTS
 
 Kind = Literal["tokenizer", "diffusion", "other"]
 METRICS, CONFIG = "metrics.json", "config.yaml"
@@ -45,7 +45,7 @@ class Run:
     @property
     def model(self) -> Mapping[str, Any]:
         """The options of what was trained."""
-        return _mapping(self.config.get("model"))
+        return mapping(self.config.get("model"))
 
     @property
     def kind(self) -> Kind:
@@ -90,7 +90,7 @@ class Entry:
     @property
     def metrics(self) -> Mapping[str, float | None]:
         """Numbers by name; None where one is not finite."""
-        return _mapping(self.content.get("metrics"))
+        return mapping(self.content.get("metrics"))
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def read_subject(folder: Path, name: str) -> Subject:
     found = dict(_folders(folder))
     runs = [read_run(place, folder) for place, files in found.items() if _is_run(files)]
     measured = [place / METRICS for place, files in found.items() if METRICS in files]
-    entries = [entry for file in measured for entry in _entries(file, os.path.relpath(file, folder))]
+    entries = [entry for file in measured for entry in _entries(file, file.relative_to(folder).as_posix())]
     entries = entries or _entries_elsewhere(runs)
     if not runs and not entries:
         raise ValueError(
@@ -170,7 +170,7 @@ def read_subject(folder: Path, name: str) -> Subject:
     study = folder / "report.md"
     parts = sorted((folder / "parts").glob("*.json"))
     is_study = study.is_file() or bool(parts)
-    undone = [file.stem for file in parts if not _mapping(_json(file)).get("done")] if is_study else []
+    undone = [file.stem for file in parts if not mapping(_json(file)).get("done")] if is_study else []
     return Subject(folder, name, _ordered(runs), entries, study if study.is_file() else None, undone)
 
 
@@ -189,9 +189,9 @@ def read_run(place: Path, top: Path) -> Run:
     except ValueError as error:
         problems.append(str(error))
     curves = read_curves(place)
-    name = place.name if place == top else os.path.relpath(place, top)
+    name = place.name if place == top else place.relative_to(top).as_posix()
     name = place.absolute().name if name in (".", "") else name
-    return Run(place, name, _mapping(config), sessions, curves, [*problems, *curves.problems])
+    return Run(place, name, mapping(config), sessions, curves, [*problems, *curves.problems])
 
 
 def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -236,13 +236,13 @@ def _entries_elsewhere(runs: Sequence[Run]) -> list[Entry]:
     """The runs' own entries in a file that they share with others, beside or above them."""
     found = []
     for run in runs:
-        options = _mapping(run.config.get("run"))
+        options = mapping(run.config.get("run"))
         names = {options.get("entry"), options.get("name"), run.folder.absolute().name}
         for file in dict.fromkeys([*_report_paths(run), run.folder.absolute().parent / METRICS]):
             if not file.is_file():
                 continue
             for entry in _entries(file, os.path.relpath(file, run.folder)):
-                measured = str(_mapping(entry.content.get("settings")).get("checkpoint"))
+                measured = str(mapping(entry.content.get("settings")).get("checkpoint"))
                 if entry.name in names or Path(measured).parent.parent.name == run.folder.absolute().name:
                     found.append(entry)
             break
@@ -250,8 +250,8 @@ def _entries_elsewhere(runs: Sequence[Run]) -> list[Entry]:
 
 
 def _report_paths(run: Run) -> list[Path]:
-    callbacks = _mapping(run.config.get("trainer")).get("callbacks")
-    options = [_mapping(_mapping(each).get("init_args")) for each in callbacks or [] if isinstance(each, dict)]
+    callbacks = mapping(run.config.get("trainer")).get("callbacks")
+    options = [mapping(mapping(each).get("init_args")) for each in callbacks or [] if isinstance(each, dict)]
     return [Path(each["path"]) for each in options if str(each.get("path")).endswith(".json")]
 
 
@@ -272,5 +272,6 @@ def _json(file: Path) -> Any:
         return {}
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A value of a file that others wrote, if it is a mapping; else an empty one."""
     return value if isinstance(value, Mapping) else {}

@@ -204,9 +204,14 @@ SPELLED = {"l1": "L1", "l2": "L2", "kl": "KL", "mse": "squared error", "multi_re
 SPELLED |= {f"discriminator_{kind}": f"discriminator on {kind} images" for kind in ("real", "generated")}
 
 
+def bare(name: str) -> str:
+    """A number's name without the part of the data that it was measured on."""
+    return re.sub(r"^(val|test)/", "", name)
+
+
 def known(name: str) -> Known | None:
     """What is known of a number by its name in `metrics.json`; None for one that is not ours."""
-    short = re.sub(r"^(val|test)/", "", name)
+    short = bare(name)
     for pattern, found in KNOWN.items():
         if match := re.fullmatch(pattern, short):
             of = match.groupdict().get("of")
@@ -229,5 +234,5 @@ GROUPS = {
 
 def group(name: str) -> str:
     """The table that a number belongs into."""
-    short = re.sub(r"^(val|test)/", "", name)
+    short = bare(name)
     return next((title for title, pattern in GROUPS.items() if re.match(pattern, short)), "Others")

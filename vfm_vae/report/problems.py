@@ -1,10 +1,10 @@
 """Everything that went wrong on the way, or that keeps numbers from being compared."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from vfm_vae.report.folders import Run, Subject
-from vfm_vae.report.known import GROUPS
+from vfm_vae.report.folders import Run, Subject, mapping
+from vfm_vae.report.known import GROUPS, bare
 from vfm_vae.report.tables import flattened
 
 REFUSED = "steps refused, as losses or gradients were not finite or too large"
@@ -39,7 +39,7 @@ def _of_run(run: Run) -> Iterator[str]:
     for number, session in enumerate(run.sessions, start=1):
         where = f"{run.name}, session {number}"
         outcome, seen = session.get("outcome"), session.get("images_seen")
-        at = f" at {seen[1]:,} images" if isinstance(seen, list) and isinstance(seen[-1], int) else ""
+        at = f" at {seen[-1]:,} images" if isinstance(seen, list) and isinstance(seen[-1], int) else ""
         if outcome == "stopped":
             yield f"{where}: stopped by a signal{at}"
         elif outcome == "failed":
@@ -61,13 +61,13 @@ def _of_run(run: Run) -> Iterator[str]:
 def _settings_that_differ(subject: Subject) -> Iterator[str]:
     """Settings of what measures, where entries that share a number have other ones."""
     groups: list[set[int]] = []
-    names = [{_short(name) for name in entry.metrics if MEASURED.match(_short(name))} for entry in subject.entries]
+    names = [{bare(name) for name in entry.metrics if MEASURED.match(bare(name))} for entry in subject.entries]
     for number, own in enumerate(names):
         joined = [group for group in groups if any(own & names[other] for other in group)]
         groups = [group for group in groups if group not in joined] + [{number}.union(*joined)]
     for group in groups:
         entries = [subject.entries[number] for number in sorted(group)]
-        flat = {entry.name: flattened(_mapping(entry.content.get("settings"))) for entry in entries}
+        flat = {entry.name: flattened(mapping(entry.content.get("settings"))) for entry in entries}
         for name in dict.fromkeys(name for each in flat.values() for name in each):
             if name.partition(".")[0] in PARTS_OF_ALL and not name.endswith(("precision", "rounding", "latent")):
                 continue
@@ -78,14 +78,6 @@ def _settings_that_differ(subject: Subject) -> Iterator[str]:
             if len(values) > 1:
                 told = "; ".join(f"{value[:60]} in {', '.join(where)}" for value, where in values.items())
                 yield f"measured differently: {name}: {told}"
-
-
-def _short(name: str) -> str:
-    return re.sub(r"^(val|test)/", "", name)
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def headline(run: Run, steps: Sequence[int]) -> str:
@@ -100,7 +92,7 @@ def headline(run: Run, steps: Sequence[int]) -> str:
         return {"finished": "finished", "stopped": "stopped by a signal", "failed": "failed"}.get(
             str(outcome), "has no end: killed, or still running"
         )
-    goal, limit = run.model.get("max_images"), _mapping(run.config.get("trainer")).get("max_steps")
+    goal, limit = run.model.get("max_images"), mapping(run.config.get("trainer")).get("max_steps")
     if isinstance(goal, int) and goal > 0 and run.images_seen is not None:
         return "reached its end" if run.images_seen >= goal else f"ended before its goal of {goal:,} images"
     if isinstance(limit, int) and limit > 0 and steps:
