@@ -155,10 +155,15 @@ def test_only_rank_zero_writes_and_all_ranks_end_where_it_cannot(tmp_path: Path,
 
 def test_what_is_no_history(tmp_path: Path):
     assert read_history(tmp_path) == []
-    for content in ("{", "[]", '{"sessions": 3}', '{"sessions": [3]}'):
+    odd = ('"images_seen": 3', '"images_seen": [3]', '"steps": [0, "7"]', '"seconds": "long"', '"configs": "demo"')
+    sessions = ("3", "[3]", *(f"[{{{each}}}]" for each in odd))
+    for content in ("{", "[]", *(f'{{"sessions": {each}}}' for each in sessions)):
         (tmp_path / HISTORY).write_text(content)
         with pytest.raises(ValueError, match=r"history.json' is no history of a run \("):
             read_history(tmp_path)
+    (tmp_path / HISTORY).write_text('{"sessions": [{"seconds": NaN, "images_seen": [null, 1e999]}]}')
+    assert read_history(tmp_path) == [{"seconds": None, "images_seen": [None, None]}]
+    (tmp_path / HISTORY).write_text("{")
     with pytest.warns(UserWarning, match="it is replaced"):
         fit(tmp_path)
     assert len(json.loads((tmp_path / HISTORY).read_text())["sessions"]) == 1

@@ -223,6 +223,17 @@ def test_what_others_chose_is_text(tmp_path: Path):
     assert any(cell["data-entry"] == NASTY and cell["data-metric"] == f"val/{NASTY}" for cell, _ in cells.numbers)
 
 
+def test_numbers_that_no_float_holds(tmp_path: Path):
+    write_run(tmp_path, TOKENIZER, {}, [session()])
+    write_metrics(tmp_path / "metrics.json", run={"val/psnr": 20.5})
+    text = (tmp_path / "metrics.json").read_text()
+    for written in ("NaN", "-Infinity", "1e999", "9" * 400):
+        (tmp_path / "metrics.json").write_text(text.replace("20.5", written))
+        page_text = made(tmp_path)
+        assert "run: not finite: val/psnr" in page_text
+        assert {told for cell, told in Cells(page_text).numbers if cell["data-metric"] == "val/psnr"} == {"not finite"}
+
+
 def test_pictures_fit_into_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     interrupted(tmp_path)
     for number in range(4):

@@ -22,6 +22,21 @@ def json_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
+def json_content(text: str) -> Any:
+    """What a JSON file of another program's holds, with None for numbers that are not finite, or that no float holds.
+
+    Raises:
+        ValueError: if it is no JSON.
+    """
+    return json.loads(text, parse_constant=lambda name: None, parse_float=_number, parse_int=_number)
+
+
+def _number(text: str) -> float | None:
+    if not math.isfinite(float(text)):
+        return None
+    return float(text) if set(text) & set(".eE") else int(text)
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers were computed with; `unknown` of a package that is imported without its metadata."""
     return {name: _version(package) for name, package in _PACKAGES.items()}
@@ -35,7 +50,7 @@ def _version(package: str) -> str:
 
 
 def read_entries(path: Path) -> dict[str, Any]:
-    """The entries of a metrics file by name; none where there is nothing.
+    """The entries of a metrics file by name; none where there is nothing. Numbers that are not finite are None.
 
     Raises:
         ValueError: something else is there.
@@ -43,7 +58,7 @@ def read_entries(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        entries = json.loads(path.read_text())
+        entries = json_content(path.read_text())
     except (OSError, ValueError) as error:  # a folder; no JSON, or no text
         raise ValueError(f"{str(path)!r} is no file of metrics ({error}); give another path") from error
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
