@@ -258,10 +258,10 @@ class TokenizerModule(TwoPlayers, Reconstructing):
         self._terms[player] = terms | {f"train/{name}": value for name, value in others.items()}
 
     def _log_step(self) -> None:
-        numbers: dict[str, Tensor | float] = {"train/loss_l1": 0.0}
-        numbers |= self._terms.get("generator", {}) | self._terms.get("discriminators", {})
-        log_where_due(self, numbers | self.numbers_of_steps(), shown="train/loss_l1")
         if logs_now(self.trainer):
+            numbers: dict[str, Tensor | float] = {"train/loss_l1": 0.0}
+            numbers |= self._terms.get("generator", {}) | self._terms.get("discriminators", {})
+            log_where_due(self, numbers | self.numbers_of_steps(), shown="train/loss_l1")
             self.guard.check()
 
     def on_train_batch_end(self, *_: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vfm_vae.data.steps import batches_per_step
-from vfm_vae.lightning_private import forget_logged, logs_now
+from vfm_vae.lightning_private import forget_logged
 from vfm_vae.losses.guard import NonFiniteGuard
 from vfm_vae.modules.maps import without_autocast
 from vfm_vae.optimization import ClipShare, step_unless
@@ -95,9 +95,9 @@ class TwoPlayers(LightningModule):
             schedule.step()
 
     def numbers_of_steps(self) -> dict[str, Tensor | float]:
-        """Numbers of the last step to log, by name; where they are logged, the shares of clipped steps begin anew."""
+        """Numbers of the last steps to log, by name; the shares of clipped steps begin anew."""
         numbers = self.grad_norms | self.rates | {"skipped_steps": self.guard.skipped}
-        for share in self.clip_shares if logs_now(self.trainer) else ():
+        for share in self.clip_shares:
             numbers |= share.taken()
         return {f"train/{name}": value for name, value in numbers.items()}
 
