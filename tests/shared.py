@@ -1,10 +1,13 @@
 """What tests share: a tokenizer small enough to train within a test, on the embedded VFM, and photographs."""
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from lightning.pytorch import Trainer
 from torchvision.models import vgg16
@@ -31,6 +34,35 @@ def matmul_precision() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@pytest.fixture(autouse=True, scope="session")
+def copies_of_the_vfm() -> Iterator[None]:
+    """Copies the embedded VFM where it was made before from the same random numbers, which go on as they would.
+
+    Tests make it thousands of times, and most of them do less with it than that takes.
+    """
+    made: dict[tuple[Any, ...], tuple[torch.nn.Module, torch.Tensor]] = {}
+    create, plain = timm.create_model, {"dynamic_img_size": True, "pretrained": True, "num_classes": 0}
+
+    def create_or_copy(name: str, **options: Any) -> torch.nn.Module:
+        if name != VFM or options != plain or torch.is_inference_mode_enabled():
+            return create(name, **options)
+        numbers = torch.get_rng_state().numpy().tobytes()
+        key = numbers, torch.get_default_device(), torch.get_default_dtype()
+        if key not in made:
+            if len(made) == 16:
+                del made[next(iter(made))]
+            network = create(name, **options)
+            made[key] = copy.deepcopy(network), torch.get_rng_state()
+            return network
+        network, state = made[key]
+        torch.set_rng_state(state)
+        return copy.deepcopy(network)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", create_or_copy)
+        yield
 
 
 @pytest.fixture
