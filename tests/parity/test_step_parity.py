@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -112,15 +112,16 @@ class Remember(Callback):
 class Run:
     """Both steps: what was logged, the norms of both players, and the module after."""
 
-    def __init__(
-        self, module: TokenizerModule, generator: Norms, discriminator: Norms, trainer: Callable[..., Trainer]
-    ):
+    def __init__(self, module: TokenizerModule, generator: Norms, discriminator: Norms):
         self.module = module
         self.norms = {"G": generator, "D": discriminator}
         generator.module, discriminator.module = module.model, module.discriminator
         remember = Remember()
         batches = [_batch(TENSORS[f"step{step}/images"]) for step in STEPS]
-        trainer(max_steps=2, callbacks=[remember]).fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+        silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        options = {"max_steps": 2, "log_every_n_steps": 1, "enable_checkpointing": False}
+        trainer = Trainer(accelerator="cpu", devices=1, callbacks=[remember], **options, **silent)
+        trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
         self.logged = remember.logged
 
 
@@ -140,8 +141,13 @@ def generator_state(model: VFMVAE) -> Callable[[dict[str, Tensor]], dict[str, Te
     return published
 
 
-@pytest.fixture
-def run(trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> Run:
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield both_steps(monkeypatch)
+
+
+def both_steps(monkeypatch: pytest.MonkeyPatch) -> Run:
     model = tokenizer_from_published(select("generator/"), INFO["config"])
     generator = Norms(generator_state(model))
     model.train().vfm = GivenFeatures(features_of(step) for step in STEPS for _ in "DG")
@@ -171,7 +177,7 @@ def run(trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> Run
     module = TokenizerModule(
         model, discriminator, objective, generator.optimizer, opponent.optimizer, order="published"
     )
-    return Run(module, generator, opponent, trainer)
+    return Run(module, generator, opponent)
 
 
 def test_losses_and_the_adaptive_weight(run: Run):
