@@ -24,7 +24,7 @@ from vfm_vae.vfm import FrozenVFM
 VFM = "vit_photos_patch8_64"
 LOSSES = {"multi_resolution": 0.0, "alignment": 0.0, "adversarial": 0.0}
 GAN = {"adversarial": 0.1, "adversarial_patch": 0.1}
-ORDERS = pytest.mark.parametrize("order", ["simultaneous", "published"])
+ORDERS = pytest.mark.parametrize("order", ["simultaneous", pytest.param("published", marks=pytest.mark.slow)])
 
 
 def conv_vae(aligned: bool = False) -> ConvVAE:

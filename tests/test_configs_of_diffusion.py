@@ -15,8 +15,17 @@ RUNS = {"epochs64": (80_000, "lognormal"), "epochs80": (100_000, "lognormal")}
 RUNS |= {"epochs560": (600_000, "lognormal"), "epochs560_uniform": (700_000, "uniform")}
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("data", ["latents", "imagenet_centre"])
+FIRST, *OTHERS = RUNS
+
+
+@pytest.mark.parametrize(
+    ("run", "data"),
+    [
+        *((run, "latents") for run in RUNS),
+        (FIRST, "imagenet_centre"),
+        *(pytest.param(run, "imagenet_centre", marks=pytest.mark.slow) for run in OTHERS),
+    ],
+)
 def test_full_size_diffusion_runs_are_the_published_ones(run, data):
     plain = ["--model.optimizer.init_args.fused=false"]  # the meta device has no fused kernels
     with torch.device("meta"):

@@ -144,7 +144,13 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+# What `test_cli` and `test_read_checkpoints` find, too.
+ALSO = {"no such tokenizer", "no tokenizer's checkpoint", "no such precision", "misspelt key"}
+
+
+@pytest.mark.parametrize(
+    "mistake", [pytest.param(name, marks=pytest.mark.slow if name in ALSO else []) for name in MISTAKES]
+)
 def test_a_mistake_ends_with_one_line(chain: Path, mistake: str):
     foreign = chain / "foreign"
     if not foreign.exists():

@@ -12,6 +12,8 @@ from callbacks.evaluation import rows_of
 from vfm_vae.discriminators.augment import DifferentiableAugmentation
 from vfm_vae.modules.posterior import DiagonalGaussian
 
+ORDERS = pytest.mark.parametrize("order", ["simultaneous", pytest.param("published", marks=pytest.mark.slow)])
+
 
 def test_one_batch_overfits(tiny_module, trainer, batch):
     batch = rows_of(batch, slice(2))
@@ -79,7 +81,7 @@ def test_accumulation_steps_at_the_end_of_a_group(tiny_module, trainer, batch):
     assert not torch.equal(history[0][1], history[1][1])
 
 
-@pytest.mark.parametrize("order", ["simultaneous", "published"])
+@ORDERS
 def test_an_epoch_ends_with_a_step_of_what_is_left(tiny_module, trainer, batch, order):
     module = tiny_module(accumulate_grad_batches=2, order=order)
     run = trainer(max_epochs=1, limit_train_batches=3)
@@ -87,7 +89,7 @@ def test_an_epoch_ends_with_a_step_of_what_is_left(tiny_module, trainer, batch, 
     assert run.global_step == 2 and module.images_seen == 3 * len(batch.images)
 
 
-@pytest.mark.parametrize("order", ["simultaneous", "published"])
+@ORDERS
 def test_a_step_is_the_mean_over_its_batches(tiny_module, trainer, batch, monkeypatch, order):
     """A step of two batches alike goes as far as one of either; SGD's, which does not forgive a factor as Adam does."""
     sgd = partial(torch.optim.SGD, lr=1e-4)
@@ -144,7 +146,7 @@ def test_compiled_training_in_bfloat16_follows_eager_training(tiny_module, data,
     assert len(watch.losses) == 200 and means[1] == pytest.approx(means[0], rel=0.01)
 
 
-@pytest.mark.parametrize("order", ["simultaneous", "published"])
+@ORDERS
 def test_backward_passes_know_no_autocast(tiny_module, trainer, batch, order):
     """Or gradients of what was computed in float32 would be products in bfloat16."""
     module, seen = tiny_module(order=order, objective={"perceptual": 0.1, "alignment": 1.0}), set()

@@ -62,7 +62,7 @@ def test_training_that_can_not_go_on_stops_where_it_logs(tiny_module, trainer, b
     assert module.guard.num_skipped == 4
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_refused_step_leaves_the_optimisers_states_too(tiny_module, trainer, batch, fused):
     module = tiny_module(**dict.fromkeys(("optimizer", "discriminator_optimizer"), partial(Adam, lr=1e-3, fused=fused)))
     states = []

@@ -134,9 +134,18 @@ CHANGES = {  # images of a batch and batches of a step, before and after
 }
 
 
-@pytest.mark.parametrize("num_steps", [2, 3, 5])  # three steps of eight or two of twelve are an epoch
+# Three steps of eight or two of twelve are an epoch. Latents are in shards, too.
+@pytest.mark.parametrize(
+    ("source", "num_steps"),
+    [
+        *(("folder", num_steps) for num_steps in (2, 3, 5)),
+        ("shards", 5),
+        ("latents", 2),
+        *(pytest.param("shards", num_steps, marks=pytest.mark.slow) for num_steps in (2, 3)),
+        *(pytest.param("latents", num_steps, marks=pytest.mark.slow) for num_steps in (3, 5)),
+    ],
+)
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("source", ["folder", "shards", "latents"])
 def test_other_batches_go_on_with_the_images_that_are_left(roots, tmp_path, source, change, num_steps):
     (size, parts), (other_size, other_parts) = CHANGES[change]
     data = datamodule(roots, source, size)

@@ -48,7 +48,7 @@ TOLD = {
 }
 
 
-@pytest.fixture(params=TOLD)
+@pytest.fixture(params=[pytest.param("a class", marks=pytest.mark.slow), "brightness"])
 def told(request):
     return request.param
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from test_denoiser import ALL, every_class_in_time, inputs, parts, randomised, small
+from test_denoiser import ALL, inputs, one_class_in_time, parts, randomised, small
 
 import vfm_vae.compilation
 from callbacks.ema import EMA
@@ -72,8 +72,8 @@ def assert_close(ours, theirs, tolerance=1e-5):
         assert torch.allclose(ours[name], value, rtol=10 * tolerance, atol=tolerance * scale), name
 
 
-@every_class_in_time
-@pytest.mark.parametrize("alignment", ["none", "base"])
+@one_class_in_time
+@pytest.mark.parametrize("alignment", [pytest.param("none", marks=pytest.mark.slow), "base"])
 def test_equal_blocks_are_compiled_once(kind, alignment, graphs):
     model = small(kind, alignment, depth=6)
     model.compile_regions()
@@ -85,7 +85,7 @@ def test_equal_blocks_are_compiled_once(kind, alignment, graphs):
     assert Counter(map(type, compiled)) == Counter([*map(type, model.blocks), *after])
 
 
-@every_class_in_time
+@one_class_in_time
 def test_all_sizes_of_batches_but_the_first_share_one_form(kind, graphs):
     model = small(kind, depth=3)
     model.compile_regions()
@@ -94,8 +94,8 @@ def test_all_sizes_of_batches_but_the_first_share_one_form(kind, graphs):
         assert graphs == regions(kind, "reg", expected)
 
 
-@every_class_in_time
-@pytest.mark.parametrize("alignment", ["none", "base"])
+@one_class_in_time
+@pytest.mark.parametrize("alignment", [pytest.param("none", marks=pytest.mark.slow), "base"])
 @pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_is_the_same(kind, alignment, recompute, graphs):
     plain = randomised(small(kind, alignment))
@@ -115,7 +115,7 @@ def test_compiled_is_the_same(kind, alignment, recompute, graphs):
 
 
 @torch.no_grad()
-@every_class_in_time
+@one_class_in_time
 def test_a_copy_runs_its_own_weights(kind, graphs):
     model = randomised(small(kind))
     model.compile_regions()
@@ -130,7 +130,7 @@ def test_a_copy_runs_its_own_weights(kind, graphs):
     assert graphs[block_of(kind)] == regions(kind, "reg")[block_of(kind)]
 
 
-@every_class_in_time
+@one_class_in_time
 def test_under_autocast_blocks_hand_float32_on_and_compute_in_bfloat16(kind, graphs):
     plain, compiled = (randomised(small(kind)) for _ in range(2))
     for model in (plain, compiled):
@@ -181,7 +181,7 @@ def test_the_pipeline_samples_the_same_compiled(graphs):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="on the CPU, torch.compile needs a C++ compiler")
-@every_class_in_time
+@one_class_in_time
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_for_good_it_is_the_same(kind, recompute):
     plain = randomised(small(kind))

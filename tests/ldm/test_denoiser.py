@@ -40,6 +40,9 @@ every_labelled = pytest.mark.parametrize("kind", [kind for kind in CLASSES if ki
 every_class_in_time = pytest.mark.parametrize(
     "kind", ["lightningdit", "sit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ditdh", "text"))]
 )
+one_class_in_time = pytest.mark.parametrize(
+    "kind", ["lightningdit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sit", "ditdh", "text"))]
+)
 every_alignment = pytest.mark.parametrize("alignment", ALIGNMENTS)
 with_all_or_nothing = pytest.mark.parametrize("alignment", ["none", "base"])
 
@@ -174,7 +177,9 @@ def test_block_features_leave_the_class_token_out(kind, alignment):
 
 
 @every_class_in_time
-@pytest.mark.parametrize("alignment", ["none", "repa", "base"])
+@pytest.mark.parametrize(
+    "alignment", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "repa")), "base"]
+)
 def test_one_batch_trains_everything(kind, alignment):
     model = small(kind, alignment)
     data, noise = torch.randn(2, 8, 3, 4, 4)
@@ -226,8 +231,8 @@ def test_activation_checkpointing_changes_no_gradient(kind, alignment):
 
 
 @torch.no_grad()
-@every_class_in_time
-@with_all_or_nothing
+@one_class_in_time
+@pytest.mark.parametrize("alignment", [pytest.param("none", marks=pytest.mark.slow), "base"])
 def test_compiled_in_one_graph_it_is_the_same(kind, alignment):
     torch.compiler.reset()  # forms of the other models count towards one limit
     model = randomised(small(kind, alignment)).eval()

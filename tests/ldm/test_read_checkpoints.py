@@ -56,8 +56,14 @@ def check(error, path, said, option):
         assert message.startswith(f"{option}: ") and repr(path) in message
 
 
-@pytest.mark.parametrize("program", ["tokenizer", "diffusion"])
-@pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
+@pytest.mark.parametrize(
+    ("program", "stage"),
+    [
+        ("tokenizer", "fit"),
+        *(pytest.param("tokenizer", stage, marks=pytest.mark.slow) for stage in ("validate", "predict")),
+        *(("diffusion", stage) for stage in ("fit", "validate", "predict")),
+    ],
+)
 def test_a_checkpoint_to_go_on_from(given, program, stage, tiny_module, data, diffusion, latents, trainer):
     path, said = given
     run = trainer(max_steps=1, callbacks=[WholeCheckpoints()])
@@ -123,8 +129,15 @@ def checkpoint_of(module, datamodule, trainer):
     return run._checkpoint_connector.dump_checkpoint()
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-@pytest.mark.parametrize("program", ["tokenizer", "diffusion"])
+OTHERS_IN_TIME = [
+    ("tokenizer", "but one"),
+    ("tokenizer", "other sizes"),
+    *(pytest.param("tokenizer", kind, marks=pytest.mark.slow) for kind in ("half", "unrelated")),
+    *(("diffusion", kind) for kind in OTHERS),
+]
+
+
+@pytest.mark.parametrize(("program", "kind"), OTHERS_IN_TIME)
 def test_weights_of_another_model(kind, program, trained, tiny_module, data, diffusion, latents, trainer, tmp_path):
     """By every option that takes a checkpoint; no tensor is left as it was initialised."""
     change, said = OTHERS[kind]

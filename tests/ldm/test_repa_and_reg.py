@@ -33,7 +33,9 @@ MODELS = {
     "sit": SiT,
     "ditdh": partial(DiTDH, head_depth=1, head_width=48, head_num_heads=2),
 }
-every_model = pytest.mark.parametrize("model", ["lightningdit", "sit", pytest.param("ditdh", marks=pytest.mark.slow)])
+every_model = pytest.mark.parametrize(
+    "model", ["lightningdit", *(pytest.param(model, marks=pytest.mark.slow) for model in ("sit", "ditdh"))]
+)
 ALIGNMENTS = {"repa": REPA, "reg": REG}
 
 
@@ -248,7 +250,7 @@ def test_trainings_differ_in_their_alignment_alone(model, features, trainer, mon
         assert all(torch.equal(*pair) for pair in zip(drawn, seen[None], strict=True))
 
 
-@pytest.mark.parametrize("alignment", ALIGNED)
+@pytest.mark.parametrize("alignment", [pytest.param("repa", marks=pytest.mark.slow), "reg"])
 def test_features_are_computed_on_the_fly(alignment, tiny_model, data, trainer, tmp_path):
     """Of images that a frozen tokenizer encodes: 8x8 latents, and 8x8 tokens of the VFM."""
     tiny_model().save_pretrained(tmp_path / "tokenizer")

@@ -172,7 +172,7 @@ def test_any_schedule_that_counts_steps_will_do(diffusion, latents, trainer):
         assert watch.seen == taken and len({rate for (rate,) in taken}) > 1
 
 
-@pytest.mark.parametrize("order", ["simultaneous", "published"])
+@pytest.mark.parametrize("order", ["simultaneous", pytest.param("published", marks=pytest.mark.slow)])
 def test_discriminators_count_their_own_steps(order, tiny_module, trainer, batch):
     watch, options = Rates(), {"lr_scheduler": RISING, "discriminator_lr_scheduler": RISING}
     module = tiny_module(objective={"adversarial_from": 16}, order=order, **options)

@@ -86,6 +86,7 @@ def test_fid_equals_torch_fidelity(features, plain_features, width):
     assert expected > 0.1
 
 
+@pytest.mark.slow  # as torch-fidelity's is, whose network and statistics are the same
 def test_fid_equals_torchmetrics(inception_weights, images, features):
     class Some(nn.Module):
         """A part of the features: torchmetrics takes long for the eigenvalues of them all."""
