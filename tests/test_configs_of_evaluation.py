@@ -150,8 +150,9 @@ def test_sweeps_build(offline_networks, tmp_path, photos):
 def test_alignment_of_blocks_builds(offline_networks, photos, tmp_path):
     config = (CONFIGS / "ldm/cknna.yaml").read_text().replace("data/imagenet/val", str(photos / "val"))
     (tmp_path / "cknna.yaml").write_text(config)
-    size = "ldm/size/b.yaml"  # a folder of images can't be on the meta device
-    cli = build_ldm("ldm/lightningdit.yaml", "ldm/epochs64.yaml", size, "data/latents.yaml", tmp_path / "cknna.yaml")
+    configs = ("ldm/lightningdit.yaml", "ldm/epochs64.yaml", "ldm/size/b.yaml", "data/latents.yaml")
+    small = ["--model.model.depth=1", "--model.model.width=48"]  # a folder of images can't be on the meta device
+    cli = build_ldm(*configs, tmp_path / "cknna.yaml", options=small)
     assert callback(cli, "CKNNACallback").times == [0.5] and callback(cli, "SampleImages")
 
 
