@@ -16,10 +16,11 @@ LONG |= {"test_another_vfm", "test_compilation", "test_diffusers", "test_incepti
 def pytest_configure(config: pytest.Config) -> None:
     """Who runs tests, and does not only hand them out, imports what takes seconds, and can start processes.
 
-    One thread each, where several processes share the cores.
+    One thread each, where several processes share the cores. Of what is imported nothing could go: nobody looks for it.
     """
     worker = "PYTEST_XDIST_WORKER" in os.environ
     if worker or config.getoption("dist", "no") == "no":
+        gc.disable()
         import processes
         import shared
         import torch
@@ -38,6 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What is imported stays: nobody needs to look over and over for what of it could go."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")

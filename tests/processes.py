@@ -169,6 +169,7 @@ def _load() -> None:
     assert len(os.listdir("/proc/self/task")) == 1  # a fork has one thread, and would wait for the others
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _keep(request: dict, files: list[int]) -> NoReturn:

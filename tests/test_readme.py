@@ -61,7 +61,8 @@ def test_the_two_commands_come_first():
 
 
 def test_package_is_ours_wherever_it_is_imported_from(tmp_path: Path):
-    code = "import vfm_vae, ldm, callbacks; print(vfm_vae.__file__, ldm.__file__, callbacks.__file__, sep='\\n')"
+    names = "('vfm_vae', 'ldm', 'callbacks')"
+    code = f"from importlib.util import find_spec; print(*(find_spec(name).origin for name in {names}), sep='\\n')"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert [Path(line) for line in result.stdout.split()] == [
         ROOT / f"{name}/__init__.py" for name in ("vfm_vae", "ldm", "callbacks")
