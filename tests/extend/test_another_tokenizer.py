@@ -19,6 +19,7 @@ from vfm_vae.tokenizer import VFMVAE, FrozenTokenizer
 from vfm_vae.types import Decoded
 
 HERE = Path(__file__).parent
+SHORT = ["--trainer.max_steps=2", "--trainer.limit_val_batches=0"]
 LAST = "runs/conv/checkpoints/last.ckpt"
 TOKENIZER = """
 seed_everything: 0
@@ -158,13 +159,13 @@ def test_losses_of_what_it_lacks_are_refused(folder):
 def test_latents_are_aligned_to_a_vfm_that_does_not_encode(folder):
     vfm = "{class_path: FrozenVFM, init_args: {name: vit_photos_patch8_64}}"
     options = ["--run.name=aligned", "--model.model=conv_vae.AlignedVAE", f"--model.model.init_args.vfm={vfm}"]
-    options += ["--model.objective.alignment=0.5", "--model.objective.distmat_margin=0.25"]
+    options += ["--model.objective.alignment=0.5", "--model.objective.distmat_margin=0.25", *SHORT]
     succeed(folder, "vfm_vae", "fit", "-c", "tokenizer.yaml", *options)
     path = folder / "runs/aligned/checkpoints/last.ckpt"
     stored = torch.load(path, weights_only=True)
     assert stored["vfm"]["name"] == "vit_photos_patch8_64" and not any("vfm." in n for n in stored["state_dict"])
     model = PretrainedTokenizer.from_checkpoint(path)
     assert model.vfm is None and model.vfm_source()["name"] == "vit_photos_patch8_64"  # not needed for latents
-    options = ["--run.name=next", "--model.model=conv_vae.AlignedVAE", f"--model.init_from={path}"]
+    options = ["--run.name=next", "--model.model=conv_vae.AlignedVAE", f"--model.init_from={path}", *SHORT]
     succeed(folder, "vfm_vae", "fit", "-c", "tokenizer.yaml", *options)  # without the VFM
-    assert torch.load(folder / "runs/next/checkpoints/last.ckpt", weights_only=True)["images_seen"] == 96
+    assert torch.load(folder / "runs/next/checkpoints/last.ckpt", weights_only=True)["images_seen"] == 32
