@@ -58,10 +58,10 @@ def small(command: str, *options: str) -> list[str]:
 
 
 def test_fit_validate_predict(folder: Path):
-    code, _, err = run_alone(folder, *small("fit"))
+    code, _, err = run_alone(folder, *small("fit", "--model.max_images=24"))
     assert code == 0, err
     last = "runs/small/checkpoints/last.ckpt"
-    assert torch.load(folder / last, weights_only=True)["images_seen"] == 48
+    assert torch.load(folder / last, weights_only=True)["images_seen"] == 24
     assert list((folder / "runs/small").glob("events*"))
     assert "\nmatmul_precision: high\n" in (folder / "runs/small/config.yaml").read_text()
 
@@ -128,7 +128,14 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        # Another size is named so in `test_named_options`.
+        pytest.param(name, marks=pytest.mark.slow if name == "unsupported size" else [])
+        for name in MISTAKES
+    ],
+)
 def test_a_mistake_ends_with_one_line(folder: Path, mistake: str):
     options, message = MISTAKES[mistake]
     (folder / "typo.yaml").write_text("model: {model: {init_args: {adapter: {init_args: {latent_chanels: 4}}}}}")
@@ -150,7 +157,8 @@ def test_a_former_runs_logger_does_not_lead_a_new_run_into_its_folder(folder: Pa
     code, _, err = run(folder, *small("fit"), "--run.name=mine")
     assert code == 2 and "run.name, run.folder: runs/mine was asked for, but trainer.logger decides" in err
     assert former.read_text() == "seed_everything: 0"
-    code, _, err = run(folder, *small("fit"), "--run.name=mine", "--trainer.logger=null", "--model.max_images=8")
+    options = ["--trainer.logger=null", "--model.max_images=8", "--trainer.limit_val_batches=0"]
+    code, _, err = run(folder, *small("fit"), "--run.name=mine", *options)
     assert code == 0 and (folder / "runs/mine/config.yaml").is_file(), err
     # A logger of one's own goes on in its folder.
     Run(name="mine").check_folder(folder / "runs/mine")

@@ -87,19 +87,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Command:
     return command
 
 
+SLOW = pytest.mark.slow  # other commands with an option that is here already
 CUTS = {
     "vfm_vae": [
         ("fit", "fast_dev_run=1"),
         ("fit", "limit_train_batches=1"),
-        ("validate", "fast_dev_run=true"),
-        ("test", "limit_test_batches=1"),
+        ("validate", "fast_dev_run=true", SLOW),
+        ("test", "limit_test_batches=1", SLOW),
         ("predict", "limit_predict_batches=1"),
     ],
     "ldm": [
         ("fit", "limit_val_batches=1"),
-        ("fit", "overfit_batches=2"),
+        ("fit", "overfit_batches=2", SLOW),
         ("fit", "barebones=true"),
-        ("validate", "limit_val_batches=1"),
+        ("validate", "limit_val_batches=1", SLOW),
         ("test", "barebones=true"),
         ("predict", "fast_dev_run=2"),
     ],
@@ -107,7 +108,8 @@ CUTS = {
 
 
 @pytest.mark.parametrize(
-    ("package", "command", "cut"), [(package, *cut) for package, cuts in CUTS.items() for cut in cuts]
+    ("package", "command", "cut"),
+    [pytest.param(package, *cut[:2], marks=cut[2:]) for package, cuts in CUTS.items() for cut in cuts],
 )
 def test_a_trial_run_leaves_everything_as_it_was(
     finished: Command, recwarn, monkeypatch, package: str, command: str, cut: str

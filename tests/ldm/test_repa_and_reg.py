@@ -87,7 +87,7 @@ def test_the_error_is_minus_the_mean_cosine():
     assert torch.allclose(alignment_error(a, b), torch.tensor([0.0, -(1 + 0.5**0.5) / 2]))
 
 
-@pytest.mark.parametrize("alignment", [None, *ALIGNED])
+@pytest.mark.parametrize("alignment", [pytest.param(None, marks=pytest.mark.slow), *ALIGNED])
 @every_model
 def test_every_combination_learns_samples_and_is_watched(model, alignment, features, trainer):
     module = module_of(model, alignment)
