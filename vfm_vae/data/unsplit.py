@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from vfm_vae.data.folder import classes_of
 from vfm_vae.data.images import ImageDataset, kept
-from vfm_vae.data.listing import find_images, say_left_out
+from vfm_vae.data.listing import EXTENSIONS, find_images, say_left_out
 from vfm_vae.data.transforms import Transform
 
 
@@ -47,6 +47,11 @@ class UnsplitFolderDataset(ImageDataset):
         left_out: Counter[str] = Counter()
         names = find_images(root, left_out)
         say_left_out(root, left_out)
+        if not names:
+            raise ValueError(
+                f"root: {str(root)!r} holds neither folders 'train' and 'val' nor images, which end with "
+                f"{' '.join(EXTENSIONS)}"
+            )
         if len(names) < 2:
             raise ValueError(f"root: {str(root)!r} has a single image, but training and validation take one each")
         self.classes, labels = classes_of(names)
@@ -66,9 +71,8 @@ class UnsplitFolderDataset(ImageDataset):
 
 
 def is_unsplit(root: str | Path) -> bool:
-    """Whether a folder holds images, but no folders `train` and `val`."""
-    has_splits = any(Path(root, split).is_dir() for split in ("train", "val"))
-    return Path(root).is_dir() and not has_splits and bool(find_images(root, Counter()))
+    """Whether there is a folder, but neither `train` nor `val` in it."""
+    return Path(root).is_dir() and not any(Path(root, split).is_dir() for split in ("train", "val"))
 
 
 def held_out(names: Sequence[str], fraction: float) -> np.ndarray:
