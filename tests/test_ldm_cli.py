@@ -144,8 +144,8 @@ MISTAKES = {
 }
 
 
-# What `test_cli` and `test_read_checkpoints` find, too.
-ALSO = {"no such tokenizer", "no tokenizer's checkpoint", "no such precision", "misspelt key"}
+# What `test_cli`, `test_compare` and `test_read_checkpoints` find, too.
+ALSO = {"no such tokenizer", "no tokenizer's checkpoint", "no Inception", "no such precision", "misspelt key"}
 
 
 @pytest.mark.parametrize(

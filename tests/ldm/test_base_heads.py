@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_denoiser import condition, every_class, every_labelled, inputs, randomised, small
+from test_denoiser import condition, every_class, every_class_in_time, every_labelled, inputs, randomised, small
 
 from ldm import path
 from ldm.condition import Labels
@@ -116,7 +116,7 @@ def test_training_and_validation_add_the_base(weight, diffusion, latents, traine
     assert (found["val/loss"] > without["val/loss"] + 0.1) == bool(weight)
 
 
-@every_class
+@every_class_in_time
 def test_a_rehearsal_counts_the_head(kind):
     counts = []
     for base_depth in (0, 1):

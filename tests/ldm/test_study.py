@@ -155,7 +155,7 @@ def test_denoisers_differ_in_latents_and_alignment_alone(here):
     assert sizes["rae"] <= 1.05 * sizes["conv"]
 
 
-@pytest.mark.parametrize("name", ["latents", "latents_reg"])
+@pytest.mark.parametrize("name", [pytest.param("latents", marks=pytest.mark.slow), "latents_reg"])
 def test_configs_of_caches_build(name, here):
     cli = build(
         "study/tokenizer.yaml", "study/rae.yaml", f"study/{name}.yaml", options=["--run.output=x"], command="predict"
