@@ -128,6 +128,7 @@ def test_every_command_is_taken_by_its_program(page: str, monkeypatch: pytest.Mo
             assert re.search("No module named '(?:my_file|my_package|colours)'", str(error)), (command, error)
 
 
+@cache
 def anchors(page: str) -> set[str]:
     """What links can lead to within a page, as GitHub and the site name headings."""
     found: set[str] = set()
