@@ -96,7 +96,13 @@ def test_prediction_goes_through_both_parts(flat):
 def test_what_is_missing_is_named(tree, tmp_path):
     lone = tmp_path / "lone"
     lone.mkdir()
-    with pytest.raises(ValueError, match=r"root: '.*lone' has no folder 'train'; expected are images as"):
+    (lone / "phone.HEIC").touch()
+    with (
+        pytest.warns(UserWarning, match=r"left out in '.*lone': 1 .heic; images end with .jpeg"),
+        pytest.raises(
+            ValueError, match=r"root: '.*lone' holds neither folders 'train' and 'val' nor images, which end"
+        ),
+    ):
         data_of(lone)
     shutil.copy(tree / "train/apple/000.JPEG", lone)
     with pytest.raises(
