@@ -53,7 +53,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name in modules():
         files.append(File.generated(config, f"api/{name}.md", content=f"---\ntitle: {name}\n---\n\n::: {name}\n"))
     for place, source in ELSEWHERE.items():
-        files.append(File.generated(config, place, content=(ROOT / source).read_text()))
+        unsearched = "---\nsearch:\n  exclude: true\n---\n\n" if place == "changelog.md" else ""  # it has every word
+        files.append(File.generated(config, place, content=unsearched + (ROOT / source).read_text()))
     linked = set()
     for page in files.documentation_pages():
         for target in _links(page.content_string):
