@@ -2,7 +2,7 @@
 
 A program gets the directory, arguments, path, environment, signals and random numbers of a new interpreter. What
 modules read from the environment while they are imported is as it was when the tests began; where a test is about
-that, or about what is imported, it starts an interpreter.
+that, or about what is imported, it starts an interpreter. On other systems than Linux, all programs get a new one.
 """
 
 import atexit
@@ -23,6 +23,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -78,12 +79,25 @@ class Process:
         return self._streams[0].read(), self._streams[1].read()
 
 
+class Interpreter(subprocess.Popen):
+    """A program in a new interpreter, with the methods of a `Process`."""
+
+    def __init__(self, words: Sequence[str], **options) -> None:
+        self._streams = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]
+        out, err = self._streams
+        super().__init__([sys.executable, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=err, **options)
+
+    printed = Process.printed
+
+
 _server: socket.socket | None = None
 
 
 def serve() -> None:
     """Forks the process that programs are forked from, before this one computes anything or starts a thread pool."""
     global _server
+    if sys.platform != "linux":  # elsewhere libraries don't bear a fork
+        return
     _server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
         with _no_return():
@@ -98,11 +112,13 @@ def start(
     env: Mapping[str, str] | None = None,
     start_new_session: bool = False,
     ranks: int = 1,
-) -> Process:
+) -> Process | Interpreter:
     """Starts `python words…`: `-m`, a module and its arguments, or a script and its arguments.
 
     With two ranks, the second is there, too, for Lightning to start it: a child of the first one, as it would be.
     """
+    if _server is None:
+        return Interpreter([str(word) for word in words], cwd=cwd, env=env, start_new_session=start_new_session)
     streams = [os.fdopen(os.memfd_create(name), "w+", errors="replace") for name in ("stdout", "stderr")]
     end, theirs = os.pipe()
     program = {"words": [str(word) for word in words], "cwd": str(cwd), "env": dict(os.environ if env is None else env)}

@@ -33,3 +33,14 @@ def test_a_program_runs_as_in_a_new_interpreter(tmp_path: Path, monkeypatch: pyt
     for part in ("returncode", "stdout", "stderr"):
         assert getattr(ours, part) == getattr(theirs, part)
     assert ours.returncode == (3 if end == "number" else 1)
+
+
+def test_where_nothing_can_be_forked_a_program_gets_a_new_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(processes, "_server", None)
+    (tmp_path / "ends.py").write_text("import sys; print('out'); sys.exit('told')")
+    ended = processes.run(["ends.py"], cwd=tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "out\n", "told\n")
+    waits = processes.start(["-c", "import signal; signal.pause()"], cwd=tmp_path)
+    assert waits.poll() is None
+    os.kill(waits.pid, 15)
+    assert waits.wait(20) == -15 == waits.returncode
