@@ -83,7 +83,8 @@ class Interpreter(subprocess.Popen):
     """A program in a new interpreter, with the methods of a `Process`."""
 
     def __init__(self, words: Sequence[str], **options) -> None:
-        self._streams = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]
+        files = (tempfile.TemporaryFile("w+", errors="replace") for _ in range(2))  # noqa: SIM115  they outlive this
+        self._streams = list(files)
         out, err = self._streams
         super().__init__([sys.executable, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=err, **options)
 
