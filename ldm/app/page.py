@@ -1,7 +1,7 @@
 """The page: controls, and which of them starts what. Everything is computed elsewhere, see `ldm.app.actions`."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import gradio as gr
@@ -64,7 +64,8 @@ class Page:
             return
         told = "".join(problem(ValueError(f"left out: {line}")) for line in models.problems)
         where = "" if models.device.type == "cpu" else f" on {models.device}"
-        counts = f"{len(models.tokenizers)} tokenizer(s), {len(models.diffusion)} diffusion model(s){where}"
+        found = counted(models.tokenizers, "tokenizer"), counted(models.diffusion, "diffusion model")
+        counts = f"{', '.join(found)}{where}"
         filled = {status: header(counts) + told}
         for part in controls:
             filled |= part.filled(models, actions)
@@ -162,3 +163,8 @@ class Page:
             yield problem(error)
         finally:
             stop.set()
+
+
+def counted(things: Sized, name: str) -> str:
+    """How many there are, such as `2 tokenizers`."""
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
