@@ -28,8 +28,9 @@ def build(*configs: str | Path, options: list[str] = (), module: type = Tokenize
     arguments = [command]
     for config in configs:
         arguments += ["--config", str(config if isinstance(config, Path) else CONFIGS / config)]
-    plain = {"auto_configure_optimizers": False, "save_config_callback": None}
-    return Build(module, ImageNetDataModule, args=[*arguments, *options], **plain)
+    others = {name: {"passed_over": name != command} for name in Build.subcommands()}
+    plain = {"auto_configure_optimizers": False, "save_config_callback": None, "load_from_checkpoint_support": False}
+    return Build(module, ImageNetDataModule, args=[*arguments, *options], parser_kwargs=others, **plain)
 
 
 def build_ldm(*configs: str, options: list[str] = (), command: str = "fit") -> Build:

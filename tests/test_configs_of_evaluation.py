@@ -38,7 +38,9 @@ def offline_networks(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("name", ["demo/latents_reg.yaml", "vfm_vae/latents_reg.yaml"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("demo/latents_reg.yaml", marks=pytest.mark.slow), "vfm_vae/latents_reg.yaml"]
+)
 def test_caches_with_features_build(name, offline_networks):
     cli = build("demo/tokenizer.yaml", "demo/weak.yaml", name, "trainer/cpu.yaml", command="predict")
     assert cli.model.predict == "moments" and cli.datamodule.predict == ("train", "val")
@@ -76,7 +78,7 @@ def test_cache_of_the_demo_with_captions_builds():
     assert callback(cli, "LatentWriter").text.width == 64 and cli.config.predict.data.captions == "text"
 
 
-@pytest.mark.parametrize("name", ["test", "test_published"])
+@pytest.mark.parametrize("name", ["test", pytest.param("test_published", marks=pytest.mark.slow)])
 def test_evaluation_of_tokenizers_builds(name, vgg, offline_networks):
     configs = ("vfm_vae/base.yaml", "vfm_vae/weak.yaml", f"vfm_vae/{name}.yaml", "data/imagenet.yaml")
     with torch.device("meta"):

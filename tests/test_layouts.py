@@ -63,7 +63,14 @@ def test_fake_group_norm_is_as_bad_as_the_real_one(cuda):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("transform", [Transform(), Transform(0.75, 1), Transform(0.5), Transform(0.25, 2)])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        Transform(),
+        Transform(0.5),
+        *(pytest.param(other, marks=pytest.mark.slow) for other in (Transform(0.75, 1), Transform(0.25, 2))),
+    ],
+)
 def test_the_generator_stays_channels_last(cuda, monkeypatch, transform, recompute):
     monkeypatch.setattr(convnext, "LARGEST_EXPANDED", 2**40)  # all samples at once, to count layers
     adapter, decoder = Adapter([1024] * 3, [64] * 3, 32, 2, 512, 1024), Decoder(activation_checkpointing=recompute)
@@ -79,7 +86,7 @@ def test_the_generator_stays_channels_last(cuda, monkeypatch, transform, recompu
     assert decoded.image.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("grid", [(16, 16), (10, 22)])
+@pytest.mark.parametrize("grid", [pytest.param((16, 16), marks=pytest.mark.slow), (10, 22)])
 def test_routes_of_averages_stay_channels_last(cuda, grid):
     decoder = Decoder(channels=[512, 512, 512, 256, 128], compression=16, route_downsampling="pooling")
     with Watch() as watch:

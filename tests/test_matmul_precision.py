@@ -22,7 +22,7 @@ def setting() -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize(
-    "command", ["fit", "predict"] + [pytest.param(name, marks=pytest.mark.slow) for name in ("validate", "test")]
+    "command", ["fit"] + [pytest.param(name, marks=pytest.mark.slow) for name in ("validate", "test", "predict")]
 )
 @pytest.mark.parametrize("module", CONFIGS)
 def test_every_command_sets_it_before_anything_is_built(module, command, monkeypatch):

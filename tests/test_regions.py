@@ -177,9 +177,9 @@ def test_ten_steps_with_equivariance_recompile_no_more_often_than_there_are_shap
     [
         "vit_large_patch16_siglip_512.v2_webli",
         "vit_large_patch14_reg4_dinov2.lvd142m",
-        "vit_large_patch16_dinov3.lvd1689m",
+        pytest.param("vit_large_patch16_dinov3.lvd1689m", marks=pytest.mark.slow),
         "eva02_large_patch14_448.mim_in22k_ft_in22k_in1k",
-        "vit_large_patch14_clip_224.openai",
+        pytest.param("vit_large_patch14_clip_224.openai", marks=pytest.mark.slow),
     ],
 )
 def test_frozen_networks_of_any_family_compile_block_by_block(graphs, name):

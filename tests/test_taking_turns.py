@@ -34,7 +34,7 @@ class Events:
         return make
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_discriminators_step_before_the_generator_runs_again(tiny_module, trainer, batch, accumulate):
     events = Events(tiny_module, accumulate_grad_batches=accumulate)
     run = trainer(max_steps=2)

@@ -198,7 +198,7 @@ def test_runs_on_cuda_in_the_precision_asked_for(folder, kind, precision):
     assert error < 1e-4 if precision == "float32" else 1e-3 < error < 0.1
 
 
-@pytest.mark.parametrize("kind", ["siglip_vision_model", "qwen2_5_vl_vision", *(slow(kind) for kind in PLAIN[1:])])
+@pytest.mark.parametrize("kind", ["siglip_vision_model", *map(slow, ("qwen2_5_vl_vision", *PLAIN[1:]))])
 def test_compiles_block_by_block(folder, kind, monkeypatch):
     compile_eagerly, graphs = torch.compile, []
 
