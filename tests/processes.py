@@ -27,6 +27,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -83,8 +84,8 @@ class Interpreter(subprocess.Popen):
     """A program in a new interpreter, with the methods of a `Process`."""
 
     def __init__(self, words: Sequence[str], **options) -> None:
-        files = (tempfile.TemporaryFile("w+", errors="replace") for _ in range(2))  # noqa: SIM115  they outlive this
-        self._streams = list(files)
+        new = partial(tempfile.TemporaryFile, "w+", errors="replace")
+        self._streams = [new(), new()]
         out, err = self._streams
         super().__init__([sys.executable, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=err, **options)
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from ldm.app import pictures
 from ldm.app.between import Interpolation, images_between
 from ldm.app.drawing import SAMPLERS, Order, Step, Stopped, draw, draw_between
-from ldm.app.inputs import EXAMPLES, Upload, image_of, take  # noqa: F401  # the page takes the first and last from here
+from ldm.app.inputs import EXAMPLES as EXAMPLES  # the page takes this and `take` from here
+from ldm.app.inputs import Upload, image_of
+from ldm.app.inputs import take as take
 from ldm.app.models import Models, class_choices
 from ldm.app.reconstructing import Reconstruction, reconstruct, show
 from ldm.pipeline import LatentDiffusion

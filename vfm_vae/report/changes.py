@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
-from vfm_vae.cli import CONFIGS, find_config, parser_options
+from vfm_vae.cli import CLI, CONFIGS, find_config, parser_options
 from vfm_vae.data.datamodule import ImageNetDataModule
 
 # Each program's module, command line and trainer; `vfm_vae` knows no diffusion models before a report asks.
@@ -84,19 +84,12 @@ def parsed(program: str, configs: Sequence[str]) -> dict[str, Any]:
         Exception: whatever the parser says of configs that are not complete.
     """
     module, command_line, trainer = (_class_at(path) for path in PROGRAMS[program])
-
-    class Reading(command_line):  # type: ignore[misc, valid-type]  # a class of another package
-        """The program's command line, which ends when it has read its options."""
-
-        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-            super().parse_arguments(parser, args)
-            raise _Read(parser.dump(self.config, skip_unset=False))
-
+    reading = type("Reading", (_Reading, command_line), {})
     words = ["fit", *(word for config in configs for word in ("-c", config))]
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            Reading(
+            reading(
                 module,
                 ImageNetDataModule,
                 trainer_class=trainer,
@@ -107,6 +100,14 @@ def parsed(program: str, configs: Sequence[str]) -> dict[str, Any]:
     except _Read as read:
         return dict(yaml.safe_load(read.text)["fit"])
     raise AssertionError("the command line went on")
+
+
+class _Reading(CLI):
+    """A program's command line, which ends when it has read its options."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        raise _Read(parser.dump(self.config, skip_unset=False))
 
 
 class _Read(Exception):
