@@ -6,10 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from lightning.pytorch import Trainer
+from PIL import Image
 from torchvision.models import vgg16
 
 from vfm_vae.data.datamodule import ImageNetDataModule
@@ -34,6 +36,17 @@ def matmul_precision() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@pytest.fixture
+def camera(tmp_path: Path) -> Path:
+    """A folder of 24 pictures as a camera leaves it: without classes, and none of them square."""
+    folder, generator = tmp_path / "Pictures", np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(24):
+        pixels = generator.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((140, 100)).save(folder / f"IMG_{number:04d}.jpg")
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="session")

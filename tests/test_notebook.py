@@ -45,17 +45,12 @@ def test_it_is_kept_without_outputs_and_links_to_what_there_is():
 
 
 @pytest.mark.slow
-def test_a_folder_of_photographs_becomes_models_and_samples(tmp_path: Path):
+def test_a_folder_of_photographs_becomes_models_and_samples(camera: Path, tmp_path: Path):
     from nbclient import NotebookClient
 
-    generator = np.random.default_rng(0)
-    (tmp_path / "photos").mkdir()
-    for number in range(24):
-        pixels = generator.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((140, 100)).save(tmp_path / f"photos/IMG_{number:04d}.jpg")
     notebook = nbformat.read(FILE, 4)
     place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
-    given = TOY | {"PHOTOS": str(tmp_path / "photos"), "OUT": str(tmp_path / "out")}
+    given = TOY | {"PHOTOS": str(camera), "OUT": str(tmp_path / "out")}
     values = "\n".join(f"{name} = {value!r}" for name, value in given.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(values))  # as papermill does
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -48,12 +48,7 @@ def test_a_folder_of_images_takes_the_place_of_imagenet():
 
 
 @pytest.mark.slow
-def test_your_own_images_by_the_commands_of_the_page(tmp_path: Path):
-    generator = np.random.default_rng(0)
-    (tmp_path / "Pictures").mkdir()
-    for number in range(24):
-        pixels = generator.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((140, 100)).save(tmp_path / f"Pictures/IMG_{number:04d}.jpg")
+def test_your_own_images_by_the_commands_of_the_page(camera: Path, tmp_path: Path):
     shown = [fence for fence in fences("docs/tutorials/your_own_images.md") if fence.language == "bash"]
     done = [command for fence in shown if not fence.title for command in commands(fence.text)]
     assert [(command[2], command[3]) for command in done] == list(TOY)

@@ -109,18 +109,20 @@ def summary_table(entries: Mapping[str, Any], title: str | None = None) -> Table
 def settings_table(settings: Mapping[str, Any]) -> Table:
     """What the numbers depend on, one setting a row; hashes are cut short."""
     table = Table("setting", "value", title="measured with")
-    for name, value in _flat(settings):
+    for name, value in flattened(settings).items():
         text = str(value)
         is_hash = len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
         table.add_row(name, f"{text[:12]}…" if is_hash else text)
     return table
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows = []
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their paths, such as `CKNNACallback.k`."""
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
-        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
-    return rows
+        path = f"{prefix}{name}"
+        flat |= flattened(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value}
+    return flat
 
 
 def _cell(value: float | None) -> str:

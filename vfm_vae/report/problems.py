@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator, Sequence
 
+from vfm_vae.metrics.summary import flattened
 from vfm_vae.report.folders import Run, Subject, mapping
 from vfm_vae.report.known import GROUPS, bare
-from vfm_vae.report.tables import flattened
 
 REFUSED = "steps refused, as losses or gradients were not finite or too large"
 MEASURED = re.compile("|".join(GROUPS[name] for name in GROUPS if name not in ("Speed", "Training", "Loss by time")))

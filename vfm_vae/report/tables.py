@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vfm_vae.metrics.summary import flattened
 from vfm_vae.report.folders import Entry, Subject
 from vfm_vae.report.known import GROUPS, Known, group, known
 
@@ -138,17 +139,6 @@ def versions_of(subjects: Sequence[Subject]) -> tuple[list[str], list[Setting]]:
     names = dict.fromkeys(name for each in flat for name in each)
     rows = [Setting(str(name), [str(each.get(name, "")) for each in flat]) for name in names]
     return [head for _, _, head in entries], rows
-
-
-def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their paths."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flattened(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 # What stands at the top of a page, the first ones first.
